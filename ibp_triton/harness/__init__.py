@@ -1,1 +1,1 @@
-"""harness."""
+"""Experiments from YAML: data, training, evaluation and reports around the library."""

@@ -1,0 +1,102 @@
+"""The command `ibp-triton`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ibp_triton.harness import cost, grid, loading, store, summary
+from ibp_triton.harness.files import DataError
+from ibp_triton.harness.grid import Run
+from ibp_triton.harness.launch import Job, WorkerError, finished, launch
+from ibp_triton.harness.loading import ConfigError, Plan
+from ibp_triton.harness.models import ModelError
+from ibp_triton.harness.progress import Progress, result_table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+PLAN = "experiment.yaml"
+
+
+@app.callback()
+def _root() -> None:
+    """Invariant Backpropagation and its rivals: train, evaluate and report experiments from YAML."""
+
+
+def output_of(plan: Plan) -> Path:
+    """Folder of the experiment's report."""
+    return Path(plan.experiment.output or f"runs/{plan.experiment.name}")
+
+
+def runs_folder(plan: Plan) -> Path:
+    """Folder that holds one folder a run."""
+    return Path(plan.experiment.runs) if plan.experiment.runs else output_of(plan) / "runs"
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file of the experiment")],
+    workers: Annotated[int | None, typer.Option(min=1, help="local processes, one CPU thread each")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and their time, train nothing")] = False,
+    override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="method=…, row=…, variant=…, seed=… or parameter=…")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
+) -> None:
+    """Train every run of an experiment that is not finished yet, then print the comparison."""
+    plan = loading.load(config, override or [])
+    chosen = grid.select(grid.runs(plan), only or [])
+    count = workers or plan.experiment.workers
+    if dry_run:
+        return _list(chosen, runs_folder(plan), count)
+    store.write_bytes(output_of(plan) / PLAN, plan.text().encode())
+    _train(Job(chosen, runs_folder(plan), data_dir), count)
+
+
+def _train(job: Job, workers: int) -> None:
+    console = Console()
+    done = {run.name for run in job.runs if finished(job.root, run)}
+    console.print(f"{len(job.runs)} runs, {len(done)} finished before, in {job.root}", highlight=False)
+    with Progress(console, job.runs, done, workers) as progress:
+        failures = launch(job, workers, progress)
+    console.print(result_table(summary.rows(job.runs, job.root)))
+    if failures:
+        raise WorkerError("some runs failed:\n" + "\n".join(failures))
+
+
+def _list(runs: list[Run], root: Path, workers: int) -> None:
+    console = Console()
+    table = Table("run", "method", "epochs", "examples", "× BP", "estimate", "state")
+    total = 0.0
+    for each in runs:
+        seconds = cost.seconds(each, cost.example_seconds(each))
+        done = finished(root, each)
+        total += 0.0 if done else seconds
+        size, shown = str(cost.examples(each)), str(timedelta(seconds=round(seconds)))
+        cells = (each.label, each.method.key, str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown)
+        table.add_row(*cells, "finished" if done else "to do")
+    console.print(table)
+    left = timedelta(seconds=round(total / workers))
+    console.print(f"{len(runs)} runs, about {left} left with {workers} worker(s) on this machine", highlight=False)
+
+
+def main() -> None:
+    """Entry point: errors a user can cure are one message, without a traceback."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        app()
+    except (ConfigError, DataError, ModelError, WorkerError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; finished runs and epochs are stored, the same command goes on")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""The YAML of an experiment, as strict types: unknown keys and wrong types are errors that name file, key and cure."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+import ibp_triton as ibp
+
+
+class Strict(BaseModel):
+    """Base of every section: no unknown keys, no silent conversion, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+
+Source = Literal["mnist", "fashion_mnist", "cifar10", "mnist5k", "image_folder", "arrays", "synthetic"]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Data(Strict):
+    """Where the images come from and how they are split; pixels are in [0, 1] before the mean is subtracted.
+
+    `subset` training examples are drawn by the subset seed (all if absent), `validation` further ones from the rest.
+    `holdout` examples become the test set, stratified, in sources that have none. `crop` is the side of a centre crop.
+    """
+
+    source: Source
+    dir: str | None = None
+    path: str | None = None
+    subset: Count | None = None
+    validation: Annotated[int, Field(ge=0)] = 0
+    test: Count | None = None
+    holdout: Count = 1000
+    holdout_seed: int = 0
+    mean: Literal["pixel", "channel", "none"] = "pixel"
+    crop: Count | None = None
+    size: Count = 32
+    channels: Literal[1, 3] = 3
+    classes: Count = 10
+    examples: Count = 512
+
+
+class Network(Strict):
+    """A network of the paper with its open choices, or `import: package.module:build` with `options`."""
+
+    name: Literal["paper_mnist", "paper_cifar10"] | None = None
+    pool: Literal["ceil", "torch-ceil", "floor"] = "ceil"
+    init: Literal["normal", "uniform", "uniform-0.01", "torch"] = "normal"
+    widths: list[Count] | None = None
+    kernels: list[Count] | None = None
+    pads: list[Annotated[int, Field(ge=0)]] | None = None
+    hidden: Count = 256
+    target: str | None = Field(default=None, alias="import")
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Network:
+        if (self.name is None) == (self.target is None):
+            raise ValueError("give either name (paper_mnist, paper_cifar10) or import (package.module:build)")
+        return self
+
+
+class Augment(Strict):
+    """Random affine maps, drawn anew at every access; shift in pixels, angle in degrees.
+
+    Scale factors per axis: scale**U(-1, 1) if log-uniform, U(1/scale, scale) if uniform.
+    """
+
+    shift: NonNegative = 2.0
+    scale: Annotated[float, Field(ge=1)] = 1.4
+    scaling: Literal["log-uniform", "uniform"] = "log-uniform"
+    angle: NonNegative = 18.0
+
+
+class Training(Strict):
+    """Stochastic gradient descent as in section 5 of the paper; `learning_rate` decays by `decay` an epoch."""
+
+    epochs: Count = 80
+    batch_size: Count = 32
+    learning_rate: Positive = 0.1
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.98
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    dampening: Annotated[float, Field(ge=0, le=1)] = 0.9
+    weight_decay: NonNegative = 0.0
+    beta_decay: bool = True
+    at_gradient: Literal["mean", "sum"] = "mean"
+    augment: Augment | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = True
+    test_every: Annotated[int, Field(ge=0)] = 0
+    device: str = "cpu"
+
+
+class Tangents(Strict):
+    """The five Lie operators of TBP and Fast TBP; `coordinate_scale` in pixels (half the image width if absent)."""
+
+    sigma: Positive = 0.9
+    border: Literal["zeros", "replicate"] = "zeros"
+    coordinate_scale: Positive | None = None
+    normalise: bool = False
+
+
+class Method(Strict):
+    """One row of the comparison; `method` is its key if the row is called something else."""
+
+    method: str | None = None
+    beta: NonNegative | list[NonNegative] | None = None
+    epsilon: NonNegative | list[NonNegative] | None = None
+    norm: Annotated[float, Field(ge=1)] | None = None
+    semantics: Literal["paper", "exact"] | None = None
+
+
+class Span(Strict):
+    """Numbers from `start` to `stop`, both included, `step` apart."""
+
+    start: float = 0.0
+    stop: float
+    step: Positive
+
+    def values(self) -> list[float]:
+        """The numbers, rounded to nine digits so that 0.005 · 3 is 0.015."""
+        count = math.floor((self.stop - self.start) / self.step + 1.5)
+        return [round(self.start + k * self.step, 9) for k in range(count)]
+
+
+Levels = list[NonNegative] | Span
+
+
+class Evaluate(Strict):
+    """Curves of error on the test set: against ε of FGSM and PGD, against σ of noise (pixel units, not clipped)."""
+
+    adversarial: Levels = []
+    gaussian: Levels = []
+    pgd: Levels = []
+    pgd_steps: Count = 10
+    pgd_step_size: Positive = 0.25
+    masking: NonNegative | None = None
+    examples: Count | None = None
+    batch_size: Count = 500
+    seed: int = 0
+
+
+class Seeds(Strict):
+    """Three independent seeds of one run."""
+
+    subset: int
+    weights: int
+    order: int
+
+
+class Experiment(Strict):
+    """A whole YAML file, its preset filled in; `variants` maps a label to dotted overrides of this file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    title: str = ""
+    preset: Literal["paper", "toolbox-2015", "toolbox-2016"] = "toolbox-2015"
+    data: Data
+    network: Network
+    training: Training = Training()
+    tangents: Tangents = Tangents()
+    methods: Annotated[dict[str, Method | None], Field(min_length=1)]
+    seeds: Annotated[list[int | Seeds], Field(min_length=1)] = [0]
+    variants: dict[str, dict[str, Any]] = {}
+    select: Literal["validation", "test"] = "validation"
+    evaluate: Evaluate = Evaluate()
+    compare: Literal["table1_mnist", "table1_cifar10"] | None = None
+    track_cosine: bool = False
+    workers: Count = 1
+    output: str | None = None
+    runs: str | None = None
+
+    @model_validator(mode="after")
+    def _rows(self) -> Experiment:
+        for label, row in self.methods.items():
+            _check_row(label, row or Method())
+        choices = any(len(parameters(label, row or Method())) > 1 for label, row in self.methods.items())
+        if choices and self.select == "validation" and not self.data.validation:
+            raise ValueError(
+                "several β or ε need a validation split to choose by: set data.validation to a number of examples, "
+                "or select: test"
+            )
+        return self
+
+
+def key_of(label: str, row: Method) -> str:
+    """The method key of a row: its own field, or the row's label."""
+    return row.method or label
+
+
+def parameters(label: str, row: Method) -> list[float | None]:
+    """All β or ε of a row, [None] for bp."""
+    name = ibp.METHODS[key_of(label, row)].parameter
+    value = getattr(row, name) if name else None
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _check_row(label: str, row: Method) -> None:
+    key = key_of(label, row)
+    if key not in ibp.METHODS:
+        raise ValueError(f"methods.{label}: {key!r} is no method; choose one of {', '.join(ibp.METHODS)}")
+    wanted = ibp.METHODS[key].parameter
+    for name in ("beta", "epsilon"):
+        if (getattr(row, name) is not None) != (name == wanted):
+            verb = "needs" if name == wanted else "takes no"
+            raise ValueError(f"methods.{label}: {key} {verb} {name}")
+    if wanted != "beta" and (row.norm is not None or row.semantics is not None):
+        raise ValueError(f"methods.{label}: {key} takes neither norm nor semantics")
+    if [] in (row.beta, row.epsilon):
+        raise ValueError(f"methods.{label}.{wanted}: give at least one number")

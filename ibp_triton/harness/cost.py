@@ -1,0 +1,71 @@
+"""What runs will cost: multiply-adds relative to BP, and seconds from a few timed steps on random images."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+
+import torch
+from torch.nn import functional as F
+
+import ibp_triton as ibp
+from ibp_triton.harness import data, sources, train
+from ibp_triton.harness.grid import Run
+from ibp_triton.harness.models import Shape
+
+_SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "mnist5k": 5_000}
+
+
+def shape_of(run: Run) -> tuple[Shape, int]:
+    """Image shape and classes; a stand-in of 28×28 greys where only the files would tell."""
+    return data.shape_of(run.data) or ((1, 28, 28), 10)
+
+
+def examples(run: Run) -> int:
+    """Training examples of a run as far as they are known without reading files."""
+    if run.data.subset:
+        return run.data.subset
+    total = _SIZES.get(run.data.source, run.data.examples)
+    held = run.data.holdout if run.data.source in sources.WITHOUT_TEST and run.data.source in _SIZES else 0
+    return total - held - run.data.validation
+
+
+def ratio(run: Run) -> float:
+    """Multiply-adds of one step of `run` relative to BP."""
+    shape, classes = shape_of(run)
+    model = train.build(run.network, shape, classes, 0)
+    return train.predicted_ratio(run, model, shape)
+
+
+def weight(run: Run) -> float:
+    """Work of a run in example-passes of BP."""
+    return ratio(run) * examples(run) * run.training.epochs
+
+
+def seconds(run: Run, example_seconds: float) -> float:
+    """Estimated seconds of a run, given BP's seconds an example."""
+    return weight(run) * example_seconds
+
+
+@lru_cache
+def _time_bp(network: str, precision: str, batch: int, shape: Shape, classes: int) -> float:
+    from ibp_triton.harness.config import Network
+
+    model = train.build(Network.model_validate_json(network), shape, classes, 0)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    wrapped, method = ibp.Network(model, dtype=train.PRECISIONS[precision]), ibp.METHODS["bp"]()
+    x = torch.rand(batch, *shape).contiguous(memory_format=torch.channels_last)
+    labels = F.one_hot(torch.arange(batch) % classes, classes).argmax(1)
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        method(wrapped, x, labels).backward()
+        best = min(best, time.perf_counter() - begin)
+    return best / batch
+
+
+def example_seconds(run: Run) -> float:
+    """Seconds of BP an example on this machine: the best of five steps on random images, CPU, one thread."""
+    shape, classes = shape_of(run)
+    network = run.network.model_dump_json(by_alias=True)
+    return _time_bp(network, run.training.precision, run.training.batch_size, shape, classes)

@@ -1,0 +1,125 @@
+"""The runs of an experiment: variants × rows × parameters × seeds, each with a resolved config and a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ibp_triton.harness.config import Data, Experiment, Method, Network, Seeds, Tangents, Training, key_of, parameters
+from ibp_triton.harness.loading import ConfigError, Plan
+
+FILTERS = ("method", "row", "variant", "seed", "parameter")
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """One method with its number: key of ibp.METHODS, β or ε (None for bp), norm and semantics where they apply."""
+
+    key: str
+    parameter: float | None
+    norm: float | None
+    semantics: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, resolved; `variant` and `row` only label it and are no part of its identity."""
+
+    variant: str
+    row: str
+    data: Data
+    network: Network
+    training: Training
+    tangents: Tangents
+    method: MethodChoice
+    seeds: Seeds
+    track_cosine: bool = False
+
+    def config(self) -> dict[str, Any]:
+        """Everything that decides the result, as plain values (no paths of data sets, no device)."""
+        return {
+            "data": self.data.model_dump(exclude={"dir"}),
+            "network": self.network.model_dump(by_alias=True),
+            "training": self.training.model_dump(exclude={"device"}),
+            "method": vars(self.method),
+            "tangents": self.tangents.model_dump() if self.method.key in ("tbp", "fast_tbp") else None,
+            "seeds": self.seeds.model_dump(),
+            "track_cosine": self.track_cosine,
+        }
+
+    @cached_property
+    def name(self) -> str:
+        """Folder name: method key and the first 12 hex digits of the SHA-256 of the resolved config."""
+        text = json.dumps(self.config(), sort_keys=True)
+        return f"{self.method.key}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def label(self) -> str:
+        """A line for people: variant, row, parameter and seed."""
+        parts = [self.variant, self.row]
+        if self.method.parameter is not None:
+            parts.append(f"{self.method.parameter:g}")
+        return " ".join([part for part in parts if part] + [f"seed {self.seeds.order}"])
+
+
+def runs(plan: Plan) -> list[Run]:
+    """All runs in the order they are trained: seed by seed, so that partial results compare every method."""
+    every = [run for label, variant in plan.variants() for run in _runs_of(label, variant)]
+    position = {seed: number for number, seed in enumerate(_seeds(plan.experiment))}
+    return sorted(every, key=lambda run: position.get(run.seeds, len(position)))
+
+
+def select(every: Iterable[Run], only: Iterable[str]) -> list[Run]:
+    """Runs that match all of "method=loss_ibp", "row=…", "variant=…", "seed=0", "parameter=0.03"."""
+    chosen = list(every)
+    for text in only:
+        name, _, value = text.partition("=")
+        if name not in FILTERS:
+            raise ConfigError(f"--only {text}: write one of {', '.join(FILTERS)}, then = and a value")
+        kept = [run for run in chosen if _field(run, name) == value]
+        if not kept:
+            raise ConfigError(f"--only {text}: no such run; there is {_known(chosen, name)}")
+        chosen = kept
+    return chosen
+
+
+def _field(run: Run, name: str) -> str:
+    if name == "parameter":
+        return "" if run.method.parameter is None else f"{run.method.parameter:g}"
+    return str({"method": run.method.key, "row": run.row, "variant": run.variant, "seed": run.seeds.order}[name])
+
+
+def _known(chosen: list[Run], name: str) -> str:
+    return ", ".join(dict.fromkeys(_field(run, name) or "none" for run in chosen))
+
+
+def _seeds(experiment: Experiment) -> list[Seeds]:
+    return [s if isinstance(s, Seeds) else Seeds(subset=s, weights=s, order=s) for s in experiment.seeds]
+
+
+def _runs_of(label: str, experiment: Experiment) -> Iterator[Run]:
+    for seeds in _seeds(experiment):
+        for row, optional in experiment.methods.items():
+            method = optional or Method()
+            for value in parameters(row, method):
+                yield Run(
+                    variant=label,
+                    row=row,
+                    data=experiment.data,
+                    network=experiment.network,
+                    training=experiment.training,
+                    tangents=experiment.tangents,
+                    method=_choice(key_of(row, method), method, value),
+                    seeds=seeds,
+                    track_cosine=experiment.track_cosine,
+                )
+
+
+def _choice(key: str, method: Method, value: float | None) -> MethodChoice:
+    if method.beta is None:
+        return MethodChoice(key, value, None, None)
+    return MethodChoice(key, value, method.norm or 1.0, method.semantics or "paper")

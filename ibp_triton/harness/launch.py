@@ -1,0 +1,147 @@
+"""Runs of a grid, in this process or in several: whoever holds a run's lock trains it, finished runs are skipped."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ibp_triton.harness import store
+from ibp_triton.harness.grid import Run
+from ibp_triton.harness.train import train
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs to train under `root`, one folder each; `data_dir` overrides data.dir, `device` training.device."""
+
+    runs: Sequence[Run]
+    root: Path
+    data_dir: str | None = None
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended early; what it finished is stored and the same command goes on."""
+
+
+def launch(job: Job, workers: int, listen: Listener) -> list[str]:
+    """Train what is not finished yet; returns the messages of runs that failed.
+
+    `listen` gets events {"kind": "start" | "epoch" | "done" | "busy" | "failed", "run": name, ...} in this process.
+    Raises WorkerError if a worker process dies.
+    """
+    failures: list[str] = []
+
+    def note(event: Event) -> None:
+        if event["kind"] == "failed":
+            failures.append(f"{event['run']}: {event['message']}")
+        listen(event)
+
+    pending = [run for run in job.runs if not finished(job.root, run)]
+    if workers <= 1 or len(pending) <= 1:
+        work(Job(pending, job.root, job.data_dir), note)
+    else:
+        _spread(Job(pending, job.root, job.data_dir), min(workers, len(pending)), note)
+    return failures
+
+
+def finished(root: Path, run: Run) -> bool:
+    """Whether the run's result is stored."""
+    return (root / run.name / store.RESULT).exists()
+
+
+def work(job: Job, listen: Listener) -> None:
+    """Train each run of `job` that is neither finished nor locked by another process; one thread on the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for run in job.runs:
+            _one(run, job, listen)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _one(run: Run, job: Job, listen: Listener) -> None:
+    folder = job.root / run.name
+    with store.lock(folder) as mine:
+        if not mine:
+            return listen({"kind": "busy", "run": run.name})
+        if finished(job.root, run):
+            return None
+        listen({"kind": "start", "run": run.name})
+
+        def report(record: store.Record) -> None:
+            listen({"kind": "epoch", "run": run.name, **record})
+
+        try:
+            result = train(run, folder, report, job.data_dir)
+        except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+            store.write_bytes(folder / "error.txt", traceback.format_exc().encode())
+            return listen({"kind": "failed", "run": run.name, "message": f"{type(error).__name__}: {error}"})
+        listen({"kind": "done", "run": run.name, **result})
+
+
+def _spread(job: Job, workers: int, listen: Listener) -> None:
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    processes = [
+        context.Process(target=_worker, args=(_rotated(job, k, workers), events, os.getpid()), daemon=True)
+        for k in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        _collect(processes, events, listen)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _rotated(job: Job, worker: int, workers: int) -> Job:
+    """The same runs, each worker starting elsewhere only by its number: neighbours do not wait for one lock."""
+    return Job([*job.runs[worker:], *job.runs[:worker]], job.root, job.data_dir)
+
+
+def _collect(processes: Sequence[Any], events: Any, listen: Listener) -> None:
+    """Pass events on until every worker has said it is through or has died."""
+    through = 0
+    while through < len(processes):
+        try:
+            event = events.get(timeout=0.5)
+        except Exception as error:
+            if type(error).__name__ != "Empty":
+                raise
+            dead = [p for p in processes if p.exitcode not in (None, 0)]
+            if dead:
+                raise WorkerError(
+                    f"a worker process ended with code {dead[0].exitcode}; finished runs and epochs are stored, "
+                    "run the same command again to go on"
+                ) from None
+            continue
+        if event["kind"] == "through":
+            through += 1
+        elif event["kind"] != "busy":
+            listen(event)
+
+
+def _worker(job: Job, events: Any, parent: int) -> None:
+    def send(event: Event) -> None:
+        if os.getppid() != parent:
+            os._exit(1)
+        events.put(event)
+
+    try:
+        work(job, send)
+        send({"kind": "through", "run": ""})
+    except KeyboardInterrupt:
+        os._exit(130)

@@ -1,0 +1,165 @@
+"""Reading a YAML file into an Experiment: overrides, presets, and errors that name file, key path and nearest key."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ibp_triton.harness import presets
+from ibp_triton.harness.config import Experiment
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file, the key and the cure."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also reads 1e-3 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validated experiment beside the tree it came from (overrides applied, preset not filled in)."""
+
+    experiment: Experiment
+    tree: dict[str, Any]
+    where: str
+
+    def variants(self) -> Iterator[tuple[str, Experiment]]:
+        """The experiment once for each variant, its overrides applied; once, nameless, where there is none."""
+        if not self.experiment.variants:
+            yield "", self.experiment
+        for label, overrides in self.experiment.variants.items():
+            tree = copy.deepcopy({key: value for key, value in self.tree.items() if key != "variants"})
+            where = f"{self.where}: variants.{label}"
+            for dotted, value in overrides.items():
+                override(tree, dotted, value, where)
+            yield label, validate(tree, where)
+
+    def text(self) -> str:
+        """YAML that `load` reads back to the same plan."""
+        return yaml.safe_dump(self.tree, sort_keys=False, allow_unicode=True)
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Plan:
+    """Read, override ("a.b=c"), fill the preset and validate, variants too; raises ConfigError."""
+    tree = read_tree(path)
+    for text in overrides:
+        dotted, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {text}: write key.path=value")
+        override(tree, dotted.strip(), parse(value, f"--set {dotted}"), "--set")
+    plan = Plan(validate(tree, str(path)), tree, str(path))
+    for _ in plan.variants():
+        pass
+    return plan
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises ConfigError for a missing or malformed one."""
+    try:
+        tree = parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys at the top, got {type(tree).__name__}")
+    return _named_network(tree)
+
+
+def parse(text: str, where: str) -> Any:
+    """YAML text as plain Python values; raises ConfigError naming `where` and the line."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}:{line} is not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def override(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
+    """Set tree[a][b] = value for "a.b", in place; raises ConfigError where a path runs through a plain value."""
+    *parents, last = dotted.split(".")
+    for name in parents:
+        if tree.get(name) is None:
+            tree[name] = {}
+        tree = tree[name]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{where}: {dotted}: {name} holds a plain value, so it has no key under it")
+    tree[last] = value
+    if last == "network":
+        _named_network(tree)
+
+
+def validate(tree: dict[str, Any], where: str) -> Experiment:
+    """The tree with its preset as an Experiment; raises ConfigError with one line for each fault."""
+    filled = presets.fill(tree)
+    try:
+        return Experiment.model_validate(filled)
+    except ValidationError as error:
+        lines = [_explain(fault, where) for fault in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+
+
+def _named_network(tree: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(tree.get("network"), str):
+        tree["network"] = {"name": tree["network"]}
+    return tree
+
+
+def _explain(fault: Any, where: str) -> str:
+    path = [str(part) for part in fault["loc"] if not _is_type_tag(str(part))]
+    dotted = ".".join(path) or "(top)"
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: {dotted}: unknown key{_nearest(path)}"
+    if fault["type"] == "missing":
+        return f"{where}: {dotted}: this key is missing"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    got = "" if isinstance(fault["input"], dict | list) else f", got {fault['input']!r}"
+    return f"{where}: {dotted}: {message}{got}"
+
+
+def _is_type_tag(part: str) -> bool:
+    """Pydantic names the member of a union it tried, as in methods.bp.Method or seeds.0.int."""
+    return part in {"Method", "Seeds", "Span", "Augment", "int", "float", "constrained-float"} or "[" in part
+
+
+def _nearest(path: list[str]) -> str:
+    known = list(_keys_at(path[:-1]))
+    close = difflib.get_close_matches(path[-1], known, 1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
+
+
+def _keys_at(path: list[str]) -> Iterable[str]:
+    model: type[BaseModel] = Experiment
+    for part in path:
+        if part in model.model_fields:
+            model = _section(model.model_fields[part].annotation) or model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section(part))), None)

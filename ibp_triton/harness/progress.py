@@ -1,0 +1,102 @@
+"""What the user sees while runs train: a live table on a terminal, one line an event elsewhere; errors and ETA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ibp_triton.harness import cost
+from ibp_triton.harness.grid import Run
+from ibp_triton.harness.summary import Row, error_text
+
+
+class Progress:
+    """Listener of a launch; use as a context manager. `done` are the runs that were finished before."""
+
+    def __init__(self, console: Console, runs: Sequence[Run], done: set[str], workers: int) -> None:
+        self._console, self._runs = console, {run.name: run for run in runs}
+        weights = {name: cost.weight(run) for name, run in self._runs.items()}
+        self._weights, self._share = weights, {name: float(name in done) for name in self._runs}
+        self._before, self._start, self._workers = self._work(), time.monotonic(), workers
+        self._records: dict[str, dict[str, Any]] = {}
+        self._live = Live(self._table(), console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take in one event of `launch`."""
+        if event["run"] not in self._runs:
+            return
+        run = self._runs[event["run"]]
+        if event["kind"] == "epoch":
+            self._share[run.name] = event["epoch"] / run.training.epochs
+            self._records[run.name] = {**self._records.get(run.name, {}), **event}
+        elif event["kind"] in ("done", "failed"):
+            self._share[run.name] = 1.0
+            self._records.pop(run.name, None)
+            self._console.print(self._closing(run, event), highlight=False)
+        if self._live:
+            self._live.update(self._table())
+        elif event["kind"] == "epoch" and self._is_milestone(run, event["epoch"]):
+            self._console.print(self._line(run, event), highlight=False)
+
+    def _work(self) -> float:
+        return sum(self._weights[name] * share for name, share in self._share.items())
+
+    def _eta(self) -> str:
+        done, spent = self._work() - self._before, time.monotonic() - self._start
+        if not done:
+            return "…"
+        left = (sum(self._weights.values()) - self._work()) * spent / done
+        return str(timedelta(seconds=round(left)))
+
+    def _is_milestone(self, run: Run, epoch: int) -> bool:
+        return epoch % max(1, run.training.epochs // 4) == 0
+
+    def _line(self, run: Run, event: dict[str, Any]) -> str:
+        loss = "diverged" if event["loss"] is None else f"loss {event['loss']:.4f}"
+        tested = f", error {event['test_error']:.2f} %" if "test_error" in event else ""
+        return f"  {run.label}: epoch {event['epoch']}/{run.training.epochs}, {loss}{tested}, ETA {self._eta()}"
+
+    def _closing(self, run: Run, event: dict[str, Any]) -> str:
+        position = f"[{sum(share == 1.0 for share in self._share.values())}/{len(self._runs)}]"
+        if event["kind"] == "failed":
+            return f"{position} {run.label}: failed: {event['message']}".replace("[", r"\[")
+        text = f"{position} {run.label}: error {event['test_error']:.2f} %, {event['seconds_per_epoch']:.2f} s/epoch"
+        return f"{text}, ETA {self._eta()}".replace("[", r"\[")
+
+    def _table(self) -> Table:
+        table = Table("run", "epoch", "loss", "error %", "s/epoch", title=f"ETA {self._eta()}")
+        for name, record in self._records.items():
+            run = self._runs[name]
+            loss = "diverged" if record["loss"] is None else f"{record['loss']:.4f}"
+            tested = f"{record['test_error']:.2f}" if "test_error" in record else ""
+            epoch, seconds = f"{record['epoch']}/{run.training.epochs}", f"{record['seconds']:.2f}"
+            table.add_row(run.label, epoch, loss, tested, seconds)
+        return table
+
+
+def result_table(rows: Sequence[Row]) -> Table:
+    """The comparison: error mean ± sd, seconds an epoch, ratio to BP measured and predicted."""
+    named = any(row.variant for row in rows)
+    headings = (["variant"] if named else []) + ["method", "parameter", "seeds", "error %", "s/epoch"]
+    table = Table(*headings, "× BP measured", "× BP predicted")
+    for row in rows:
+        parameter = "" if row.parameter is None else f"{row.parameter:g}"
+        cells = [row.label, parameter, f"{len(row.errors)}/{row.expected}", error_text(row.mean, row.sd)]
+        ratios = [f"{row.seconds:.2f}", "" if row.measured is None else f"{row.measured:.2f}", f"{row.predicted:.2f}"]
+        table.add_row(*([row.variant] if named else []), *cells, *ratios)
+    return table
