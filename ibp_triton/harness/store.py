@@ -9,6 +9,7 @@ import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-
-import ibp_triton
 
 RESULT, METRICS, RESUME, CHECKPOINT, MEAN = (
     "result.json",
@@ -74,7 +73,10 @@ def read_metrics(folder: Path, epochs: int | None = None) -> list[Record]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, atomically; tensors are stored contiguous, on the CPU."""
+    """A safetensors file, atomically; tensors are stored contiguous, on the CPU.
+
+    Without metadata equal tensors give equal bytes; the order of several metadata keys is not fixed.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, save(plain, {"format": "pt", **(metadata or {})}))
 
@@ -111,7 +113,7 @@ def sweep(folder: Path) -> None:
 def environment() -> Record:
     """What the figures depend on beside the config: versions, processor, threads, device."""
     return {
-        "ibp_triton": ibp_triton.__version__,
+        "ibp_triton": version("ibp-triton"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -200,7 +200,7 @@ def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Reco
         "train_examples": len(dataset.train.labels),
         "test_examples": len(dataset.test.labels),
     }
-    store.write_tensors(folder / store.CHECKPOINT, state.model.state_dict(), {"run": run.name})
+    store.write_tensors(folder / store.CHECKPOINT, state.model.state_dict())
     store.write_tensors(folder / store.MEAN, {"mean": dataset.mean})
     store.write_json(folder / store.RESULT, result)
     (folder / store.RESUME).unlink(missing_ok=True)
