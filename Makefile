@@ -1,0 +1,40 @@
+# Targets that CI calls too. Everything runs in .venv, made from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = . $(VENV)/bin/activate &&
+STAMP = $(VENV)/.complete
+CPUS ?= 2
+# A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
+TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
+
+.PHONY: setup quickstart test lint format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,tensorboard,dev]' -c constraints.txt
+	touch $@
+
+quickstart: setup
+	$(RUN) ibp-triton run configs/quickstart.yaml
+
+# tests/compiled needs Triton's CPU compiler in a process of its own.
+test: setup
+	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled -n $(CPUS)
+	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled; fi
+
+lint: setup
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+format: setup
+	$(RUN) ruff check --fix . && ruff format .
+
+bench: setup
+	$(RUN) pytest benchmarks --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
