@@ -1,1 +1,90 @@
-"""rules."""
+"""Which rule a torch function gets."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ibp_triton.rules.base import Bilinear, Layer
+from ibp_triton.rules.dense import Conv1d, Conv2d, Linear
+from ibp_triton.rules.generic import BatchNormTrain, DetachPrimals, Generic, ModuleCall
+from ibp_triton.rules.pointwise import (
+    GELU,
+    BatchNormEval,
+    ChannelDropout,
+    Divide,
+    Dropout,
+    LeakyReLU,
+    Multiply,
+    ReLU,
+    Sigmoid,
+    SiLU,
+    Softplus,
+    Tanh,
+)
+from ibp_triton.rules.pooling import MaxPool1d, MaxPool2d
+from ibp_triton.rules.structural import Add, BatchedMap, Concatenate, Item, LinearMap, Pieces, Reshape, Subtract
+
+__all__ = ["BatchNormTrain", "Bilinear", "DetachPrimals", "Generic", "Layer", "ModuleCall", "Pieces", "rule_for"]
+
+T = torch.Tensor
+
+_FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
+    Linear: (F.linear,),
+    Conv1d: (F.conv1d,),
+    Conv2d: (F.conv2d,),
+    MaxPool1d: (F.max_pool1d,),
+    MaxPool2d: (F.max_pool2d,),
+    ReLU: (F.relu, torch.relu, T.relu),
+    LeakyReLU: (F.leaky_relu,),
+    Sigmoid: (F.sigmoid, torch.sigmoid, T.sigmoid),
+    Tanh: (F.tanh, torch.tanh, T.tanh),
+    Softplus: (F.softplus,),
+    SiLU: (F.silu,),
+    GELU: (F.gelu,),
+    Dropout: (F.dropout,),
+    ChannelDropout: (F.dropout1d, F.dropout2d, F.dropout3d),
+    BatchNormEval: (F.batch_norm,),
+    Multiply: (operator.mul, torch.mul, T.mul, torch.multiply, T.multiply),
+    Divide: (operator.truediv, torch.div, T.div, torch.true_divide, T.true_divide),
+    Add: (operator.add, torch.add, T.add),
+    Subtract: (operator.sub, torch.sub, T.sub, torch.subtract, T.subtract),
+    Concatenate: (torch.cat, torch.concat, torch.concatenate),
+    Item: (operator.getitem,),
+    Reshape: (
+        *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.ravel, torch.unflatten),
+        *(T.flatten, T.reshape, T.squeeze, T.unsqueeze, T.ravel, T.unflatten, T.view, T.view_as, T.reshape_as),
+    ),
+    BatchedMap: (
+        *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+        *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    ),
+    LinearMap: (
+        *(F.pad, torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.mean, torch.sum, torch.neg),
+        *(T.permute, T.transpose, T.swapaxes, T.movedim, T.mean, T.sum, T.neg, T.expand, T.expand_as, T.contiguous),
+        *(operator.neg, torch.narrow, T.narrow, torch.select, T.select, torch.flip, T.flip, torch.roll, T.roll),
+        *(torch.clone, T.clone, T.repeat, torch.t, T.t),
+    ),
+}
+_RULES: dict[Any, type[Layer]] = {function: rule for rule, functions in _FUNCTIONS.items() for function in functions}
+
+
+def rule_for(function: Callable[..., Any], kinds: Mapping[str, str], static: Mapping[str, Any]) -> type[Layer] | None:
+    """The rule for a call of ``function`` with operands of these kinds, None where only the generic one fits."""
+    rule = _RULES.get(function)
+    if rule is None or not rule.accepts(kinds):
+        return None
+    if rule is BatchNormEval and (static.get("training") is not False or "running_mean" not in kinds):
+        return None
+    if static.get("rounding_mode") is not None or (function is F.pad and static.get("value")):
+        return None  # a rounded quotient, a padding that is affine rather than linear
+    return rule
+
+
+def candidate(function: Callable[..., Any]) -> type[Layer] | None:
+    """The rule to bind a call's arguments with, before its operands are known."""
+    return _RULES.get(function)

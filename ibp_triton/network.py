@@ -1,0 +1,74 @@
+"""Network: a model as a sequence of layers whose four rules the sweeps apply."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ibp_triton.graph import Builder, Graph
+from ibp_triton.tracing import signature, trace
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+class Network:
+    """Any classifier ``model(x) -> logits [N, M]`` as nodes in order, for the explicit sweeps of the methods.
+
+    The parameters stay the model's own; ``train()`` and ``eval()`` are followed. Submodules that torch.fx cannot trace
+    run as one layer each, named once in a warning; no model is refused for its structure.
+
+    Args:
+        model: the classifier; x is its one input.
+        backend: "torch", "triton", or "auto" (triton where the parameters are on a CUDA device, else torch).
+        dtype: the dtype to compute in, e.g. torch.bfloat16 with float32 parameters as master weights; None computes
+            in the parameters' own dtype. Gradients always come in the parameters' dtype.
+
+    Raises:
+        TypeError: for a model wrapped for data parallelism or compiled; the message names the cure.
+        ValueError: for an unknown backend or a dtype that is not floating point.
+    """
+
+    def __init__(self, model: nn.Module, backend: str = "auto", dtype: torch.dtype | None = None) -> None:
+        _check_model(model)
+        if backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"backend must be 'auto', 'torch' or 'triton', not {backend!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype}")
+        self.model, self.backend, self.dtype = model, backend, dtype
+        self._graphs: dict[Any, Graph] = {}
+        self._warned = False
+
+    def graph(self) -> Graph:
+        """The nodes for the model's present structure and train/eval modes; traced once for each."""
+        key = signature(self.model)
+        if key not in self._graphs:
+            self._graphs[key] = self._trace()
+        return self._graphs[key]
+
+    def _trace(self) -> Graph:
+        warn, self._warned = not self._warned, True
+        graph = trace(self.model, lambda graph, model: Builder(model).build(graph, model), warn)
+        return graph if graph is not None else Builder(self.model).whole()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by name, each once."""
+        return dict(self.model.named_parameters())
+
+    def __repr__(self) -> str:
+        dtype = "" if self.dtype is None else f", dtype={self.dtype}"
+        return f"Network({type(self.model).__name__}, backend={self.backend!r}{dtype})"
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, _WRAPPERS):
+        raise TypeError(
+            f"Network needs the plain model, not {type(model).__name__}: put the loss inside the wrapper instead. Write a "
+            "module whose forward(x, labels) returns method(self.network, x, labels), with self.model = model and "
+            "self.network = Network(model), and wrap that module"
+        )
+    if type(model).__name__ == "OptimizedModule":
+        raise TypeError("Network needs the plain model, not the result of torch.compile: pass the module you compiled")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Network needs a torch.nn.Module, not {type(model).__name__}")

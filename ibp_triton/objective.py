@@ -1,0 +1,49 @@
+"""A method as a loss: one autograd function whose backward hands out the gradient that the sweeps computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ibp_triton.methods import Method
+    from ibp_triton.network import Network
+
+
+class _Objective(torch.autograd.Function):
+    """Loss and gradient in forward, so that the parameters may change before backward."""
+
+    @staticmethod
+    def forward(ctx: Any, step: tuple[Any, ...], names: list[str], *parameters: Tensor) -> Tensor:
+        method, network, x, labels, tangents = step
+        loss, gradients = method.gradients(network, x, labels, tangents)
+        ctx.gradients = [gradients.get(name) for name in names]
+        return loss  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "this loss has no second derivative (its gradient comes from explicit sweeps): call backward or "
+                "autograd.grad without create_graph=True, or use ibp_triton.reference for a differentiable oracle"
+            )
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "backward was called a second time on the same loss, whose gradient has been handed out: "
+                "compute the loss again, method(network, x, labels)"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if g is None else g * upstream[0].to(g.dtype) for g in gradients]
+        return None, None, *scaled
+
+
+def objective(method: Method, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None) -> Tensor:
+    """The loss as a 0-d tensor with history; the value alone where gradients are switched off or nothing is trainable."""
+    named = [(name, p) for name, p in network.model.named_parameters() if p.requires_grad]
+    if not torch.is_grad_enabled() or not named:
+        return method.value(network, x, labels, tangents)
+    names, parameters = zip(*named, strict=True)
+    loss: Tensor = _Objective.apply((method, network, x, labels, tangents), list(names), *parameters)  # type: ignore[no-untyped-call]
+    return loss

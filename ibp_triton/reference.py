@@ -1,0 +1,205 @@
+"""The oracle: the seven methods by torch.autograd on any nn.Module, written from the definitions, not from the sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from ibp_triton.attacks import fgsm_step
+
+Gradients = dict[str, Tensor]
+Function = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+def gradients(
+    model: nn.Module, method: Any, x: Tensor, labels: Tensor, tangents: Tensor | None = None
+) -> tuple[Tensor, Gradients]:
+    """The method's objective (mean over the batch) and {parameter name: gradient}, by automatic differentiation.
+
+    Args:
+        model: x [N, ...] → logits [N, M]. Its buffers and the global random state stay as they are; every evaluation
+            sees the same random numbers.
+        method: an object with ``key``, ``parameter`` and the attributes of the methods in ``ibp_triton``.
+        x: [N, ...]; use float64 for comparisons.
+        labels: [N] integers.
+        tangents: [T, N, ...] for tbp and fast_tbp.
+
+    Raises:
+        KeyError: for an unknown ``method.key``.
+    """
+    function = _pure(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    run = {
+        "bp": _bp,
+        "loss_ibp": _seeded,
+        "fast_tbp": _seeded,
+        "prediction_ibp": _prediction,
+        "tbp": _prediction,
+        "at": _adversarial,
+        "fast_at": _adversarial,
+    }[method.key]
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+        value, result = run(function, parameters, method, x.detach(), labels, tangents)
+    n = x.shape[0]
+    return value.detach() / n, {name: g.detach() / n for name, g in result.items()}
+
+
+def _pure(model: nn.Module) -> Function:
+    """The model as a function of parameters and x, at fixed buffers and random numbers."""
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    state = torch.get_rng_state()
+
+    def function(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        copies = {name: b.clone() for name, b in buffers.items()}
+        with torch.random.fork_rng(devices=[]), _no_fast_path():
+            torch.set_rng_state(state)
+            return torch.func.functional_call(model, {**parameters, **copies}, (x.clone(),))  # type: ignore[no-any-return]
+
+    return function
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Keep nn.MultiheadAttention in eval mode on its differentiable path."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def _norm(u: Tensor, r: float) -> Tensor:
+    return u.abs().pow(r).sum() / r
+
+
+def _psi(u: Tensor, r: float) -> Tensor:
+    return u.sign() * u.abs().pow(r - 1) if r != 1 else u.sign()
+
+
+def _loss_gradient(function: Function, parameters: Gradients, x: Tensor, labels: Tensor) -> tuple[Tensor, Gradients]:
+    leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+    value = _loss(function(leaves, x), labels)
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return value, dict(zip(leaves, found, strict=True))
+
+
+def _input_gradient(function: Function, parameters: Gradients, x: Tensor, labels: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(_loss(function(parameters, x), labels), x)[0]
+
+
+def _add(a: Gradients, b: Gradients, factor: Any) -> Gradients:
+    return {name: a[name] + factor * b[name] for name in a}
+
+
+def _bp(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, tangents: Any) -> Any:
+    return _loss_gradient(f, parameters, x, labels)
+
+
+def _adversarial(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, tangents: Any) -> Any:
+    star = fgsm_step(x, _input_gradient(f, parameters, x, labels), method.epsilon)
+    value, gradient = _loss_gradient(f, parameters, star, labels)
+    if method.key == "fast_at":
+        return value, gradient
+    clean, first = _loss_gradient(f, parameters, x, labels)
+    half = {name: 0.5 * g for name, g in gradient.items()}
+    return 0.5 * (clean + value), _add(half, first, 0.5)
+
+
+def _seeded(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, tangents: Any) -> Any:
+    """Loss IBP and Fast TBP: a penalty on ⟨d_0, seed⟩."""
+    value, gradient = _loss_gradient(f, parameters, x, labels)
+    d_0 = _input_gradient(f, parameters, x, labels)
+    if tangents is None:
+        seed, size = _psi(d_0, method.norm), _norm(d_0, method.norm)
+    else:
+        slopes = (tangents * d_0).flatten(2).sum(2)
+        seed = (_psi(slopes, method.norm).reshape(*slopes.shape, *[1] * (x.dim() - 1)) * tangents).sum(0)
+        size = _norm(slopes, method.norm)
+    if method.semantics == "exact":
+        extra = _loss_change(f, parameters, x, labels, seed)
+    else:
+        c = _head(f(parameters, x), labels)
+        extra = _paper_term(f, parameters, x, seed, c)
+    return value + method.beta * size, _add(gradient, extra, method.beta)
+
+
+def _loss_change(f: Function, parameters: Gradients, x: Tensor, labels: Tensor, seed: Tensor) -> Gradients:
+    """d/ds ∇_w L(x + s · seed) at s = 0: forward over reverse."""
+
+    def gradient(x: Tensor) -> Gradients:
+        return torch.func.grad(lambda p: _loss(f(p, x), labels))(parameters)  # type: ignore[no-any-return]
+
+    return torch.func.jvp(gradient, (x,), (seed,))[1]  # type: ignore[no-any-return]
+
+
+def _head(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).detach()
+
+
+def _prediction(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, tangents: Any) -> Any:
+    """Prediction IBP (the tangent is d_0) and TBP (the tangents are given): a penalty on ‖J τ‖."""
+    value, gradient = _loss_gradient(f, parameters, x, labels)
+    directions = [_input_gradient(f, parameters, x, labels)] if tangents is None else list(tangents)
+    for tau in directions:
+        t_K = torch.func.jvp(lambda u: f(parameters, u), (x,), (tau,))[1]
+        e_K = _psi(t_K, method.norm)
+        value = value + method.beta * _norm(t_K, method.norm)
+        if method.semantics == "paper":
+            extra = _paper_term(f, parameters, x, tau, e_K)
+        else:
+            extra = _prediction_change(f, parameters, x, tau, e_K)
+            if tangents is None:
+                e_0 = torch.func.vjp(lambda u: f(parameters, u), x)[1](e_K)[0]
+                extra = _add(extra, _loss_change(f, parameters, x, labels, e_0), 1)
+        gradient = _add(gradient, extra, method.beta)
+    return value, gradient
+
+
+def _prediction_change(f: Function, parameters: Gradients, x: Tensor, tau: Tensor, e: Tensor) -> Gradients:
+    """∇_w ⟨e, J τ⟩ = d/ds (∇_w ⟨e, f(x + s τ)⟩) at s = 0: forward over reverse."""
+
+    def gradient(x: Tensor) -> Gradients:
+        return torch.func.vjp(lambda p: f(p, x), parameters)[1](e)[0]  # type: ignore[no-any-return]
+
+    return torch.func.jvp(gradient, (x,), (tau,))[1]  # type: ignore[no-any-return]
+
+
+def _paper_term(f: Function, parameters: Gradients, x: Tensor, seed: Tensor, r: Tensor) -> Gradients:
+    """∇_w ⟨r, t_K⟩ where t_K is carried through the model by dual numbers whose primal part is cut after every torch
+    function, so that only each Df_i depends on the parameters."""
+
+    def tangent(parameters: Gradients) -> Tensor:
+        def watched(u: Tensor) -> Tensor:
+            with _CutPrimals():
+                return f(parameters, u)
+
+        return torch.func.jvp(watched, (x,), (seed,))[1]  # type: ignore[no-any-return]
+
+    return torch.func.vjp(tangent, parameters)[1](r)[0]  # type: ignore[no-any-return]
+
+
+class _CutPrimals(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tree_map(_cut, func(*args, **(kwargs or {})))
+
+
+def _cut(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    primal, tangent = forward_ad.unpack_dual(value)
+    return value if tangent is None else forward_ad.make_dual(primal.detach(), tangent)

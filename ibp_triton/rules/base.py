@@ -1,0 +1,155 @@
+"""The interface of a layer: one torch operation, evaluated once, and its derivatives.
+
+Notation (METHODS section of the README): ``a`` activations, ``d`` derivatives of the summed loss with respect to them,
+``t`` tangents (the linearised forward sweep), ``r`` any reverse derivative (``d`` or ``e``).
+
+Shape law: an operand or output of shape S has derivatives and tangents of shape S, or [T, *S] when T tangent vectors
+travel together. Every derivative is per sample: nothing here divides by the batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ibp_triton.graph import Node
+
+Tangents = Mapping[str, Tensor]
+Names = Collection[str]
+
+
+class Layer:
+    """One evaluated operation f(operands). A new object each time: what a sweep saves belongs to the sweep's trace.
+
+    Operands are called by the names of ``forward``'s arguments; the entries of a list argument by ``name.0``, ``name.1``…
+    """
+
+    forward: Any  # forward(*args, **kwargs) -> Tensor, with the argument names of the torch function it stands for
+    label: ClassVar[str] = ""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    @classmethod
+    def accepts(cls, kinds: Mapping[str, str]) -> bool:
+        """Whether this rule covers a call whose operands have these kinds (active, parametric, constant)."""
+        return True
+
+    def replay(self, first: Layer, *args: Any, **kwargs: Any) -> Any:
+        """``forward`` at other values, with the random numbers and the state that ``first`` used."""
+        return self.forward(*args, **kwargs)
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """f~: the derivatives of ⟨d, f⟩ with respect to the wanted operands, [T, *S] for d of [T, *S_out]."""
+        raise NotImplementedError
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """f~~: the tangent of the output for these tangents of the operands (an operand not named has none)."""
+        raise NotImplementedError
+
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+        """∇_w ⟨r, Df(a; w)[t]⟩ for the wanted parametric operands, summed over tangents; absent where zero.
+
+        ``exact`` matters only to operations made of several torch functions: whether what lies between them moves
+        with w (the true derivative) or stays put (the paper's semantics).
+        """
+        return {}
+
+    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """∇_a ⟨d, Df(a; w)[t]⟩ for the wanted active operands, summed over tangents; absent where zero."""
+        return {}
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds of one forward evaluation (reverse, linear sweep and weight gradient cost the same each)."""
+        return 0
+
+
+class Bilinear(Layer):
+    """A layer with operands input, weight and bias that is linear in its input and in its weight.
+
+    Its weight gradient g(left, right) is bilinear, so the paper's two terms merge: g(a, d) + β g(t, d) = g(a + βt, d).
+    """
+
+    input: Tensor
+    weight: Tensor
+
+    @classmethod
+    def accepts(cls, kinds: Mapping[str, str]) -> bool:
+        """The input carries the tangent; weight and bias may be anything that does not depend on x."""
+        return kinds.get("input") == "active" and all(k != "active" for n, k in kinds.items() if n != "input")
+
+    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
+        """g(left, right), of the weight's shape, summed over samples and tangents."""
+        raise NotImplementedError
+
+    def bias_gradient(self, d: Tensor) -> Tensor:
+        """The derivative with respect to the bias, summed over samples."""
+        raise NotImplementedError
+
+    def param_vjp(self, left: Tensor, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """g(left, d) for the weight and the sum of d for the bias; ``left`` is a, or a + βt for merged terms."""
+        out = {}
+        if "weight" in wanted:
+            out["weight"] = self.weight_gradient(left, d)
+        if "bias" in wanted:
+            out["bias"] = self.bias_gradient(d)
+        return out
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """f~ for the input; g and the bias's sum for the parameters."""
+        out = {"input": self.input_vjp(d)} if "input" in wanted else {}
+        return out | self.param_vjp(self.input, d, wanted)
+
+    def input_vjp(self, d: Tensor) -> Tensor:
+        """f~ for the input alone."""
+        raise NotImplementedError
+
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+        """g(t, r); a bias has no tangent term."""
+        return {"weight": self.weight_gradient(t["input"], r)} if "weight" in wanted else {}
+
+
+def tangent_axes(t: Tensor, value: Tensor) -> int:
+    """1 if ``t`` carries a leading axis of tangents over ``value``'s shape, else 0."""
+    return t.dim() - value.dim()
+
+
+def fold(t: Tensor, value: Tensor) -> Tensor:
+    """[T, N, ...] as [T·N, ...]; [N, ...] as it is."""
+    return t.flatten(0, 1) if t.dim() > value.dim() else t
+
+
+def unfold(folded: Tensor, t: Tensor, value: Tensor) -> Tensor:
+    """Undo ``fold(t, value)`` on the result of an operation that keeps the batch axis first."""
+    return folded.unflatten(0, t.shape[:2]) if t.dim() > value.dim() else folded
+
+
+def lift(t: Tensor, value: Tensor, rank: int) -> Tensor:
+    """Tangent [T, *S] of a value of shape S, given ones so that it broadcasts against [T, *S_out] of that rank."""
+    if t.dim() == value.dim() or value.dim() == rank:
+        return t
+    return t.reshape(t.shape[0], *([1] * (rank - value.dim())), *value.shape)
+
+
+def sum_to(d: Tensor, value: Tensor, rank: int) -> Tensor:
+    """Sum [*S_out] or [T, *S_out] (output rank ``rank``) over the axes along which ``value`` was broadcast."""
+    extra = d.dim() - rank
+    shape = [1] * (rank - value.dim()) + list(value.shape)
+    axes = [extra + i for i, n in enumerate(shape) if n == 1 and d.shape[extra + i] != 1]
+    if axes:
+        d = d.sum(axes, keepdim=True)
+    return d.reshape(*d.shape[:extra], *value.shape)
+
+
+def without_tangents(d: Tensor, value: Tensor) -> Tensor:
+    """Sum a leading axis of tangents away, if there is one."""
+    return d.sum(0) if d.dim() > value.dim() else d
+
+
+def product(numbers: Collection[int]) -> int:
+    """The product of sizes, 1 for none."""
+    return math.prod(numbers)

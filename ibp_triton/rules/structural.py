@@ -1,0 +1,156 @@
+"""Layers that move, add or join numbers: sums, concatenation, reshapes and other linear maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibp_triton.rules.base import Layer, Names, Tangents, fold, lift, sum_to, unfold
+
+
+class Add(Layer):
+    """y = u + alpha · v with broadcasting; either side may be an activation, a parameter, a tensor or a number."""
+
+    label, sign = "add", 1
+
+    def forward(self, input: Any, other: Any, *, alpha: float = 1) -> Tensor:
+        """The broadcast shape."""
+        self.sides, self.factors = {"input": input, "other": other}, {"input": 1, "other": self.sign * alpha}
+        other = other if alpha == 1 else alpha * other
+        self.output: Tensor = input + other if self.sign == 1 else input - other
+        return self.output
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """D for each side, summed where that side was broadcast."""
+        return {name: self._scaled(name, sum_to(d, self.sides[name], self.output.dim())) for name in wanted}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """t_u + alpha t_v."""
+        rank = self.output.dim()
+        parts = [self._scaled(name, lift(part, self.sides[name], rank)) for name, part in t.items()]
+        total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return total.expand(*total.shape[: total.dim() - rank], *self.output.shape)
+
+    def _scaled(self, name: str, t: Tensor) -> Tensor:
+        return t if self.factors[name] == 1 else t * self.factors[name]
+
+
+class Subtract(Add):
+    """y = u − alpha · v."""
+
+    label, sign = "subtract", -1
+
+
+class Concatenate(Layer):
+    """Operands joined along one axis."""
+
+    label = "concatenate"
+
+    def forward(self, tensors: Any, dim: int = 0) -> Tensor:
+        """[..., n_0 + n_1 + …, ...]."""
+        self.tensors, self.dim = tensors, dim if dim < 0 else dim - tensors[0].dim()
+        return torch.cat(tensors, dim)
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """The slice of d that belongs to each operand."""
+        slices = d.split([x.shape[self.dim] for x in self.tensors], self.dim)
+        return {name: slices[int(name.split(".")[1])] for name in wanted}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """The tangents joined, zeros for operands without one."""
+        some = next(iter(t.values()))
+        batch = some.shape[: some.dim() - self.tensors[0].dim()]
+        parts = [t.get(f"tensors.{i}", x.new_zeros(()).expand(*batch, *x.shape)) for i, x in enumerate(self.tensors)]
+        return torch.cat(parts, self.dim)
+
+
+class Reshape(Layer):
+    """The same numbers in the same order under another shape: view, reshape, flatten, squeeze, unsqueeze."""
+
+    label = "reshape"
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Whatever shape the torch function gives."""
+        self.shape = input.shape
+        self.output: Tensor = self.node.function(input, *args, **kwargs)
+        return self.output
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """D in the input's shape."""
+        return {"input": d.reshape(*d.shape[: d.dim() - self.output.dim()], *self.shape)}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """T in the output's shape."""
+        tangent = t["input"]
+        return tangent.reshape(*tangent.shape[: tangent.dim() - len(self.shape)], *self.output.shape)
+
+
+class LinearMap(Layer):
+    """Any function that is linear in its one tensor operand and has no parameter: f~~ = f, f~ its transpose."""
+
+    label = "linear map"
+
+    @classmethod
+    def accepts(cls, kinds: Mapping[str, str]) -> bool:
+        """One tensor operand, the first argument."""
+        return list(kinds) == ["input"]
+
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the torch function gives."""
+        self.input = input
+        self.function = lambda x: self.node.function(x, *args, **kwargs)
+        self.output = self.function(input)
+        return self.output
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """The transpose, by torch.func.vjp (exact: the function is linear)."""
+        transpose = torch.func.vjp(self.function, self.input)[1]
+        batched = d.dim() > self.output.dim()
+        return {"input": torch.func.vmap(transpose)(d)[0] if batched else transpose(d)[0]}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """The function itself."""
+        tangent = t["input"]
+        result = torch.func.vmap(self.function)(tangent) if tangent.dim() > self.input.dim() else self.function(tangent)
+        return result  # type: ignore[no-any-return]
+
+
+class BatchedMap(LinearMap):
+    """A linear map that treats samples alike and keeps the batch axis first: tangents are further samples."""
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """The transpose at the folded batch."""
+        like = self.input.new_zeros(()).expand(fold(d, self.output).shape[0], *self.input.shape[1:])
+        return {"input": unfold(torch.func.vjp(self.function, like)[1](fold(d, self.output))[0], d, self.output)}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """The function at the folded batch."""
+        return unfold(self.function(fold(t["input"], self.input)), t["input"], self.input)
+
+
+class Pieces(dict[int, Any]):
+    """The derivative or tangent of a tuple: {position: derivative}, zero where absent."""
+
+
+class Item(LinearMap):
+    """Indexing: of a tensor by constants, or of the tuple that a layer with several outputs returned."""
+
+    label = "item"
+
+    def forward(self, input: Any, index: Any) -> Any:
+        """The element or slice."""
+        self.index = index
+        return super().forward(input, index)
+
+    def vjp(self, d: Any, wanted: Names) -> dict[str, Any]:
+        """D at the index, zero elsewhere."""
+        if isinstance(self.input, Tensor):
+            return super().vjp(d, wanted)
+        return {"input": Pieces({self.index % len(self.input): d})}
+
+    def jvp(self, t: Tangents) -> Any:
+        """The tangent's element."""
+        return super().jvp(t) if isinstance(self.input, Tensor) else t["input"].get(self.index % len(self.input))
