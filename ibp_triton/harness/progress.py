@@ -92,8 +92,11 @@ class Progress:
 def result_table(rows: Sequence[Row]) -> Table:
     """The comparison: error mean ± sd, seconds an epoch, ratio to BP measured and predicted."""
     named = any(row.variant for row in rows)
-    headings = (["variant"] if named else []) + ["method", "parameter", "seeds", "error %", "s/epoch"]
-    table = Table(*headings, "× BP measured", "× BP predicted")
+    table = Table(caption="cost relative to bp: measured in seconds, predicted in multiply-adds")
+    for heading in (["variant"] if named else []) + ["method", "β or ε", "seeds", "error %", "s/epoch"]:
+        table.add_column(heading, no_wrap=heading != "variant")
+    table.add_column("measured")
+    table.add_column("predicted")
     for row in rows:
         parameter = "" if row.parameter is None else f"{row.parameter:g}"
         cells = [row.label, parameter, f"{len(row.errors)}/{row.expected}", error_text(row.mean, row.sd)]

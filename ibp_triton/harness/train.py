@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,7 +188,6 @@ def _buffers(optimizer: torch.optim.SGD) -> list[Tensor]:
 
 def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Record:
     """Final errors, the model as a plain state dict, the input mean; result.json last: it marks the run as finished."""
-    seconds = sorted(record["seconds"] for record in state.metrics)
     result: store.Record = {
         "run": run.name,
         "method": run.method.key,
@@ -195,7 +195,7 @@ def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Reco
         "final_loss": state.metrics[-1]["loss"],
         "diverged": state.metrics[-1]["loss"] is None,
         **errors(state.model, dataset, run.training.channels_last),
-        "seconds_per_epoch": seconds[len(seconds) // 2],
+        "seconds_per_epoch": statistics.median(record["seconds"] for record in state.metrics),
         "predicted_ratio": predicted_ratio(run, state.model, dataset.shape),
         "train_examples": len(dataset.train.labels),
         "test_examples": len(dataset.test.labels),
