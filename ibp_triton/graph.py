@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ibp_triton.rules import BatchNormTrain, Generic, Layer, ModuleCall, candidate, rule_for
-from ibp_triton.tracing import Untraceable
+from ibp_triton.tracing import UntraceableError
 
 # active: depends on x; parametric: on parameters but not on x; constant: a tensor that depends on neither;
 # static: sizes, dtypes, numbers
@@ -119,7 +119,7 @@ class Builder:
             name = str(node.target)
             in_place = name.endswith("_") and not name.endswith("__")
             if in_place and not hasattr(torch.Tensor, name[:-1]):
-                raise Untraceable(node.meta.get("where", ""), f"Tensor.{name} works in place")
+                raise UntraceableError(node.meta.get("where", ""), f"Tensor.{name} works in place")
             function: Any = getattr(torch.Tensor, name[:-1] if in_place else name)
         elif node.op == "call_function":
             function, in_place = _functional(node)
@@ -269,7 +269,7 @@ def _functional(node: fx.Node) -> tuple[Callable[..., Any], bool]:
     if function is operator.setitem or (name.endswith("_") and not name.endswith("__")):
         plain = getattr(torch, name[:-1], None) or getattr(torch.nn.functional, name[:-1], None)
         if function is operator.setitem or plain is None:
-            raise Untraceable(node.meta.get("where", ""), f"{name} works in place")
+            raise UntraceableError(node.meta.get("where", ""), f"{name} works in place")
         return plain, True
     return function, False
 
@@ -318,4 +318,4 @@ def _check_aliases(node: fx.Node, target: fx.Node) -> None:
                 grown = True
     for other in relatives - {target}:
         if order[other] < order[node] and any(order[user] > order[node] for user in other.users):
-            raise Untraceable(node.meta.get("where", ""), "an in-place operation shows through a view")
+            raise UntraceableError(node.meta.get("where", ""), "an in-place operation shows through a view")

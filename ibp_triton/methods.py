@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ibp_triton.attacks import fgsm_step
-from ibp_triton.checks import check_batch, check_hyperparameters, check_tangents
+from ibp_triton.checks import check_batch, check_hyperparameters, check_labels, check_tangents
 from ibp_triton.head import cross_entropy, hessian_product, penalty, psi
-from ibp_triton.ledger import MultiplyAdds, multiply_adds
+from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.network import Network
 from ibp_triton.objective import objective
-from ibp_triton.sweeps import Sweep, Term, Trace, forward, linear_sweep, reverse, weight_gradients
+from ibp_triton.sweeps import Sweep, Term, linear_sweep, reverse, weight_gradients
+from ibp_triton.trace import Trace
 
 
 @dataclass(eq=False)
@@ -42,7 +43,8 @@ class Step:
     def first_pass(self, x: Tensor | None = None, first: Pass | None = None) -> Pass:
         """Forward at x; with ``first``, its dropout masks and no second update of running statistics."""
         earlier = None if first is None else first.trace
-        trace = forward(self.network, self.x if x is None else x, self.parameters, earlier)
+        trace = self.network.forward(self.x if x is None else x, self.parameters, earlier)
+        check_labels(self.labels, trace.logits)
         return Pass(trace, *cross_entropy(trace.logits, self.labels))
 
     def second_pass(self, run: Pass, *, to_input: bool) -> Sweep:
@@ -112,11 +114,11 @@ class Method:
 
     def cost(self, network: Network, input_shape: Sequence[int], tangents: int = 5) -> int:
         """Multiply-adds of one step on inputs [N, ...] of this shape."""
-        return self.multiply_adds(multiply_adds(network, input_shape), tangents)
+        return self.multiply_adds(network.multiply_adds(input_shape), tangents)
 
     def predicted_ratio(self, network: Network, input_shape: Sequence[int], tangents: int = 5) -> float:
         """Cost of one step over that of BP, in multiply-adds; BP skips its first layer's vjp."""
-        work = multiply_adds(network, input_shape)
+        work = network.multiply_adds(input_shape)
         return self.multiply_adds(work, tangents) / BP().multiply_adds(work, tangents)
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:

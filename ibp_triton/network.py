@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ibp_triton import ledger
 from ibp_triton.graph import Builder, Graph
+from ibp_triton.trace import Trace, run
 from ibp_triton.tracing import signature, trace
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -39,6 +42,7 @@ class Network:
         self.model, self.backend, self.dtype = model, backend, dtype
         self._graphs: dict[Any, Graph] = {}
         self._warned = False
+        self._shape: tuple[int, ...] | None = None
 
     def graph(self) -> Graph:
         """The nodes for the model's present structure and train/eval modes; traced once for each."""
@@ -56,6 +60,39 @@ class Network:
         """The model's parameters by name, each once."""
         return dict(self.model.named_parameters())
 
+    def forward(self, x: Tensor, parameters: Mapping[str, Tensor], first: Trace | None = None) -> Trace:
+        """The first sweep at x [N, ...]; see ``ibp_triton.trace.run``."""
+        self._shape = tuple(x.shape)
+        return run(self.graph(), self.model, x, parameters, self.dtype, first)
+
+    def summary(self, input_shape: Sequence[int] | None = None) -> str:
+        """The nodes, the rule each uses and the multiply-adds of every sweep, as text to print.
+
+        Args:
+            input_shape: [N, ...]; by default that of the last batch.
+
+        Raises:
+            ValueError: without a shape before the first batch.
+        """
+        return ledger.summary(self._rows(input_shape))
+
+    def multiply_adds(self, input_shape: Sequence[int] | None = None) -> ledger.MultiplyAdds:
+        """Multiply-adds of each sweep on inputs [N, ...] of this shape (by default the last batch's)."""
+        return ledger.total(self._rows(input_shape))
+
+    def _rows(self, input_shape: Sequence[int] | None) -> list[ledger.Row]:
+        shape = self._shape if input_shape is None else tuple(input_shape)
+        if shape is None:
+            raise ValueError("the network has seen no batch yet: pass the input's shape, summary([32, 1, 28, 28])")
+        first = next(self.model.parameters())
+        x = torch.zeros(shape, dtype=first.dtype, device=first.device)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.no_grad(), torch.random.fork_rng([first.device] if first.is_cuda else []):
+            rows = ledger.rows(run(self.graph(), self.model, x, {}, self.dtype))
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return rows
+
     def __repr__(self) -> str:
         dtype = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"Network({type(self.model).__name__}, backend={self.backend!r}{dtype})"
@@ -64,9 +101,9 @@ class Network:
 def _check_model(model: Any) -> None:
     if isinstance(model, _WRAPPERS):
         raise TypeError(
-            f"Network needs the plain model, not {type(model).__name__}: put the loss inside the wrapper instead. Write a "
-            "module whose forward(x, labels) returns method(self.network, x, labels), with self.model = model and "
-            "self.network = Network(model), and wrap that module"
+            f"Network needs the plain model, not {type(model).__name__}: put the loss inside the wrapper instead. "
+            "Write a module whose forward(x, labels) returns method(self.network, x, labels), with self.model = model "
+            "and self.network = Network(model), and wrap that module"
         )
     if type(model).__name__ == "OptimizedModule":
         raise TypeError("Network needs the plain model, not the result of torch.compile: pass the module you compiled")

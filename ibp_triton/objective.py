@@ -40,7 +40,7 @@ class _Objective(torch.autograd.Function):
 
 
 def objective(method: Method, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None) -> Tensor:
-    """The loss as a 0-d tensor with history; the value alone where gradients are switched off or nothing is trainable."""
+    """The loss as a 0-d tensor with history; its value alone where gradients are off or nothing is trainable."""
     named = [(name, p) for name, p in network.model.named_parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not named:
         return method.value(network, x, labels, tangents)

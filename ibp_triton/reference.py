@@ -1,4 +1,4 @@
-"""The oracle: the seven methods by torch.autograd on any nn.Module, written from the definitions, not from the sweeps."""
+"""The oracle: the seven methods by torch.autograd on any nn.Module, from their definitions, not from the sweeps."""
 
 from __future__ import annotations
 

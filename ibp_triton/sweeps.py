@@ -1,4 +1,4 @@
-"""How a pass runs: forward, reverse, linear and curvature sweeps over a network, and the weight gradients.
+"""How a pass runs: reverse, linear and curvature sweeps over a trace, and the weight gradients.
 
 Sweeps are pure functions of tensors. What a sweep saves belongs to its Trace and is never overwritten.
 """
@@ -11,100 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from ibp_triton.graph import Graph, Node, Ref
-from ibp_triton.network import Network
+from ibp_triton.graph import Node
 from ibp_triton.rules import Bilinear, Layer, Pieces
+from ibp_triton.trace import Trace
 
 Sweep = list[Any]  # a derivative or tangent for each node, None where there is none
-
-
-@dataclass(eq=False)
-class Trace:
-    """One forward pass: the value of each node and the layer that computed it."""
-
-    graph: Graph
-    values: list[Any]
-    layers: list[Layer | None]
-    trainable: frozenset[int]  # parameter nodes that need a gradient
-    moves: list[bool]  # whether a node depends on a trainable parameter
-
-    @property
-    def logits(self) -> Tensor:
-        """[N, M]."""
-        return self.values[self.graph.output]  # type: ignore[no-any-return]
-
-    @property
-    def input(self) -> Tensor:
-        """x, in the dtype of the computation."""
-        return self.values[self.graph.input]  # type: ignore[no-any-return]
-
-
-def forward(network: Network, x: Tensor, parameters: Mapping[str, Tensor], first: Trace | None = None) -> Trace:
-    """First pass. With ``first``, dropout masks and batch statistics' bookkeeping are those of that pass."""
-    graph = network.graph()
-    own = dict(network.model.named_parameters())
-    trainable = frozenset(i for i, name in graph.parameters.items() if own[name].requires_grad)
-    trace = Trace(graph, [], [], trainable, _moving(graph, trainable))
-    for node in graph.nodes:
-        layer = None
-        if node.index == graph.input:
-            value: Any = x if network.dtype is None else x.to(network.dtype)
-        elif node.index in graph.parameters:
-            name = graph.parameters[node.index]
-            value = _cast(parameters.get(name, own[name]), network.dtype)
-        elif isinstance(node.function, str):
-            value = _cast(_attribute(network, node.function), network.dtype)
-        else:
-            value, layer = _evaluate(node, trace.values, first)
-        trace.values.append(value)
-        trace.layers.append(layer)
-    return trace
-
-
-def _evaluate(node: Node, values: list[Any], first: Trace | None) -> tuple[Any, Layer | None]:
-    args = _resolve(node.args, values)
-    kwargs = _resolve(node.kwargs, values)
-    if node.rule is None:
-        return node.function(*args, **kwargs), None
-    layer = node.rule(node)
-    earlier = first.layers[node.index] if first is not None else None
-    if earlier is not None:
-        return layer.replay(earlier, *args, **kwargs), layer
-    return layer.forward(*args, **kwargs), layer
-
-
-def _resolve(arguments: Any, values: list[Any]) -> Any:
-    if isinstance(arguments, Ref):
-        return values[arguments.index]
-    if isinstance(arguments, slice):
-        return slice(*(_resolve(part, values) for part in (arguments.start, arguments.stop, arguments.step)))
-    if isinstance(arguments, dict):
-        return {key: _resolve(value, values) for key, value in arguments.items()}
-    if isinstance(arguments, (tuple, list)):
-        return type(arguments)(_resolve(part, values) for part in arguments)
-    return arguments
-
-
-def _attribute(network: Network, path: str) -> Any:
-    value: Any = network.model
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    is_tensor = isinstance(value, Tensor) and value.is_floating_point()
-    value = value.detach() if isinstance(value, Tensor) else value
-    return value.to(dtype) if is_tensor and dtype is not None else value
-
-
-def _moving(graph: Graph, trainable: frozenset[int]) -> list[bool]:
-    moves: list[bool] = []
-    for node in graph.nodes:
-        moves.append(node.index in trainable or any(moves[i] for i in node.operands.values()))
-    return moves
 
 
 def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[tuple[Sweep, Sweep]] = ()) -> Sweep:
@@ -166,7 +78,7 @@ def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
     Without ``to_output`` layers after the last trainable one are skipped, and the last one's own jvp is.
     """
     graph = trace.graph
-    needed = _needed(trace, to_output)
+    needed = trace.tangents_needed(to_output)
     sweep: Sweep = [None] * len(graph.nodes)
     sweep[graph.input] = t
     for node in graph.nodes:
@@ -177,19 +89,6 @@ def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
         if tangents and _differentiable(trace.values[node.index]):
             sweep[node.index] = layer.jvp(tangents)
     return sweep
-
-
-def _needed(trace: Trace, to_output: bool) -> list[bool]:
-    """Nodes whose tangent reaches a trainable operand's layer, or the output."""
-    nodes = trace.graph.nodes
-    needed = [False] * len(nodes)
-    needed[trace.graph.output] = to_output
-    for node in reversed(nodes):
-        takes = any(nodes[i].kind == "parametric" and trace.moves[i] for i in node.operands.values())
-        if node.kind == "active" and (takes or needed[node.index]):
-            for index in node.operands.values():
-                needed[index] = True
-    return needed
 
 
 def _tangents_of(node: Node, sweep: Sweep) -> dict[str, Any]:
@@ -226,12 +125,19 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
             continue
         if node.kind == "parametric":
             if node.index in sums:
-                _collect(sums, node, layer.vjp(sums.pop(node.index).to(trace.values[node.index].dtype), wanted), 1)
+                _collect(sums, node, layer.vjp(_like(sums.pop(node.index), trace.values[node.index]), wanted), 1)
             continue
         for term, partner in _pairs(terms, node, layer):
             _contribute(sums, node, wanted, term, partner, exact)
     zero = {i: torch.zeros_like(trace.values[i]) for i in trace.trainable if i not in sums}
     return {trace.graph.parameters[i]: sum_ / batch for i, sum_ in sorted((sums | zero).items())}
+
+
+def _like(d: Any, value: Any) -> Any:
+    """A derivative in the dtype of the value it belongs to."""
+    if isinstance(d, Pieces):
+        return Pieces({k: _like(v, value[k]) for k, v in d.items()})
+    return d.to(value.dtype)
 
 
 def _pairs(terms: Sequence[Term], node: Node, layer: Layer) -> list[tuple[Term, Term | None]]:
@@ -282,15 +188,15 @@ def _collect(sums: dict[int, Tensor], node: Node, parts: Mapping[str, Tensor], c
     """Add coefficient · part to each operand's sum; half precision is added up in float32."""
     for name, part in parts.items():
         index = node.operands[name]
-        wide = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
-        wide = wide if _is(coefficient, 1) else coefficient * wide
-        sums[index] = sums[index] + wide if index in sums else wide
+        sums[index] = _sum(sums.get(index), _scaled(part, coefficient))
+
+
+def _scaled(part: Any, coefficient: Any) -> Any:
+    if isinstance(part, Pieces):
+        return Pieces({k: _scaled(v, coefficient) for k, v in part.items()})
+    wide = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
+    return wide if _is(coefficient, 1) else coefficient * wide
 
 
 def _is(value: Any, number: float) -> bool:
     return not isinstance(value, Tensor) and value == number
-
-
-def detached(tensors: Any) -> Any:
-    """A structure of tensors without autograd history."""
-    return tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, tensors)

@@ -58,7 +58,7 @@ class Tracer(fx.Tracer):
 def trace(model: nn.Module, functionalise: Callable[[fx.Graph, nn.Module], Any], warn: bool = True) -> Any:
     """``functionalise(graph, model)`` of the model's graph, retried with one more opaque module after each failure.
 
-    ``functionalise`` may raise ``Untraceable(path)`` for what shows only in the finished graph.
+    ``functionalise`` may raise ``UntraceableError(path)`` for what shows only in the finished graph.
     None where the whole model is opaque.
     """
     opaque: set[str] = set()
@@ -68,7 +68,7 @@ def trace(model: nn.Module, functionalise: Callable[[fx.Graph, nn.Module], Any],
         try:
             graph = tracer.watched(lambda: tracer.trace(model))  # noqa: B023 - called at once
             return functionalise(graph, model)
-        except Untraceable as error:
+        except UntraceableError as error:
             path, reason = error.path, str(error)
         except Exception as error:
             path, reason = tracer.failed, f"{type(error).__name__}: {error}"
@@ -80,7 +80,7 @@ def trace(model: nn.Module, functionalise: Callable[[fx.Graph, nn.Module], Any],
     return None
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """A module whose graph would not mean the same as its code."""
 
     def __init__(self, path: str, reason: str) -> None:

@@ -25,7 +25,7 @@ Names = Collection[str]
 class Layer:
     """One evaluated operation f(operands). A new object each time: what a sweep saves belongs to the sweep's trace.
 
-    Operands are called by the names of ``forward``'s arguments; the entries of a list argument by ``name.0``, ``name.1``…
+    Operands are called by the names of ``forward``'s arguments, the entries of a list argument ``name.0``, ``name.1``…
     """
 
     forward: Any  # forward(*args, **kwargs) -> Tensor, with the argument names of the torch function it stands for

@@ -113,7 +113,7 @@ class Generic(Layer):
 
     def _pull(self, names: Names, d: Any) -> dict[str, Tensor]:
         function, values = self._of(names)
-        output, pull = torch.func.vjp(function, *values)
+        output, pull = torch.func.vjp(function, *values)  # type: ignore[misc]
         return dict(zip(names, pull(_complete(output, d)), strict=True))
 
     def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ class Generic(Layer):
         names = sorted(wanted)
         if not _batched(d, self.output):
             return self._pull(names, d)
-        return torch.func.vmap(lambda d: self._pull(names, d), randomness="same")(_plain(d))  # type: ignore[no-any-return]
+        return torch.func.vmap(lambda d: self._pull(names, d), randomness="same")(_plain(d))
 
     def jvp(self, t: Tangents) -> Any:
         """torch.func.jvp."""
@@ -138,7 +138,7 @@ class Generic(Layer):
     def _move(self, t: Tangents, d: Any, wanted: Names, detached: bool) -> dict[str, Tensor]:
         """∇_wanted ⟨d, Df[t]⟩, summed over tangents."""
         along, names = sorted(t), sorted(wanted)
-        function, values = self._of(along)
+        values = [self.inputs[int(name)] for name in along]
 
         def one(tangents: tuple[Tensor, ...], d: Any) -> dict[str, Tensor]:
             if detached:
@@ -177,7 +177,9 @@ class Generic(Layer):
 
             return torch.func.jvp(watched, tuple(values), tangents)[1]
 
-        output, pull = torch.func.vjp(tangent, *[self.inputs[int(name)] for name in names])
+        output, pull = torch.func.vjp(  # type: ignore[misc]
+            tangent, *[self.inputs[int(name)] for name in names]
+        )
         return dict(zip(names, pull(_complete(output, d)), strict=True))
 
     def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
@@ -192,7 +194,7 @@ class Generic(Layer):
         """As torch's flop counter sees them, halved."""
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self._again(*self.inputs)
-        return counter.get_total_flops() // 2
+        return counter.get_total_flops() // 2  # type: ignore[no-any-return]
 
 
 class BatchNormTrain(Generic):
@@ -205,7 +207,7 @@ class BatchNormTrain(Generic):
         for slot, value in zip(self.slots, inputs, strict=True):
             leaves[slot] = value
         args, _ = tree_unflatten(leaves, self.spec)
-        module = self.node.function.module  # type: ignore[union-attr]
+        module = self.node.function.module
         weight, bias = args[0].get("weight"), args[0].get("bias")
         return nn.functional.batch_norm(args[1], None, None, weight, bias, True, 0.0, module.eps)
 

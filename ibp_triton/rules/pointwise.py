@@ -176,7 +176,7 @@ class GELU(Pointwise):
         """Φ(a) + a φ(a), or that of the approximation."""
         a = self.input
         if self.approximate == "none":
-            return torch.special.ndtr(a) + a * self._density()
+            return torch.special.ndtr(a) + a * self._density()  # type: ignore[no-any-return]
         th, inner1, _ = self._tanh_parts()
         return 0.5 * (1 + th) + 0.5 * a * (1 - th * th) * inner1
 
@@ -246,7 +246,7 @@ class Multiply(Layer):
         """The broadcast shape."""
         self.sides = {"input": input, "other": other}
         self.output: Tensor = input * other
-        return self.output
+        return self.output  # type: ignore[no-any-return]
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """D v for u, d u for v, summed where they were broadcast."""
@@ -255,7 +255,7 @@ class Multiply(Layer):
     def jvp(self, t: Tangents) -> Tensor:
         """t_u v + u t_v."""
         parts = [self._lift(name, tangent) * self.sides[_other(name)] for name, tangent in t.items()]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]  # type: ignore[no-any-return]
 
     def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
         """R t_u for v, r t_v for u."""
@@ -299,7 +299,7 @@ class Divide(Layer):
         """The broadcast shape."""
         self.input, self.other = input, other
         self.output: Tensor = input / other
-        return self.output
+        return self.output  # type: ignore[no-any-return]
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """D / c."""
@@ -307,7 +307,7 @@ class Divide(Layer):
 
     def jvp(self, t: Tangents) -> Tensor:
         """T / c."""
-        return lift(t["input"], self.input, self.output.dim()) / self.other
+        return lift(t["input"], self.input, self.output.dim()) / self.other  # type: ignore[no-any-return]
 
 
 class BatchNormEval(Layer):

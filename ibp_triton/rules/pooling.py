@@ -61,13 +61,13 @@ class _MaxPool(Layer):
         """The positions, repeated for each of T folded tangents."""
         index = self.index
         if folded.shape[0] == index.shape[0]:
-            return index
+            return index  # type: ignore[no-any-return]
         times = folded.shape[0] // max(index.shape[0], 1)
-        return index.expand(times, *index.shape).flatten(0, 1)
+        return index.expand(times, *index.shape).flatten(0, 1)  # type: ignore[no-any-return]
 
     def _scatter(self, d: Tensor, index: Tensor) -> Tensor:
         flat = d.new_zeros(*d.shape[:2], product(self.input.shape[2:]))
-        return flat.scatter_add(2, index.flatten(2), d.flatten(2)).unflatten(2, self.input.shape[2:])
+        return flat.scatter_add(2, index.flatten(2), d.flatten(2)).unflatten(2, self.input.shape[2:])  # type: ignore[no-any-return]
 
 
 class MaxPool1d(_MaxPool):

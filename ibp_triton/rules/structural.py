@@ -21,7 +21,7 @@ class Add(Layer):
         self.sides, self.factors = {"input": input, "other": other}, {"input": 1, "other": self.sign * alpha}
         other = other if alpha == 1 else alpha * other
         self.output: Tensor = input + other if self.sign == 1 else input - other
-        return self.output
+        return self.output  # type: ignore[no-any-return]
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """D for each side, summed where that side was broadcast."""
@@ -76,7 +76,7 @@ class Reshape(Layer):
         """Whatever shape the torch function gives."""
         self.shape = input.shape
         self.output: Tensor = self.node.function(input, *args, **kwargs)
-        return self.output
+        return self.output  # type: ignore[no-any-return]
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """D in the input's shape."""
@@ -101,7 +101,7 @@ class LinearMap(Layer):
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Whatever the torch function gives."""
         self.input = input
-        self.function = lambda x: self.node.function(x, *args, **kwargs)
+        self.function: Any = lambda x: self.node.function(x, *args, **kwargs)
         self.output = self.function(input)
         return self.output
 
@@ -153,4 +153,7 @@ class Item(LinearMap):
 
     def jvp(self, t: Tangents) -> Any:
         """The tangent's element."""
-        return super().jvp(t) if isinstance(self.input, Tensor) else t["input"].get(self.index % len(self.input))
+        if isinstance(self.input, Tensor):
+            return super().jvp(t)
+        pieces: Any = t["input"]
+        return pieces.get(self.index % len(self.input))
