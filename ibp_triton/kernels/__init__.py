@@ -1,1 +1,11 @@
-"""kernels."""
+"""Triton kernels, one file an operation: device code with its launcher, both plain functions on tensors.
+
+    contract   linear and convolution layers in all three directions (launchers: gemm, conv)
+    wgrad      their weight gradients, several terms in one launch
+    combine    second stage of a split reduction
+    pool       max- and mean-pooling, pointwise the ReLU alone, loss the head, seeds what starts the extra passes
+    geometry   sizes of windows; config the table of tiles; launch the one door to the device
+    lab        an instrumented interpreter; aot the compiler for chips that are not there
+
+Triton is imported here and nowhere else, and nothing queries a device at import.
+"""

@@ -1,0 +1,107 @@
+"""Second stage of a split reduction: the sum of the parts, in a fixed order, and the epilogue that they left out."""
+
+# Device code under @triton.jit has no Python types:
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibp_triton.kernels.config import select
+from ibp_triton.kernels.launch import Cost, cdiv, launch
+
+
+@triton.jit
+def combine(
+    partial,
+    bias,
+    mask,
+    out,
+    extra,
+    scale,
+    tangents,
+    size,
+    extra_size,
+    columns,
+    SPLITS: tl.constexpr,
+    BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    MASK: tl.constexpr,
+    EXTRA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[t, i] = epilogue(scale * sum_s partial[s, t, i]); grid (blocks of i).
+
+    Pointers:
+        partial: [SPLITS, tangents, size + extra_size] float32.
+        bias: [columns], added to element i as bias[i % columns]; read when BIAS.
+        mask: [size], shared by the tangents; the result is kept where mask > 0; read when MASK.
+        out: [tangents, size], any float type.
+        extra: [extra_size], the elements beyond `size` (a bias gradient); written when EXTRA, tangents = 1.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    width = size + extra_size
+    ok = i < width
+    if BIAS:
+        shift = tl.load(bias + i % columns, mask=ok, other=0.0).to(tl.float32)
+    if MASK:
+        alive = tl.load(mask + i, mask=ok, other=0.0) > 0
+    for t in range(tangents):
+        y = tl.zeros((BLOCK,), dtype=tl.float32)
+        for s in range(SPLITS):
+            y += tl.load(partial + (s * tangents + t) * width + i, mask=ok, other=0.0)
+        y *= scale
+        if BIAS:
+            y += shift
+        if RELU:
+            y = tl.where(y <= 0, 0.0, y)
+        if MASK:
+            y = tl.where(alive, y, 0.0)
+        tl.store(out + t * size + i, y, mask=i < size)
+        if EXTRA:
+            tl.store(extra + i - size, y, mask=ok & (i >= size))
+
+
+def combine_parts(
+    partial: Tensor,
+    out: Tensor,
+    *,
+    tangents: int = 1,
+    extra: Tensor | None = None,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    mask: Tensor | None = None,
+) -> None:
+    """Sum `partial` [S, tangents, size + extra] over S into `out` (size · tangents elements, dense) and `extra`."""
+    size = out.numel() // tangents
+    extra_size = 0 if extra is None else extra.numel()
+    config = select("combine", "any", partial)
+    optional = [t for t in (bias, mask) if t is not None]
+    # the bias is loaded once for each element, not once for each column
+    shared = sum((size if t is bias else t.numel()) * t.element_size() for t in optional)
+    stored = out.numel() * out.element_size() + (0 if extra is None else extra_size * extra.element_size())
+    launch(
+        combine,
+        (cdiv(size + extra_size, config.block_m), 1, 1),
+        {
+            "partial": partial,
+            "bias": out if bias is None else bias,
+            "mask": out if mask is None else mask,
+            "out": out,
+            "extra": out if extra is None else extra,
+            "scale": scale,
+            "tangents": tangents,
+            "size": size,
+            "extra_size": extra_size,
+            "columns": 1 if bias is None else bias.numel(),
+            "SPLITS": partial.shape[0],
+            "BIAS": bias is not None,
+            "RELU": relu,
+            "MASK": mask is not None,
+            "EXTRA": extra is not None,
+            "BLOCK": config.block_m,
+        },
+        config,
+        Cost(loaded=partial.numel() * 4 + shared, stored=stored),
+    )

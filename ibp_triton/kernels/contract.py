@@ -1,0 +1,259 @@
+"""The contraction behind linear and convolution layers: out[t, r, j] = epilogue(sum_k patch(x[t])[r, k] w[k, j]).
+
+One kernel serves the forward pass, the reverse pass and the linear sweep of both kinds of layer. A linear layer has
+one position and one tap; a convolution is the implicit matrix product over its taps, with `TRANSPOSED` for the
+reverse. The T tangents of a sweep are T accumulators of one program, so that a tile of weights and a tile of the
+ReLU mask are read once for all of them.
+"""
+
+# Device code under @triton.jit has no Python types:
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibp_triton.kernels.combine import combine_parts
+from ibp_triton.kernels.config import precision, select, splits
+from ibp_triton.kernels.launch import Cost, cdiv, launch
+
+MAX_GROUP = 5  # tangents of one program: five Lie operators; more accumulators would spill
+
+
+@triton.jit
+def contract(
+    x,
+    w,
+    bias,
+    mask,
+    out,
+    samples,
+    tangents,
+    x_t,
+    x_n,
+    x_h,
+    x_w,
+    x_c,
+    w_j,
+    w_c,
+    w_h,
+    w_w,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    GEOMETRY: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SIGN: tl.constexpr,
+    BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    MASK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Contract channels and taps of x with w; grid (row tiles, column tiles, SPLITS * tangent groups).
+
+    Pointers:
+        x: [T, samples, C, H, W] by the strides x_t, x_n, x_c, x_h, x_w; any float type.
+        w: [J, C, KH, KW] by the strides w_j, w_c, w_h, w_w; of x's type.
+        bias: [J]; read when BIAS.
+        mask: [rows, J], contiguous, shared by the tangents; the result is kept where mask > 0; read when MASK.
+        out: [T, rows, J], contiguous, rows = samples * OH * OW; with SPLITS > 1 a float32 [SPLITS, T, rows, J]
+            workspace of partial sums, and BIAS, RELU and MASK are left to `combine`.
+
+    GEOMETRY is (H, W, OH, OW, KH, KW, stride h, w, padding h, w, dilation h, w): H, W the extent of x, OH, OW that of
+    out. SIGN replaces x by its sign on the fly (the norm-1 seed).
+    """
+    H: tl.constexpr = GEOMETRY[0]
+    W: tl.constexpr = GEOMETRY[1]
+    OH: tl.constexpr = GEOMETRY[2]
+    OW: tl.constexpr = GEOMETRY[3]
+    KH: tl.constexpr = GEOMETRY[4]
+    KW: tl.constexpr = GEOMETRY[5]
+    TAPPED: tl.constexpr = H * W * OH * OW * KH * KW > 1
+    K: tl.constexpr = C * KH * KW
+    STEPS: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
+
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2) % SPLITS
+    first = tl.program_id(2) // SPLITS * GROUP  # tangent of the first accumulator
+    rows = samples * OH * OW
+    row_ok = row < rows
+    col_ok = col < J
+    if TAPPED:
+        sample = row // (OH * OW)
+        h_row = row // OW % OH
+        w_row = row % OW
+        if TRANSPOSED:
+            h_row += GEOMETRY[8]
+            w_row += GEOMETRY[9]
+        else:
+            h_row = h_row * GEOMETRY[6] - GEOMETRY[8]
+            w_row = w_row * GEOMETRY[7] - GEOMETRY[9]
+    else:
+        sample = row
+
+    sums = ()
+    for _ in tl.static_range(GROUP):
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no unpacking
+    for step in range(STEPS):
+        k = (split * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+        ok = row_ok[:, None] & (k < K)[None, :]
+        if TAPPED:
+            c = k % C
+            kw = k // C % KW
+            kh = k // (C * KW)
+            if TRANSPOSED:
+                h = h_row[:, None] - (kh * GEOMETRY[10])[None, :]
+                v = w_row[:, None] - (kw * GEOMETRY[11])[None, :]
+                ok &= (h >= 0) & (v >= 0)
+                if GEOMETRY[6] > 1:
+                    ok &= h % GEOMETRY[6] == 0
+                    h = h // GEOMETRY[6]
+                if GEOMETRY[7] > 1:
+                    ok &= v % GEOMETRY[7] == 0
+                    v = v // GEOMETRY[7]
+                ok &= (h < H) & (v < W)
+            else:
+                h = h_row[:, None] + (kh * GEOMETRY[10])[None, :]
+                v = w_row[:, None] + (kw * GEOMETRY[11])[None, :]
+                ok &= (h >= 0) & (h < H) & (v >= 0) & (v < W)
+            x_at = sample[:, None] * x_n + h * x_h + v * x_w + (c * x_c)[None, :]
+            w_at = c * w_c + kh * w_h + kw * w_w
+        else:
+            x_at = sample[:, None] * x_n + (k * x_c)[None, :]
+            w_at = k * w_c
+        w_tile = tl.load(w + w_at[:, None] + (col * w_j)[None, :], mask=(k < K)[:, None] & col_ok[None, :], other=0.0)
+        grown = ()
+        for t in tl.static_range(GROUP):
+            x_tile = tl.load(x + (first + t) * x_t + x_at, mask=ok & (first + t < tangents), other=0.0)
+            if SIGN:
+                x_tile = ((x_tile > 0).to(tl.float32) - (x_tile < 0).to(tl.float32)).to(w_tile.dtype)
+            grown = grown + (tl.dot(x_tile, w_tile, sums[t], input_precision=PRECISION),)  # type: ignore[assignment]  # noqa: RUF005
+        sums = grown
+
+    at = row[:, None] * J + col[None, :]
+    keep = row_ok[:, None] & col_ok[None, :]
+    if SPLITS > 1:
+        for t in tl.static_range(GROUP):
+            place = (split * tangents + first + t) * rows * J + at
+            tl.store(out + place, sums[t], mask=keep & (first + t < tangents))
+    else:
+        if BIAS:
+            shift = tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)
+        if MASK:
+            alive = tl.load(mask + at, mask=keep, other=0.0) > 0
+        for t in tl.static_range(GROUP):
+            y = sums[t]  # type: ignore[var-annotated]
+            if BIAS:
+                y += shift[None, :]
+            if RELU:
+                y = tl.where(y <= 0, 0.0, y)  # a NaN stays a NaN
+            if MASK:
+                y = tl.where(alive, y, 0.0)
+            tl.store(out + (first + t) * rows * J + at, y, mask=keep & (first + t < tangents))
+
+
+def contract_into(
+    out: Tensor,
+    x: Tensor,
+    w: Tensor,
+    geometry: tuple[int, ...],
+    *,
+    x_strides: tuple[int, ...],
+    w_strides: tuple[int, ...],
+    channels: int,
+    columns: int,
+    inside: int,
+    transposed: bool = False,
+    sign: bool = False,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    mask: Tensor | None = None,
+) -> None:
+    """Choose tiles and splits, launch `contract` and, where it was split, `combine`.
+
+    Args:
+        out: [T, samples, ...] of columns · OH · OW elements a sample, the columns contiguous.
+        x: [T, samples, ...] with `channels` channels; `x_strides` are those of (t, n, h, w, c).
+        w: the weight; `w_strides` are those of (column, channel, tap row, tap column).
+        geometry: GEOMETRY of the kernel.
+        inside: pairs of a position of `out` and a tap that meet a pixel of `x` (for the cost).
+        mask: dense [samples, ...] like one tangent of `out`.
+    """
+    tangents, samples = x.shape[:2]
+    positions, taps = geometry[2] * geometry[3], geometry[4] * geometry[5]
+    rows, depth = samples * positions, channels * taps
+    config = select("contract", _shape_class(tangents, rows, columns), x)
+    group = min(tangents, MAX_GROUP)
+    tiles = (cdiv(rows, config.block_m), cdiv(columns, config.block_n), cdiv(tangents, max(group, 1)))
+    steps = cdiv(depth, config.block_k)
+    parts = splits(x, tiles[0] * tiles[1] * tiles[2], steps)
+    parts = cdiv(steps, cdiv(steps, parts))  # no part is empty
+    target = out if parts == 1 else out.new_empty((parts, tangents, rows * columns), dtype=torch.float32)
+    size, loads = x.element_size(), (bias, mask) if parts == 1 else (None, None)
+    cost = Cost(
+        loaded=size
+        * (
+            tangents * tiles[1] * samples * inside * channels
+            + tiles[0] * tiles[2] * depth * columns
+            + tiles[2] * ((0 if loads[0] is None else tiles[0] * columns) + (0 if loads[1] is None else rows * columns))
+        ),
+        stored=target.numel() * target.element_size(),
+        flops=2 * tangents * samples * inside * channels * columns,
+        padded_flops=2
+        * math.prod(tiles)
+        * group
+        * config.block_m
+        * config.block_n
+        * config.block_k
+        * parts
+        * cdiv(steps, parts),
+    )
+    launch(
+        contract,
+        (tiles[0], tiles[1], tiles[2] * parts),
+        {
+            "x": x,
+            "w": w,
+            "bias": x if loads[0] is None else loads[0],
+            "mask": x if loads[1] is None else loads[1],
+            "out": target,
+            "samples": samples,
+            "tangents": tangents,
+            **dict(zip(("x_t", "x_n", "x_h", "x_w", "x_c"), x_strides, strict=True)),
+            **dict(zip(("w_j", "w_c", "w_h", "w_w"), w_strides, strict=True)),
+            "C": channels,
+            "J": columns,
+            "GEOMETRY": geometry,
+            "TRANSPOSED": transposed,
+            "SIGN": sign,
+            "BIAS": loads[0] is not None,
+            "RELU": relu and parts == 1,
+            "MASK": loads[1] is not None,
+            "GROUP": group,
+            "SPLITS": parts,
+            "PRECISION": precision(x),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+        },
+        config,
+        cost,
+    )
+    if parts > 1:
+        combine_parts(target, out, tangents=tangents, bias=bias, relu=relu, mask=mask)
+
+
+def _shape_class(tangents: int, rows: int, columns: int) -> str:
+    if tangents > 1:
+        return "tangents"
+    if rows <= 64:
+        return "few rows"
+    return "narrow" if columns <= 32 else "any"

@@ -1,0 +1,82 @@
+"""Sizes of a convolution or a pooling: the constants of a kernel, and the counts that its cost follows from."""
+
+from dataclasses import dataclass
+from itertools import product
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A window that slides over an image: input H×W, output OH×OW, all as (height, width)."""
+
+    size: Pair
+    out: Pair
+    kernel: Pair
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    @classmethod
+    def conv(cls, size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> "Geometry":
+        """The geometry of a convolution; raises ValueError when the kernel is larger than the padded image."""
+        out = tuple(
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+        )
+        if min(out) < 1:
+            raise ValueError(
+                f"a {kernel} kernel with dilation {dilation} does not fit a {size} image, padding {padding}"
+            )
+        return cls(size, (out[0], out[1]), kernel, stride, padding, dilation)
+
+    @classmethod
+    def pool(cls, size: Pair, kernel: Pair, stride: Pair, padding: Pair, ceil: bool) -> "Geometry":
+        """The geometry of a pooling, with torch's rule that no window starts beyond the image and its left padding."""
+        out = []
+        for n, k, s, p in zip(size, kernel, stride, padding, strict=True):
+            if 2 * p > k:
+                raise ValueError(f"padding {p} is over half of the window {k}")
+            m = (n + 2 * p - k + (s - 1 if ceil else 0)) // s + 1
+            out.append(m - 1 if ceil and (m - 1) * s >= n + p else m)
+        if min(out) < 1:
+            raise ValueError(f"a {kernel} window does not fit a {size} image, padding {padding}")
+        return cls(size, (out[0], out[1]), kernel, stride, padding)
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """What the kernels call GEOMETRY: H, W, OH, OW, KH, KW, stride, padding, dilation."""
+        return (*self.size, *self.out, *self.kernel, *self.stride, *self.padding, *self.dilation)
+
+    @property
+    def reversed(self) -> tuple[int, ...]:
+        """GEOMETRY of the transposed convolution: from OH×OW to H×W."""
+        return (*self.out, *self.size, *self.kernel, *self.stride, *self.padding, *self.dilation)
+
+    @property
+    def positions(self) -> int:
+        """OH · OW."""
+        return self.out[0] * self.out[1]
+
+    @property
+    def pixels(self) -> int:
+        """H · W."""
+        return self.size[0] * self.size[1]
+
+    @property
+    def taps(self) -> int:
+        """KH · KW."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def inside(self) -> int:
+        """Pairs of a position and a tap that meet a pixel, not the padding."""
+        return self._along(0) * self._along(1)
+
+    def _along(self, axis: int) -> int:
+        n, m, k = self.size[axis], self.out[axis], self.kernel[axis]
+        s, p, d = self.stride[axis], self.padding[axis], self.dilation[axis]
+        return sum(0 <= o * s - p + i * d < n for o, i in product(range(m), range(k)))
+
+
+ONE = Geometry((1, 1), (1, 1), (1, 1))  # a linear layer: one position, one tap

@@ -1,0 +1,142 @@
+"""The loss head: softmax cross-entropy with its derivative and the count of hits, and the Hessian's product H·t."""
+
+# Device code under @triton.jit has no Python types:
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibp_triton.kernels.config import Config, select
+from ibp_triton.kernels.launch import Cost, cdiv, launch
+
+MAX_CLASSES = 8192  # one row of logits must fit a program
+
+
+@triton.jit
+def cross_entropy_head(
+    z, labels, loss, c, correct, samples, z_n, M: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr
+):
+    """loss = logsumexp(z) - z[l], c = softmax(z) - onehot(l), correct = [l is the first maximum]; grid (row blocks).
+
+    Pointers:
+        z: [samples, M], z_n elements from row to row; any float type.
+        labels: [samples] int64.
+        loss: [samples] float32.
+        c: [samples, M], dense, of z's type.
+        correct: [samples] int32.
+
+    WIDE is a power of two, at least M.
+    """
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, WIDE)
+    ok = n < samples
+    full = ok[:, None] & (m < M)[None, :]
+    v = tl.load(z + n[:, None] * z_n + m[None, :], mask=full, other=float("-inf")).to(tl.float32)
+    label = tl.load(labels + n, mask=ok, other=0)
+    top = tl.where(ok, tl.max(v, 1), 0.0)  # rows beyond the batch hold -inf
+    e = tl.exp(v - top[:, None])
+    total = tl.where(ok, tl.sum(e, 1), 1.0)
+    hit = m[None, :] == label[:, None]
+    chosen = tl.sum(tl.where(hit, v, 0.0), 1)
+    at = tl.min(tl.where(v == top[:, None], m[None, :], WIDE), 1)
+    tl.store(loss + n, tl.log(total) + top - chosen, mask=ok)
+    tl.store(c + n[:, None] * M + m[None, :], e / total[:, None] - hit.to(tl.float32), mask=full)
+    tl.store(correct + n, (at == label).to(tl.int32), mask=ok)
+
+
+@triton.jit
+def softmax_hessian(z, t, out, samples, tangents, z_n, M: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
+    """out[s] = p * (t[s] - <p, t[s]>) with p = softmax(z); grid (row blocks).
+
+    Pointers:
+        z: [samples, M], z_n elements from row to row; read once for all tangents.
+        t, out: [tangents, samples, M], dense, of z's type.
+
+    WIDE is a power of two, at least M.
+    """
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, WIDE)
+    ok = n < samples
+    full = ok[:, None] & (m < M)[None, :]
+    v = tl.load(z + n[:, None] * z_n + m[None, :], mask=full, other=float("-inf")).to(tl.float32)
+    e = tl.exp(v - tl.where(ok, tl.max(v, 1), 0.0)[:, None])
+    p = e / tl.where(ok, tl.sum(e, 1), 1.0)[:, None]
+    for s in range(tangents):
+        at = s * samples * M + n[:, None] * M + m[None, :]
+        u = tl.load(t + at, mask=full, other=0.0).to(tl.float32)
+        tl.store(out + at, p * (u - tl.sum(p * u, 1)[:, None]), mask=full)
+
+
+def cross_entropy(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, c = softmax(z) − onehot(l) and hits of each sample, in one launch.
+
+    Args:
+        z: [N, M] logits, rows dense, M up to 8192; float32, bfloat16 or float16.
+        labels: [N], int64, each in [0, M) (not checked on the device).
+
+    Returns: losses [N] float32, c [N, M] of z's dtype (not divided by N), hits [N] int32 (0 or 1; the first of equal
+        maxima is the prediction, as in torch.argmax).
+    Raises: ValueError for other shapes, dtypes or strides.
+    """
+    samples, classes = _check(z)
+    if labels.shape != (samples,) or labels.dtype != torch.int64 or not labels.is_contiguous():
+        raise ValueError(f"labels must be [{samples}] int64, contiguous, not {tuple(labels.shape)} {labels.dtype}")
+    loss, c = z.new_empty((samples,), dtype=torch.float32), z.new_empty((samples, classes))
+    correct = z.new_empty((samples,), dtype=torch.int32)
+    config, wide, rows = _tile(z)
+    launch(
+        cross_entropy_head,
+        (cdiv(samples, rows), 1, 1),
+        {
+            "z": z, "labels": labels, "loss": loss, "c": c, "correct": correct, "samples": samples, "z_n": z.stride(0),
+            "M": classes, "WIDE": wide, "ROWS": rows,
+        },
+        config,
+        Cost(z.numel() * z.element_size() + 8 * samples, z.numel() * z.element_size() + 8 * samples),
+    )  # fmt: skip
+    return loss, c, correct
+
+
+def hessian_product(z: Tensor, t: Tensor) -> Tensor:
+    """H t = p ⊙ t − p ⟨p, t⟩, p = softmax(z): what the exact semantics put at the top of the second reverse sweep.
+
+    Args:
+        z: [N, M] logits, rows dense, M up to 8192.
+        t: [N, M] or [T, N, M], contiguous, of z's dtype.
+
+    Returns: a tensor like t.
+    Raises: ValueError for other shapes, dtypes or strides.
+    """
+    samples, classes = _check(z)
+    if t.shape[-2:] != z.shape or t.dim() not in (2, 3) or t.dtype != z.dtype or not t.is_contiguous():
+        raise ValueError(
+            f"t must be [N, M] or [T, N, M] over {tuple(z.shape)} in {z.dtype}, not {tuple(t.shape)} {t.dtype}"
+        )
+    out = torch.empty_like(t)
+    config, wide, rows = _tile(z)
+    size = z.element_size()
+    launch(
+        softmax_hessian,
+        (cdiv(samples, rows), 1, 1),
+        {
+            "z": z, "t": t, "out": out, "samples": samples, "tangents": t.shape[0] if t.dim() == 3 else 1,
+            "z_n": z.stride(0), "M": classes, "WIDE": wide, "ROWS": rows,
+        },
+        config,
+        Cost((z.numel() + t.numel()) * size, t.numel() * size),
+    )  # fmt: skip
+    return out
+
+
+def _check(z: Tensor) -> tuple[int, int]:
+    if z.dim() != 2 or z.shape[1] > MAX_CLASSES or z.shape[1] == 0 or (z.numel() and z.stride(1) != 1):
+        raise ValueError(f"logits must be [N, M] with dense rows and 1 to {MAX_CLASSES} classes, not {tuple(z.shape)}")
+    return z.shape[0], z.shape[1]
+
+
+def _tile(z: Tensor) -> tuple[Config, int, int]:
+    config = select("loss", "any", z)
+    wide = triton.next_power_of_2(z.shape[1])
+    return config, wide, max(1, config.block_m // wide)

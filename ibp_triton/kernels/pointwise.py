@@ -1,0 +1,88 @@
+"""Pointwise work: the ReLU where no other kernel took it over, and its mask on derivatives and tangents."""
+
+# Device code under @triton.jit has no Python types:
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibp_triton.kernels.config import select
+from ibp_triton.kernels.launch import Cost, cdiv, launch
+
+
+@triton.jit
+def gate(x, mask, out, size, tangents, MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = x[t] where mask > 0, else 0 (MASK), or max(x[t], 0); grid (blocks of elements).
+
+    Pointers:
+        x: [tangents, size], any float type.
+        mask: [size], read once for all tangents; read when MASK.
+        out: [tangents, size].
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < size
+    if MASK:
+        alive = tl.load(mask + i, mask=ok, other=0.0) > 0
+    for t in range(tangents):
+        v = tl.load(x + t * size + i, mask=ok, other=0.0)
+        if MASK:  # noqa: SIM108 - Triton chooses between statements at compile time, not between expressions
+            v = tl.where(alive, v, 0.0)
+        else:
+            v = tl.where(v <= 0, 0.0, v)  # a NaN stays a NaN
+        tl.store(out + t * size + i, v, mask=ok)
+
+
+def relu(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """max(x, 0), or with a mask the ReLU's Jacobian on x: x ⊙ [mask > 0], shared by a leading axis of tangents.
+
+    Args:
+        x: [*S], or [T, *S] with a mask of shape S; dense in any order of axes.
+        mask: [*S], with x's order of axes; the first pass's activation, before the ReLU or behind it.
+
+    Returns: a tensor like x.
+    Raises: ValueError for a mask whose shape or order of axes is not that of x, or for x with gaps.
+    """
+    tangents = x.shape[0] if mask is not None and x.dim() > mask.dim() else 1
+    size = x.numel() // max(tangents, 1)
+    one = x[0] if mask is not None and x.dim() > mask.dim() and tangents else x
+    apart = one is x or tangents == 1 or x.stride(0) == size
+    if not is_dense(one) or not apart or (mask is not None and x.numel() and not same_layout(one, mask)):
+        raise ValueError(
+            f"x {tuple(x.shape)} by {x.stride()} and its mask "
+            f"{None if mask is None else (tuple(mask.shape), mask.stride())} must be dense, in one order of axes"
+        )
+    out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    config = select("pointwise", "any", x)
+    launch(
+        gate,
+        (cdiv(size, config.block_m), 1, 1),
+        {
+            "x": x,
+            "mask": x if mask is None else mask,
+            "out": out,
+            "size": size,
+            "tangents": tangents,
+            "MASK": mask is not None,
+            "BLOCK": config.block_m,
+        },
+        config,
+        Cost((x.numel() + (0 if mask is None else size)) * x.element_size(), x.numel() * x.element_size()),
+    )
+    return out
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x has no gaps, in any order of axes."""
+    expected = 1
+    for stride, extent in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= extent
+    return True
+
+
+def same_layout(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors have one shape and the same strides along every axis longer than one."""
+    return x.shape == y.shape and all(a == b for a, b, n in zip(x.stride(), y.stride(), x.shape, strict=True) if n > 1)

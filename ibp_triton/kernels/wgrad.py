@@ -1,0 +1,309 @@
+"""Weight gradients of linear and convolution layers: G = scale · Σ_i coefficient_i · g(left_i, right_i), one launch.
+
+A segment is one product of left activations or tangents with right derivatives. Segments follow one another in the
+loop over rows, each in its own float32 accumulator that joins the total with its coefficient: no operand is rounded,
+whatever its dtype. In float32 (not tf32) a left side may be a + βt, formed on the way in, which saves a read of d.
+"""
+
+# Device code under @triton.jit has no Python types:
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibp_triton.kernels.combine import combine_parts
+from ibp_triton.kernels.config import precision, select, splits
+from ibp_triton.kernels.geometry import Geometry
+from ibp_triton.kernels.launch import Cost, cdiv, launch
+
+MAX_SEGMENTS = 4
+
+
+@triton.jit
+def wgrad(
+    x0,
+    x1,
+    x2,
+    x3,
+    y0,
+    y1,
+    y2,
+    y3,
+    d0,
+    d1,
+    d2,
+    d3,
+    out,
+    bias,
+    c0,
+    c1,
+    c2,
+    c3,
+    beta,
+    scale,
+    n0,
+    n1,
+    n2,
+    n3,
+    x_n,
+    x_h,
+    x_w,
+    x_c,
+    w_j,
+    w_c,
+    w_h,
+    w_w,
+    size,
+    C: tl.constexpr,
+    J: tl.constexpr,
+    GEOMETRY: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    AXPY: tl.constexpr,
+    SIGN: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """G[j, k] = scale * sum_i c_i sum_r d_i[r, j] patch(x_i)[r, k]; grid (tiles of j, tiles of k, SPLITS).
+
+    Pointers, for the segments i < SEGMENTS (rows r = n_i samples times OH * OW positions):
+        x_i: [n_i, C, H, W] by the strides x_n, x_c, x_h, x_w; any float type.
+        y_i: like x_i; where bit i of AXPY is set, x_i + beta * y_i is read instead of x_i.
+        d_i: [n_i, J, OH, OW], dense with the channels last.
+        out: [J, C, KH, KW] by the strides w_j, w_c, w_h, w_w; with SPLITS > 1 a float32 [SPLITS, size + J] workspace
+            of unscaled parts, each laid out like the result.
+        bias: [J], scale * sum_i c_i sum_r d_i over the segments in the bits of BIAS; written when BIAS.
+
+    Bit i of SIGN: x_i (where bit i of AXPY is set, y_i instead) is read as its sign.
+    """
+    H: tl.constexpr = GEOMETRY[0]
+    W: tl.constexpr = GEOMETRY[1]
+    OH: tl.constexpr = GEOMETRY[2]
+    OW: tl.constexpr = GEOMETRY[3]
+    KH: tl.constexpr = GEOMETRY[4]
+    KW: tl.constexpr = GEOMETRY[5]
+    TAPPED: tl.constexpr = H * W * OH * OW * KH * KW > 1
+    K: tl.constexpr = C * KH * KW
+    xs = (x0, x1, x2, x3)
+    ys = (y0, y1, y2, y3)
+    ds = (d0, d1, d2, d3)
+    cs = (c0, c1, c2, c3)
+    ns = (n0, n1, n2, n3)
+
+    j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    j_ok = j < J
+    k_ok = k < K
+    c = k % C
+    kw = k // C % KW
+    kh = k // (C * KW)
+    if TAPPED:
+        h_tap = kh * GEOMETRY[10] - GEOMETRY[8]
+        w_tap = kw * GEOMETRY[11] - GEOMETRY[9]
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    shift = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for i in tl.static_range(SEGMENTS):
+        part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        rows = ns[i] * OH * OW
+        steps = tl.cdiv(rows, BLOCK_K * SPLITS)
+        for step in range(steps):
+            r = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+            r_ok = r < rows
+            ok = r_ok[:, None] & k_ok[None, :]
+            if TAPPED:
+                h = (r // OW % OH * GEOMETRY[6])[:, None] + h_tap[None, :]
+                v = (r % OW * GEOMETRY[7])[:, None] + w_tap[None, :]
+                ok &= (h >= 0) & (h < H) & (v >= 0) & (v < W)
+                at = (r // (OH * OW))[:, None] * x_n + h * x_h + v * x_w + (c * x_c)[None, :]
+            else:
+                at = r[:, None] * x_n + (k * x_c)[None, :]
+            left = tl.load(xs[i] + at, mask=ok, other=0.0)
+            right = tl.load(ds[i] + r[:, None] * J + j[None, :], mask=r_ok[:, None] & j_ok[None, :], other=0.0)
+            if (AXPY >> i) % 2 == 1:
+                push = tl.load(ys[i] + at, mask=ok, other=0.0)
+                if (SIGN >> i) % 2 == 1:
+                    push = (push > 0).to(tl.float32) - (push < 0).to(tl.float32)
+                left = left + beta * push
+            elif (SIGN >> i) % 2 == 1:
+                left = ((left > 0).to(tl.float32) - (left < 0).to(tl.float32)).to(right.dtype)
+            part = tl.dot(tl.trans(right), left, part, input_precision=PRECISION)
+            if (BIAS >> i) % 2 == 1:
+                shift += cs[i] * tl.sum(right.to(tl.float32), 0)
+        total += cs[i] * part
+
+    at = (j * w_j)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
+    ok = j_ok[:, None] & k_ok[None, :]
+    own = j_ok & (tl.program_id(1) == 0)
+    if SPLITS > 1:
+        place = out + split * (size + (J if BIAS > 0 else 0))
+        tl.store(place + at, total, mask=ok)
+        if BIAS > 0:
+            tl.store(place + size + j, shift, mask=own)
+    else:
+        tl.store(out + at, total * scale, mask=ok)
+        if BIAS > 0:
+            tl.store(bias + j, shift * scale, mask=own)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """coefficient · g(ψ(left), right), or coefficient · g(left + β ψ(push), right) where there is a push.
+
+    left: [n, C, H, W], or [n, I] of a linear layer. right: [n, J, OH, OW] channels last, or [n, J]; of left's dtype.
+    push: like left. sign: ψ is the sign (of `push` if there is one), else the identity. bias: right counts in the
+    bias gradient.
+    """
+
+    coefficient: float
+    left: Tensor
+    right: Tensor
+    bias: bool = False
+    push: Tensor | None = None
+    sign: bool = False
+
+
+def weight_gradient(
+    segments: Sequence[Segment],
+    weight: Tensor,
+    geometry: Geometry,
+    *,
+    beta: float = 1.0,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """G = scale · Σ_i coefficient_i · g(left_i, right_i), and the bias gradient of the segments that ask for it.
+
+    Args:
+        segments: one to four; the left sides have the same strides, the right sides are dense, channels last.
+        weight: the weight whose gradient it is; shape, dtype and strides of the result.
+        geometry: of the convolution's forward pass; `geometry.ONE` for a linear layer.
+        beta: the factor of every `push`.
+        scale: 1 / N of the objective's mean.
+        dtype: of the result, the weight's by default; float32 keeps a small penalty that bfloat16 would round away.
+
+    Returns: the gradient, and the bias gradient [J] or None when no segment has `bias`.
+    Raises: ValueError for segments that do not fit each other, and for a push where operands are rounded (tf32,
+        bfloat16, float16), which would round the penalty away.
+    """
+    _check(segments, weight)
+    first = segments[0].left
+    outputs, channels = weight.shape[:2]
+    tapped = first.dim() == 4
+    sn, sc, sh, sw = first.stride() if tapped else (*first.stride(), 0, 0)
+    config = select("wgrad", "narrow" if min(outputs, channels * geometry.taps) <= 32 else "any", first)
+    tiles = (cdiv(outputs, config.block_m), cdiv(channels * geometry.taps, config.block_n))
+    rows = [s.left.shape[0] * geometry.positions for s in segments]
+    blocks = [cdiv(r, config.block_k) for r in rows]
+    parts = splits(first, tiles[0] * tiles[1], sum(blocks))
+    parts = max(1, min(parts, max(blocks)))
+    biased = [s.bias for s in segments]
+    gradient = torch.empty_like(weight, dtype=dtype or weight.dtype)
+    bias = gradient.new_empty((outputs,)) if any(biased) else None
+    extra = 0 if bias is None else outputs
+    target = gradient if parts == 1 else first.new_empty((parts, 1, weight.numel() + extra), dtype=torch.float32)
+    padded = [*segments, *[segments[0]] * (MAX_SEGMENTS - len(segments))]  # pointers that are never read
+    launch(
+        wgrad,
+        (*tiles, parts),
+        {
+            **{f"x{i}": s.left for i, s in enumerate(padded)},
+            **{f"y{i}": s.left if s.push is None else s.push for i, s in enumerate(padded)},
+            **{f"d{i}": s.right for i, s in enumerate(padded)},
+            "out": target,
+            "bias": gradient if bias is None else bias,
+            **{f"c{i}": float(s.coefficient) for i, s in enumerate(padded)},
+            "beta": float(beta),
+            "scale": float(scale),
+            **{f"n{i}": s.left.shape[0] for i, s in enumerate(padded)},
+            **dict(zip(("x_n", "x_h", "x_w", "x_c"), (sn, sh, sw, 1 if channels == 1 else sc), strict=True)),
+            **dict(zip(("w_j", "w_c", "w_h", "w_w"), (*weight.stride(), 0, 0)[:4], strict=True)),
+            "size": weight.numel(),
+            "C": channels,
+            "J": outputs,
+            "GEOMETRY": geometry.constants,
+            "SEGMENTS": len(segments),
+            "AXPY": _bits([s.push is not None for s in segments]),
+            "SIGN": _bits([s.sign for s in segments]),
+            "BIAS": _bits(biased),
+            "SPLITS": parts,
+            "PRECISION": precision(first),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+        },
+        config,
+        _cost(segments, geometry, channels, outputs, tiles, target, bias if parts == 1 else None,
+              padded_rows=sum(cdiv(r, config.block_k * parts) * parts * config.block_k for r in rows),
+              tile=config.block_m * config.block_n),
+    )  # fmt: skip
+    if parts > 1:
+        combine_parts(target, gradient, extra=bias, scale=scale)
+    return gradient, bias
+
+
+def _cost(
+    segments: Sequence[Segment],
+    geometry: Geometry,
+    channels: int,
+    outputs: int,
+    tiles: tuple[int, int],
+    target: Tensor,
+    bias: Tensor | None,
+    *,
+    padded_rows: int,
+    tile: int,
+) -> Cost:
+    size = segments[0].left.element_size()
+    patches = [s.left.shape[0] * geometry.inside * channels for s in segments]
+    lefts = sum(p * (1 if s.push is None else 2) for p, s in zip(patches, segments, strict=True))
+    rights = sum(s.right.numel() for s in segments)
+    stored = target.numel() * target.element_size() + (0 if bias is None else bias.numel() * bias.element_size())
+    return Cost(
+        loaded=size * (tiles[0] * lefts + tiles[1] * rights),
+        stored=stored,
+        flops=2 * sum(patches) * outputs,
+        padded_flops=2 * math.prod(tiles) * tile * padded_rows,
+    )
+
+
+def _bits(flags: Sequence[bool]) -> int:
+    return sum(flag << i for i, flag in enumerate(flags))
+
+
+def _same_strides(x: Tensor, y: Tensor) -> bool:
+    """Equal strides where they matter: samples may differ in number, and an axis of length 1 has no stride."""
+    return (
+        x.shape[1:] == y.shape[1:]
+        and x.stride(0) == y.stride(0)
+        and all(a == b for a, b, n in zip(x.stride()[1:], y.stride()[1:], x.shape[1:], strict=True) if n > 1)
+    )
+
+
+def _check(segments: Sequence[Segment], weight: Tensor) -> None:
+    if not 1 <= len(segments) <= MAX_SEGMENTS:
+        raise ValueError(f"{len(segments)} segments: one launch takes 1 to {MAX_SEGMENTS}")
+    first, dtype = segments[0].left, segments[0].left.dtype
+    for s in segments:
+        left, right = tuple(s.left.shape), tuple(s.right.shape)
+        if left[0] != right[0] or (right[1], left[1]) != tuple(weight.shape[:2]):
+            raise ValueError(f"left {left} and right {right} do not give a weight of {tuple(weight.shape)}")
+        if s.left.dtype != dtype or s.right.dtype != dtype:
+            raise ValueError("all sides of a weight gradient must have one dtype")
+        if not _same_strides(s.left, first) or (s.push is not None and not _same_strides(s.push, s.left)):
+            raise ValueError("the left sides of one launch must have the same strides")
+        flat = s.right if s.right.dim() == 2 else s.right.permute(0, 2, 3, 1)
+        if not flat.is_contiguous():
+            raise ValueError(f"the right side must be dense, channels last; its strides are {s.right.stride()}")
+        if s.push is not None and (dtype != torch.float32 or precision(s.left) != "ieee"):
+            raise ValueError("left + βt would be rounded in the product: give left and t as two segments")

@@ -1,0 +1,90 @@
+"""What a launch says it must move and compute is what the interpreter counts."""
+
+import pytest
+import torch
+
+from ibp_triton.kernels.conv import conv2d, conv2d_vjp
+from ibp_triton.kernels.gemm import linear, linear_vjp
+from ibp_triton.kernels.geometry import ONE, Geometry
+from ibp_triton.kernels.launch import launch, recording
+from ibp_triton.kernels.loss import cross_entropy, hessian_product
+from ibp_triton.kernels.pointwise import relu
+from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
+from ibp_triton.kernels.seeds import fast_tbp_seed, fgsm_step, norm_seed
+from ibp_triton.kernels.wgrad import Segment, weight_gradient
+from tests.kernels.support import last, randn
+
+GEOMETRY = Geometry.conv((9, 7), (3, 2), (2, 1), (1, 0), (1, 2))
+POOL = Geometry.pool((9, 10), (3, 3), (2, 2), (1, 1), True)
+
+
+def everything():
+    for tangents, inputs in [(1, 53), (3, 37), (1, 1300), (2, 1100)]:  # the longer ones are split
+        x, w, d = randn(tangents, 5, inputs), randn(19, inputs), randn(tangents, 5, 19)
+        linear(x, w, randn(19))
+        linear(x, w, mask=randn(5, 19))
+        linear_vjp(d, w, randn(5, inputs))
+    image, kernel = last(randn(3, 2, 5, 9, 7)), last(randn(11, 5, 3, 2))
+    d = last(randn(3, 2, 11, *GEOMETRY.out))
+    conv2d(image, kernel, GEOMETRY, randn(11))
+    conv2d_vjp(d, kernel, GEOMETRY, last(randn(2, 5, 9, 7)))
+    weight_gradient([Segment(1.0, image[0], d[0], bias=True), Segment(1.0, image[1], d[0])], kernel, GEOMETRY)
+    a, t, right = randn(1300, 7), randn(1300, 7), randn(1300, 5)
+    weight_gradient([Segment(1.0, a, right, bias=True, push=t)], randn(5, 7), ONE)
+    pixels = last(randn(2, 5, 9, 10) + 4)  # no window dies in the ReLU
+    _, code = max_pool2d(pixels, POOL, relu=True)
+    for codes in (code, None):
+        pool2d_jvp(last(randn(3, 2, 5, 9, 10)), codes, POOL)
+        pool2d_vjp(last(randn(3, 2, 5, *POOL.out)), codes, POOL)
+    relu(pixels)
+    relu(randn(3, 4, 5), randn(4, 5))
+    z = randn(5, 10)
+    cross_entropy(z, torch.zeros(5, dtype=torch.int64))
+    hessian_product(z, randn(2, 5, 10))
+    norm_seed(pixels)
+    norm_seed(pixels, 2, seed_wanted=False)
+    fgsm_step(pixels, pixels, 0.1)
+    fast_tbp_seed(pixels, torch.stack([pixels, pixels]))
+
+
+def test_costs_are_what_the_interpreter_counts(instruments):
+    with recording() as launches:
+        everything()
+    assert len(launches) == len(instruments) > 30
+    assert sum(launch.arguments.get("SPLITS", 1) > 1 for launch in launches) > 6
+    for asked, seen in zip(launches, instruments, strict=True):
+        assert asked.name == seen.kernel
+        assert asked.cost.loaded == seen.total("loaded"), asked
+        assert asked.cost.stored == seen.total("stored"), asked
+        assert asked.cost.padded_flops == seen.flops, asked
+        assert asked.cost.flops <= seen.flops
+        unique = seen.total("unique_loaded") + seen.total("unique_stored")
+        assert unique <= asked.unique_bytes, asked
+
+
+def test_a_launch_can_be_recorded_without_being_run():
+    with recording(execute=False) as launches:
+        y = linear(randn(1, 3, 5), randn(4, 5))
+    assert [launch.name for launch in launches] == ["contract"]
+    assert y.isnan().all()
+
+
+def test_what_a_launch_refuses(monkeypatch):
+    (asked,) = _recorded()
+    arguments = asked.arguments
+    with pytest.raises(ValueError, match="over 65535"):
+        launch(asked.kernel, (1, 65536, 1), arguments, asked.config, asked.cost)
+    with pytest.raises(ValueError, match="several devices"):
+        launch(asked.kernel, (1, 1, 1), arguments | {"out": torch.empty(4, device="meta")}, asked.config, asked.cost)
+    huge = torch.empty(1, dtype=torch.uint8).expand(2**31)
+    with pytest.raises(ValueError, match="over 2147483647"):
+        launch(asked.kernel, (1, 1, 1), arguments | {"x": huge}, asked.config, asked.cost)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="need a CUDA device"):
+        launch(asked.kernel, (1, 1, 1), arguments, asked.config, asked.cost)
+
+
+def _recorded():
+    with recording(execute=False) as launches:
+        linear(randn(1, 3, 5), randn(4, 5))
+    return launches

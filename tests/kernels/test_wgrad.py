@@ -1,0 +1,131 @@
+"""Weight gradients, merged and segmented, against float64; the penalty's gradient alone, never only the sum."""
+
+import pytest
+import torch
+
+from ibp_triton.kernels.geometry import ONE, Geometry
+from ibp_triton.kernels.wgrad import Segment, weight_gradient
+from tests.kernels.support import DTYPES, assert_close, last, randn, unchanged
+
+BETA = 0.003  # the paper's on CIFAR-10: bfloat16 would lose a fifth of it in a + βt
+
+
+def g(left, right, weight, geometry):
+    """The weight gradient in float64, by autograd through the layer."""
+    w = weight.double().requires_grad_()
+    if left.dim() == 2:
+        out = left.double() @ w.T
+    else:
+        options = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
+        out = torch.nn.functional.conv2d(left.double(), w, **options)
+    return torch.autograd.grad(out, w, right.double())[0]
+
+
+CONVS = [
+    ((9, 8), (4, 4), (1, 1), (0, 0), (1, 1), 1, 5),
+    ((5, 5), (5, 5), (1, 1), (2, 2), (1, 1), 37, 3),
+    ((9, 7), (3, 2), (2, 3), (1, 0), (2, 1), 6, 37),
+]
+
+
+def linear_case(samples, inputs, outputs, dtype):
+    sides = [randn(samples, n, dtype=dtype, zeros=True) for n in (inputs, inputs, outputs, outputs)]
+    return randn(outputs, inputs, dtype=dtype), ONE, *sides
+
+
+def conv_case(image, kernel, stride, padding, dilation, channels, outputs, dtype):
+    geometry = Geometry.conv(image, kernel, stride, padding, dilation)
+    lefts = [last(randn(3, channels, *image, dtype=dtype, zeros=True)) for _ in range(2)]
+    rights = [last(randn(3, outputs, *geometry.out, dtype=dtype, zeros=True)) for _ in range(2)]
+    return last(randn(outputs, channels, *kernel, dtype=dtype)), geometry, *lefts, *rights
+
+
+def cases(dtype):
+    yield from (linear_case(*shape, dtype) for shape in [(37, 53, 19), (1, 1, 1), (1300, 5, 3)])
+    yield from (conv_case(*conv, dtype) for conv in CONVS)
+
+
+@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segments(case, dtype):
+    weight, geometry, a, t, d, e = list(cases(dtype))[case]
+    with unchanged(weight, a, t, d, e):
+        segments = [
+            Segment(1.0, a, d, bias=True),
+            Segment(BETA, t, d, sign=True),
+            Segment(-2.0, t, e),
+            Segment(1.0, a, e),
+        ]
+        total, bias = weight_gradient(segments, weight, geometry, scale=1 / 32, dtype=torch.float32)
+    exact = g(a, d, weight, geometry) + BETA * g(t.double().sign(), d, weight, geometry)
+    exact = exact - 2 * g(t, e, weight, geometry) + g(a, e, weight, geometry)
+    assert_close(total, exact / 32, torch.float32)
+    assert_close(bias, d.double().sum([i for i in range(d.dim()) if i != 1]) / 32, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_result_has_the_dtype_and_the_strides_of_the_weight(dtype):
+    weight, geometry, a, _, d, _ = conv_case(*CONVS[0], dtype)
+    gradient, bias = weight_gradient([Segment(1.0, a, d)], weight, geometry)
+    assert (gradient.dtype, gradient.stride(), bias) == (dtype, weight.stride(), None)
+    assert_close(gradient, g(a, d, weight, geometry), dtype)
+    plain, _ = weight_gradient([Segment(1.0, a, d)], weight.contiguous(), geometry)
+    assert torch.equal(plain, gradient)
+
+
+@pytest.mark.parametrize("sign", [False, True])
+@pytest.mark.parametrize("case", range(6))
+def test_axpy_reads_the_right_side_once(case, sign, instruments):
+    weight, geometry, a, t, d, _ = list(cases(torch.float32))[case]
+    with unchanged(weight, a, t, d):
+        merged, bias = weight_gradient([Segment(1.0, a, d, bias=True, push=t, sign=sign)], weight, geometry, beta=BETA)
+        plain, _ = weight_gradient([Segment(1.0, a, d, bias=True)], weight, geometry)
+    seed = t.double().sign() if sign else t
+    assert_close(merged, g(a, d, weight, geometry) + BETA * g(seed, d, weight, geometry), torch.float32)
+    assert_close(bias, d.double().sum([i for i in range(d.dim()) if i != 1]), torch.float32)
+    first, second = (seen for seen in instruments if seen.kernel == "wgrad")
+    assert first.traffic["d0=d1=d2=d3"].loaded == second.traffic["d0=d1=d2=d3"].loaded
+    assert merged.dtype == torch.float32
+    assert not plain.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "tf32"])
+def test_the_penalty_survives_low_precision(dtype):
+    tf32 = dtype == "tf32"
+    dtype = torch.float32 if tf32 else dtype
+    weight, geometry, a, t, d, _ = linear_case(256, 37, 19, dtype)
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        total, _ = weight_gradient([Segment(1.0, a, d), Segment(BETA, t, d)], weight, geometry, dtype=torch.float32)
+        base, _ = weight_gradient([Segment(1.0, a, d)], weight, geometry, dtype=torch.float32)
+        with pytest.raises(ValueError, match="rounded"):
+            weight_gradient([Segment(1.0, a, d, push=t)], weight, geometry)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    exact = g(t, d, weight, geometry)
+    error = ((total.double() - base.double()) / BETA - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    # two float32 sums of size 1/β stand behind the difference; tf32 also truncates t and d, ten bits each
+    assert error < (3e-3 if tf32 else 2e-4)
+
+
+def test_tangents_lie_behind_one_another_as_rows():
+    t, e, weight = randn(5, 4, 7), randn(5, 4, 3), randn(3, 7)
+    a, d = randn(4, 7), randn(4, 3)
+    segments = [Segment(1.0, a, d, bias=True), Segment(0.5, t.flatten(0, 1), e.flatten(0, 1))]
+    total, _ = weight_gradient(segments, weight, ONE)
+    exact = d.double().T @ a.double() + 0.5 * sum(u.double().T @ v.double() for u, v in zip(e, t, strict=True))
+    assert_close(total, exact, torch.float32)
+
+
+def test_what_is_rejected():
+    a, d, weight = randn(4, 7), randn(4, 3), randn(3, 7)
+    with pytest.raises(ValueError, match="1 to 4"):
+        weight_gradient([], weight, ONE)
+    with pytest.raises(ValueError, match="do not give"):
+        weight_gradient([Segment(1.0, a, randn(5, 3))], weight, ONE)
+    with pytest.raises(ValueError, match="dtype"):
+        weight_gradient([Segment(1.0, a, d.half())], weight, ONE)
+    with pytest.raises(ValueError, match="same strides"):
+        weight_gradient([Segment(1.0, a, d), Segment(1.0, randn(7, 4).T, d)], weight, ONE)
+    with pytest.raises(ValueError, match="dense"):
+        weight_gradient([Segment(1.0, a, randn(3, 4).T)], weight, ONE)
