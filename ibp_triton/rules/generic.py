@@ -82,7 +82,7 @@ class Generic(Layer):
             leaves[slot] = value
         args, kwargs = tree_unflatten(leaves, self.spec)
         function = self.node.function
-        with self._same_random_numbers(), sdpa_kernel(SDPBackend.MATH):  # the only one with forward AD on the CPU
+        with self._same_random_numbers():
             if isinstance(function, ModuleCall):
                 return function.pure(self.buffers, *args, **kwargs)
             return function(*args, **kwargs)
@@ -107,7 +107,8 @@ class Generic(Layer):
             inputs = list(self.inputs)
             for position, value in zip(positions, values, strict=True):
                 inputs[position] = value
-            return _parts(self._again(*inputs))
+            with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with forward AD on the CPU
+                return _parts(self._again(*inputs))
 
         return function, [self.inputs[p] for p in positions]
 

@@ -75,10 +75,13 @@ class LeakyReLU(Pointwise):
         self.input, self.negative_slope = input, negative_slope
         return F.leaky_relu(input, negative_slope)
 
-    @cached_property
-    def slope(self) -> Tensor:
-        """1 or negative_slope."""
-        return torch.where(self.input > 0, 1.0, self.negative_slope).to(self.input.dtype)
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """D, or negative_slope · d where the input is not positive."""
+        return {"input": torch.ops.aten.leaky_relu_backward(d, self.input, self.negative_slope, False)}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """T likewise."""
+        return self.vjp(t["input"], ("input",))["input"]
 
 
 class Sigmoid(Pointwise):

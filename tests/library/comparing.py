@@ -1,0 +1,55 @@
+"""How tests compare gradients: relative to the largest entry of all parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import ibp_triton as ibp
+
+Gradients = Mapping[str, Tensor]
+
+
+def error(found: Gradients, expected: Gradients) -> float:
+    """The largest difference over the largest expected entry."""
+    assert set(found) == set(expected)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    assert largest > 0
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
+
+
+def minus(a: Gradients, b: Gradients) -> dict[str, Tensor]:
+    """a − b, parameter by parameter."""
+    return {name: a[name] - b[name] for name in a}
+
+
+def ours(method: ibp.Method, network: ibp.Network, *batch: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """``method.gradients`` at the random numbers that ``oracle`` uses too."""
+    torch.manual_seed(5)
+    return method.gradients(network, *batch)
+
+
+def oracle(method: ibp.Method, model: nn.Module, *batch: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    """``reference.gradients`` at the random numbers that ``ours`` uses too."""
+    torch.manual_seed(5)
+    return ibp.reference.gradients(model, method, *batch)
+
+
+@contextmanager
+def untraceable_allowed() -> Iterator[None]:
+    """Without the warning that a module cannot be traced."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*can't be traced", category=UserWarning)
+        yield
+
+
+def variants(norms: tuple[float, ...] = (1, 2, 1.5)) -> list[ibp.Method]:
+    """Every method in both semantics and these norms, with strong penalties."""
+    methods: list[ibp.Method] = [ibp.BP(), ibp.AdversarialTraining(0.1), ibp.FastAdversarialTraining(0.1)]
+    for kind in (ibp.LossIBP, ibp.PredictionIBP, ibp.TangentBP, ibp.FastTangentBP):
+        methods += [kind(0.7, norm, semantics) for semantics in ("paper", "exact") for norm in norms]
+    return methods
