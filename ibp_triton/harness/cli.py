@@ -15,7 +15,7 @@ from rich.table import Table
 from ibp_triton.harness import cost, grid, loading, store, summary
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
-from ibp_triton.harness.launch import Job, WorkerError, finished, launch
+from ibp_triton.harness.launch import Job, LaunchError, finished, launch
 from ibp_triton.harness.loading import ConfigError, Plan
 from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.progress import Progress, result_table
@@ -66,7 +66,7 @@ def _train(job: Job, workers: int) -> None:
         failures = launch(job, workers, progress)
     console.print(result_table(summary.rows(job.runs, job.root)))
     if failures:
-        raise WorkerError("some runs failed:\n" + "\n".join(failures))
+        raise LaunchError("some runs failed:\n" + "\n".join(failures))
 
 
 def _list(runs: list[Run], root: Path, workers: int) -> None:
@@ -90,7 +90,7 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     try:
         app()
-    except (ConfigError, DataError, ModelError, WorkerError) as error:
+    except (ConfigError, DataError, ModelError, LaunchError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:

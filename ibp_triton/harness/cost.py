@@ -59,7 +59,7 @@ def _time_bp(network: str, precision: str, batch: int, shape: Shape, classes: in
     best = float("inf")
     for _ in range(5):
         begin = time.perf_counter()
-        method(wrapped, x, labels).backward()  # type: ignore[no-untyped-call]
+        method(wrapped, x, labels).backward()
         best = min(best, time.perf_counter() - begin)
     return best / batch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib.util
 import os
 import tarfile
@@ -34,10 +33,15 @@ class Remote:
     sha256: str
 
 
-def folder(given: str | None) -> Path:
-    """`data.dir`, else the environment variable IBP_TRITON_DATA, else the user's cache."""
+def given_folder(given: str | None) -> Path | None:
+    """`data.dir`, else the environment variable IBP_TRITON_DATA; None if neither is set."""
     place = given or os.environ.get(ENVIRONMENT)
-    return Path(place).expanduser() if place else Path(pooch.os_cache("ibp_triton"))
+    return Path(place).expanduser() if place else None
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept for this user."""
+    return Path(pooch.os_cache("ibp_triton"))
 
 
 def locate(root: Path, subfolder: str, name: str) -> Path | None:
@@ -57,7 +61,7 @@ def fetch(remote: Remote, target: Path) -> Path:
                 )
             )
         except (OSError, ValueError) as error:
-            reasons.append(f"{mirror}: {str(error).splitlines()[0]}")
+            reasons.append(f"{mirror}: {type(error).__name__}")
     raise DataError(
         f"{target / remote.name}: not there, and no mirror gave it ({'; '.join(reasons)}); "
         f"put the file into that folder, or name its folder by data.dir or {ENVIRONMENT}"
@@ -119,8 +123,3 @@ def unpack(archive: Path, wanted: set[str], target: Path) -> None:
                 stream = tar.extractfile(member)
                 assert stream is not None
                 (target / name).write_bytes(stream.read())
-
-
-def sha256(raw: bytes) -> str:
-    """Hex digest."""
-    return hashlib.sha256(raw).hexdigest()

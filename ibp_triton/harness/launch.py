@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from ibp_triton.harness import store
+from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
+from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.train import train
 
 Event = dict[str, Any]
@@ -29,19 +31,21 @@ class Job:
     data_dir: str | None = None
 
 
-class WorkerError(RuntimeError):
-    """A worker process ended early; what it finished is stored and the same command goes on."""
+class LaunchError(RuntimeError):
+    """Training stopped for all runs: unfit data or model, or a worker that died. What is finished is stored."""
 
 
 def launch(job: Job, workers: int, listen: Listener) -> list[str]:
     """Train what is not finished yet; returns the messages of runs that failed.
 
     `listen` gets events {"kind": "start" | "epoch" | "done" | "busy" | "failed", "run": name, ...} in this process.
-    Raises WorkerError if a worker process dies.
+    Raises LaunchError for data and models that no run can use and if a worker process dies.
     """
     failures: list[str] = []
 
     def note(event: Event) -> None:
+        if event["kind"] == "fatal":
+            raise LaunchError(event["message"])
         if event["kind"] == "failed":
             failures.append(f"{event['run']}: {event['message']}")
         listen(event)
@@ -84,10 +88,13 @@ def _one(run: Run, job: Job, listen: Listener) -> None:
 
         try:
             result = train(run, folder, report, job.data_dir)
+        except (DataError, ModelError) as error:
+            listen({"kind": "fatal", "run": run.name, "message": str(error)})
         except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
             store.write_bytes(folder / "error.txt", traceback.format_exc().encode())
-            return listen({"kind": "failed", "run": run.name, "message": f"{type(error).__name__}: {error}"})
-        listen({"kind": "done", "run": run.name, **result})
+            listen({"kind": "failed", "run": run.name, "message": f"{type(error).__name__}: {error}"})
+        else:
+            listen({"kind": "done", "run": run.name, **result})
 
 
 def _spread(job: Job, workers: int, listen: Listener) -> None:
@@ -123,7 +130,7 @@ def _collect(processes: Sequence[Any], events: Any, listen: Listener) -> None:
                 raise
             dead = [p for p in processes if p.exitcode not in (None, 0)]
             if dead:
-                raise WorkerError(
+                raise LaunchError(
                     f"a worker process ended with code {dead[0].exitcode}; finished runs and epochs are stored, "
                     "run the same command again to go on"
                 ) from None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ibp_triton.harness import files
+from ibp_triton.harness import files, remotes
 from ibp_triton.harness.config import Data
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.seeds import stream
@@ -86,12 +90,8 @@ def _synthetic(data: Data) -> Loaded:
     return every.take(torch.arange(data.examples)), every.take(test), data.classes
 
 
-IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-CIFAR_NAMES = (*(f"data_batch_{k}.bin" for k in range(1, 6)), "test_batch.bin")
-
-
 def _idx(data: Data) -> Loaded:
-    paths = [_find(data, data.source, name) for name in IDX_NAMES]
+    paths = [_find(data.dir, data.source, name, remotes.IDX[data.source][name]) for name in remotes.IDX_NAMES]
     splits = [_idx_split(*paths[:2]), _idx_split(*paths[2:])]
     return splits[0], splits[1], 10
 
@@ -106,16 +106,104 @@ def _idx_split(image_path: Path, label_path: Path) -> Split:
 
 
 def _cifar10(data: Data) -> Loaded:
-    parts = [files.read_cifar10(_find(data, "cifar-10-batches-bin", name)) for name in CIFAR_NAMES]
+    folder = "cifar-10-batches-bin"
+    parts = [files.read_cifar10(_find(data.dir, folder, name, remotes.CIFAR_ARCHIVE)) for name in remotes.CIFAR_NAMES]
     train = Split(torch.cat([images for images, _ in parts[:-1]]), torch.cat([labels for _, labels in parts[:-1]]))
     return train, Split(*parts[-1]), 10
 
 
-def _find(data: Data, subfolder: str, name: str) -> Path:
-    found = files.locate(files.folder(data.dir), subfolder, name)
-    if found is None:
-        raise DataError(f"{files.folder(data.dir) / subfolder / name}: not found (nor with .gz)")
+def _find(given: str | None, subfolder: str, name: str, remote: files.Remote) -> Path:
+    """The file in the folder the user names, else in the cache, downloaded (and unpacked) if need be."""
+    place = files.given_folder(given)
+    root = place or files.cache_folder()
+    if found := files.locate(root, subfolder, name):
+        return found
+    if place is not None:
+        raise DataError(
+            f"{place / subfolder / name}: no such file, plain or .gz, there or in {place}; put it there, or unset "
+            f"data.dir and {files.ENVIRONMENT} to download it"
+        )
+    fetched = files.fetch(remote, root / subfolder)
+    if fetched.name.endswith(".tar.gz"):
+        files.unpack(fetched, set(remotes.CIFAR_NAMES), root / subfolder)
+    found = files.locate(root, subfolder, name)
+    assert found is not None
     return found
+
+
+def _arrays(data: Data) -> Loaded:
+    path = _path(data, "an .npz file with x_train, y_train, x_test, y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"{path}: expected an .npz file with plain arrays x_train, y_train, x_test, y_test ({error})"
+        ) from error
+    train, test = (_array_split(arrays, part, path) for part in ("train", "test"))
+    if train.images.shape[1:] != test.images.shape[1:]:
+        raise DataError(f"{path}: x_train and x_test hold images of different shapes; make them equal")
+    return train, test, int(max(train.labels.max(), test.labels.max())) + 1
+
+
+def _array_split(arrays: dict[str, Any], part: str, path: Path) -> Split:
+    x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    images = x[:, None] if x.ndim == 3 else x
+    if images.ndim != 4 or y.shape != (len(x),) or y.dtype.kind not in "iu" or not len(x):
+        raise DataError(
+            f"{path}: expected x_{part} [N, C, H, W] or [N, H, W] and integer y_{part} [N], "
+            f"got {x.shape} and {y.dtype} {y.shape}"
+        )
+    if y.min() < 0:
+        raise DataError(f"{path}: y_{part} holds the label {y.min()}; number the classes from 0")
+    if images.dtype != np.uint8 and not (images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1):
+        raise DataError(f"{path}: x_{part} must be uint8, or float in [0, 1]; got {images.dtype}")
+    return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(y.astype(np.int64)))
+
+
+def _image_folder(data: Data) -> Loaded:
+    root = _path(data, "a folder with one subfolder of PNG or JPEG files for each class")
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        train, names = _folder_split(root / "train", data)
+        test, test_names = _folder_split(root / "test", data)
+        if names != test_names:
+            raise DataError(f"{root}: train/ and test/ hold different classes: {names} and {test_names}")
+        return train, test, len(names)
+    every, names = _folder_split(root, data)
+    train, test = hold_out(every, data.holdout, data.holdout_seed)
+    return train, test, len(names)
+
+
+def _folder_split(root: Path, data: Data) -> tuple[Split, list[str]]:
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    found = [
+        (path, label)
+        for label, name in enumerate(names)
+        for path in sorted((root / name).iterdir())
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+    ]
+    if not found:
+        raise DataError(f"{root}: no PNG or JPEG files in subfolders; make one subfolder for each class")
+    images = torch.stack([_picture(path, data) for path, _ in found])
+    return Split(images, torch.tensor([label for _, label in found])), names
+
+
+def _picture(path: Path, data: Data) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("L" if data.channels == 1 else "RGB").resize((data.size, data.size)))
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}); replace or delete it") from error
+    return torch.from_numpy(pixels.copy()).reshape(data.size, data.size, data.channels).permute(2, 0, 1)
+
+
+def _path(data: Data, what: str) -> Path:
+    if not data.path:
+        raise DataError(f"source {data.source} needs data.path: {what}")
+    path = Path(data.path).expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; data.path must name {what}")
+    return path
 
 
 READERS: dict[str, Callable[[Data], Loaded]] = {
@@ -123,5 +211,7 @@ READERS: dict[str, Callable[[Data], Loaded]] = {
     "fashion_mnist": _idx,
     "cifar10": _cifar10,
     "mnist5k": _mnist5k,
+    "image_folder": _image_folder,
+    "arrays": _arrays,
     "synthetic": _synthetic,
 }

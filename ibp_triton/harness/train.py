@@ -127,7 +127,7 @@ def _epoch(run: Run, network: Any, state: State, batches: Batches, epoch: int) -
 def _step(network: Any, method: Any, optimizer: torch.optim.SGD, batch: Batch, factor: float) -> Tensor:
     optimizer.zero_grad()
     loss: Tensor = method(network, batch.x, batch.labels, tangents=batch.tangents)
-    (loss if factor == 1.0 else loss * factor).backward()  # type: ignore[no-untyped-call]
+    (loss if factor == 1.0 else loss * factor).backward()
     optimizer.step()
     return loss.detach()
 

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import gzip
+import io
+import struct
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pooch
+import pytest
+import torch
+from PIL import Image
+
+from ibp_triton.harness import data, files, remotes, sources
+from ibp_triton.harness.config import Data
+from ibp_triton.harness.files import DataError, Remote
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    """Forty training and eight test images in the official layout, half of the files gzipped."""
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 40), ("t10k", 8)):
+        images = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        folder = tmp_path / "mnist"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return tmp_path
+
+
+def refusal(choice: Data) -> str:
+    with pytest.raises(DataError) as caught:
+        data.load(choice, 0)
+    return str(caught.value)
+
+
+def test_mnist_files_plain_and_gzipped(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IBP_TRITON_DATA", str(mnist))
+    loaded = data.load(Data(source="mnist", subset=20, validation=15, mean="channel"), 3)
+    assert (len(loaded.train.labels), len(loaded.validation.labels), len(loaded.test.labels)) == (20, 15, 8)
+    assert loaded.shape == (1, 28, 28)
+    assert loaded.mean.shape == (1, 1, 1)
+    assert loaded.mean.item() == pytest.approx(loaded.train.images.mean().item(), abs=1e-6)
+    assert 0 <= loaded.train.images.min() < loaded.train.images.max() <= 1
+
+
+def test_subset_and_validation_are_disjoint_and_follow_the_seed(mnist: Path) -> None:
+    choice = Data(source="mnist", dir=str(mnist), subset=25, validation=15)
+    first, again, other = (data.load(choice, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.train.images, again.train.images)
+    assert not torch.equal(first.train.labels, other.train.labels)
+    every = torch.cat([first.train.images, first.validation.images]).flatten(1)
+    assert len(every.unique(dim=0)) == 40
+    whole = data.load(choice.model_copy(update={"subset": None}), 0)
+    assert len(whole.train.labels) == 25
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda raw: raw[:-5], "the file is truncated or damaged"),
+        (lambda raw: gzip.compress(raw)[:-9], "cannot be read as gzip"),
+        (lambda raw: b"\x00\x00\x09" + raw[3:], "expected an IDX file of unsigned bytes with 1 axes"),
+        (lambda raw: b"", "got an empty file"),
+        (lambda raw: idx(np.zeros(39, np.uint8)), "39 labels for the 40 images"),
+    ],
+)
+def test_damaged_files_are_named(mnist: Path, damage: object, expected: str) -> None:
+    path = mnist / "mnist" / "train-labels-idx1-ubyte"
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    message = refusal(Data(source="mnist", dir=str(mnist)))
+    assert message.startswith(str(path))
+    assert expected in message
+
+
+def test_missing_files_and_too_large_splits_are_named(mnist: Path) -> None:
+    assert "do not fit into the 40 training examples" in refusal(Data(source="mnist", dir=str(mnist), subset=41))
+    assert "the test set has 8" in refusal(Data(source="mnist", dir=str(mnist), test=9))
+    assert "30 is larger than the images (28×28)" in refusal(Data(source="mnist", dir=str(mnist), crop=30))
+    (mnist / "mnist" / "t10k-images-idx3-ubyte.gz").unlink()
+    message = refusal(Data(source="mnist", dir=str(mnist)))
+    assert message.startswith(f"{mnist}/mnist/t10k-images-idx3-ubyte: no such file, plain or .gz")
+    assert "data.dir" in message
+
+
+def test_crop_takes_the_centre(mnist: Path) -> None:
+    whole, cropped = (data.load(Data(source="mnist", dir=str(mnist), crop=crop), 0) for crop in (None, 24))
+    assert torch.equal(cropped.test.images, whole.test.images[..., 2:26, 2:26])
+    assert cropped.mean.shape == (1, 24, 24)
+
+
+def cifar_record(label: int, value: int) -> bytes:
+    return bytes([label]) + bytes([value]) * 3072
+
+
+def write_cifar(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for number, name in enumerate(remotes.CIFAR_NAMES):
+        (folder / name).write_bytes(cifar_record(number, 10 * number) + cifar_record(9, 255))
+
+
+def test_cifar_binary_batches(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "cifar-10-batches-bin")
+    loaded = data.load(Data(source="cifar10", dir=str(tmp_path), mean="none"), 0)
+    assert sorted(loaded.train.labels.tolist()) == [0, 1, 2, 3, 4, 9, 9, 9, 9, 9]
+    assert loaded.test.labels.tolist() == [5, 9]
+    assert loaded.test.images[0].unique().item() == pytest.approx(50 / 255)
+    assert loaded.shape == (3, 32, 32)
+    assert not loaded.mean.any()
+
+
+def test_cifar_faults(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "cifar-10-batches-bin")
+    path = tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin"
+    path.write_bytes(cifar_record(1, 1)[:-1])
+    assert "expected records of 3073 bytes" in refusal(Data(source="cifar10", dir=str(tmp_path)))
+    path.write_bytes(cifar_record(10, 1))
+    assert "label 10 found, expected 0 to 9" in refusal(Data(source="cifar10", dir=str(tmp_path)))
+
+
+def test_archive_is_unpacked_by_name_only(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "made")
+    with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as tar:
+        for name in remotes.CIFAR_NAMES:
+            tar.add(tmp_path / "made" / name, f"../outside/{name}")
+        tar.addfile(tarfile.TarInfo("../evil.bin"), io.BytesIO())
+    files.unpack(tmp_path / "archive.tar.gz", set(remotes.CIFAR_NAMES), tmp_path / "target")
+    assert {path.name for path in (tmp_path / "target").iterdir()} == set(remotes.CIFAR_NAMES)
+    assert not (tmp_path / "outside").exists()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / "file").write_bytes(b"content")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "served"))) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}/"
+        http.shutdown()
+
+
+def test_download_takes_the_first_mirror_that_answers_and_checks_the_digest(server: str, tmp_path: Path) -> None:
+    pooch.get_logger().disabled = True
+    digest = pooch.file_hash(str(tmp_path / "served" / "file"))
+    mirrors = (f"{server}nowhere/", server)
+    assert files.fetch(Remote(mirrors, "file", digest), tmp_path / "target").read_bytes() == b"content"
+    with pytest.raises(DataError, match=r"other/file: not there, and no mirror gave it .* data.dir or IBP_TRITON_DATA"):
+        files.fetch(Remote(mirrors, "file", "0" * 64), tmp_path / "other")
+    assert not (tmp_path / "other" / "file").exists()
+
+
+def test_arrays(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).random((12, 8, 8), np.float32), np.arange(12) % 3
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x[:4], y_test=y[:4])
+    loaded = data.load(Data(source="arrays", path=str(tmp_path / "a.npz")), 0)
+    assert (loaded.shape, loaded.classes) == ((1, 8, 8), 3)
+    assert torch.equal(loaded.test.images[:, 0], torch.from_numpy(x[:4]))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"x_train": np.zeros((12, 8))}, "expected x_train [N, C, H, W] or [N, H, W]"),
+        ({"y_train": np.zeros(12)}, "integer y_train"),
+        ({"y_train": np.arange(12) - 1}, "holds the label -1"),
+        ({"x_train": np.full((12, 8, 8), 2.0)}, "must be uint8, or float in [0, 1]"),
+        ({"x_test": np.zeros((4, 9, 9))}, "images of different shapes"),
+        ({"x_test": np.array([{}, {}])}, "plain arrays"),
+    ],
+)
+def test_faults_of_arrays(tmp_path: Path, change: dict[str, np.ndarray], expected: str) -> None:
+    x, y = np.zeros((12, 8, 8)), np.arange(12) % 3
+    arrays = {"x_train": x, "y_train": y, "x_test": x[:4], "y_test": y[:4], **change}
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert expected in refusal(Data(source="arrays", path=str(tmp_path / "a.npz")))
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for name, value in (("cat", 40), ("dog", 200)):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            Image.new("RGB", (20, 10), (value, 0, number)).save(tmp_path / name / f"{number}.png")
+    choice = Data(source="image_folder", path=str(tmp_path), size=8, holdout=4)
+    loaded = data.load(choice, 0)
+    assert (loaded.shape, loaded.classes) == ((3, 8, 8), 2)
+    assert sorted(loaded.test.labels.tolist()) == [0, 0, 1, 1]
+    assert {round(float(v) * 255) for v in loaded.test.images[:, 0, 0, 0]} == {40, 200}
+    (tmp_path / "dog" / "broken.jpg").write_bytes(b"no picture")
+    assert "broken.jpg: cannot be read as an image" in refusal(choice)
+    assert "no such file or folder" in refusal(choice.model_copy(update={"path": str(tmp_path / "none")}))
+    assert "needs data.path" in refusal(choice.model_copy(update={"path": None}))
+    (tmp_path / "empty").mkdir()
+    assert "no PNG or JPEG files" in refusal(choice.model_copy(update={"path": str(tmp_path / "empty")}))
+
+
+def test_mnist5k_is_split_by_class_with_a_fixed_seed() -> None:
+    loaded = data.load(Data(source="mnist5k"), 0)
+    assert (len(loaded.train.labels), len(loaded.test.labels)) == (4000, 1000)
+    assert loaded.test.labels.bincount().tolist() == [100] * 10
+    other = data.load(Data(source="mnist5k"), 1)
+    assert torch.equal(loaded.test.images, other.test.images)
+    assert not torch.equal(loaded.train.labels, other.train.labels)
+
+
+def test_hold_out_refuses_the_whole_set() -> None:
+    every = sources.Split(torch.zeros(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(DataError, match="5 test examples asked for, the set has 5 in all"):
+        sources.hold_out(every, 5, 0)

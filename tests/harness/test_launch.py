@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ibp_triton.harness import grid, loading, store, train
+from ibp_triton.harness.launch import Job, LaunchError, launch, work
+
+Tree = dict[str, Any]
+Write = Callable[[Tree], Path]
+Events = list[dict[str, Any]]
+
+
+def job(path: Path, root: Path, *overrides: str) -> Job:
+    return Job(grid.runs(loading.load(path, overrides)), root)
+
+
+def test_runs_are_trained_once(tree: Tree, write: Write, tmp_path: Path) -> None:
+    events: Events = []
+    path = write(tree)
+    assert launch(job(path, tmp_path / "runs"), 1, events.append) == []
+    assert [event["kind"] for event in events] == ["start", "epoch", "epoch", "done"] * 4
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
+    events.clear()
+    assert launch(job(path, tmp_path / "runs"), 1, events.append) == []
+    assert events == []
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
+
+
+def test_two_workers_give_the_bits_of_one(tree: Tree, write: Write, tmp_path: Path) -> None:
+    path = write(tree)
+    events: Events = []
+    launch(job(path, tmp_path / "one"), 1, lambda _: None)
+    assert launch(job(path, tmp_path / "two"), 2, events.append) == []
+    assert sum(event["kind"] == "done" for event in events) == 4
+    for folder in (tmp_path / "one").iterdir():
+        one, two = ((tmp_path / n / folder.name / store.CHECKPOINT).read_bytes() for n in ("one", "two"))
+        assert one == two
+
+
+def test_a_locked_run_is_left_to_its_owner(tree: Tree, write: Write, tmp_path: Path) -> None:
+    events: Events = []
+    task = job(write(tree), tmp_path)
+    with store.lock(tmp_path / task.runs[0].name):
+        work(task, events.append)
+    assert events[0] == {"kind": "busy", "run": task.runs[0].name}
+    assert not (tmp_path / task.runs[0].name / store.RESULT).exists()
+    assert (tmp_path / task.runs[1].name / store.RESULT).exists()
+
+
+def test_one_failing_run_does_not_stop_the_others(tree: Tree, write: Write, tmp_path: Path) -> None:
+    task = job(write(tree), tmp_path)
+
+    def refuse(run: grid.Run, *rest: Any) -> store.Record:
+        if run.name == task.runs[1].name:
+            raise RuntimeError("out of luck")
+        return original(run, *rest)
+
+    original = train.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ibp_triton.harness.launch.train", refuse)
+        failures = launch(task, 1, lambda _: None)
+    assert failures == [f"{task.runs[1].name}: RuntimeError: out of luck"]
+    assert "out of luck" in (tmp_path / task.runs[1].name / "error.txt").read_text(encoding="utf-8")
+    assert sum((tmp_path / run.name / store.RESULT).exists() for run in task.runs) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_unfit_data_stop_everything_with_one_message(tree: Tree, write: Write, tmp_path: Path, workers: int) -> None:
+    with pytest.raises(LaunchError, match=r"do not fit into the 64 training examples"):
+        launch(job(write(tree), tmp_path, "data.subset=65"), workers, lambda _: None)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_every_run_ends_with_the_same_bits(tree: Tree, write: Write, tmp_path: Path) -> None:
+    """Twice kill -9 of the command and its workers; slow because nine processes import torch."""
+    tree["training"]["epochs"] = 12
+    path = write(tree)
+    launch(job(path, tmp_path / "calm"), 1, lambda _: None)
+    command = [sys.executable, "-m", "ibp_triton.harness.cli", "run", str(path), "--workers", "2"]
+    moments = random.Random(0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=environment) as process:
+            _wait_for(tmp_path / "out" / "runs")
+            time.sleep(moments.uniform(0, 0.4))
+            os.killpg(process.pid, signal.SIGKILL)
+    last = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "bp" in last.stdout
+    for folder in (tmp_path / "calm").iterdir():
+        calm, killed = (root / folder.name for root in (tmp_path / "calm", tmp_path / "out" / "runs"))
+        assert (calm / store.CHECKPOINT).read_bytes() == (killed / store.CHECKPOINT).read_bytes()
+        results = [json.loads((where / store.RESULT).read_text(encoding="utf-8")) for where in (calm, killed)]
+        for key in ("test_error", "final_loss", "epochs"):
+            assert results[0][key] == results[1][key]
+        assert sorted(entry.name for entry in calm.iterdir()) == sorted(entry.name for entry in killed.iterdir())
+
+
+def _wait_for(folder: Path) -> None:
+    """Until training writes into `folder`: start-up of the processes is not worth killing."""
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")} if folder.exists() else {}
+    for _ in range(150):
+        now = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")} if folder.exists() else {}
+        if now != before or len(list(folder.glob("*/result.json"))) == 4:
+            return
+        time.sleep(0.1)
