@@ -17,9 +17,13 @@ Gradients = Mapping[str, Tensor]
 def error(found: Gradients, expected: Gradients) -> float:
     """The largest difference over the largest expected entry."""
     assert set(found) == set(expected)
-    largest = max(float(g.abs().max()) for g in expected.values())
-    assert largest > 0
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / largest
+    assert largest(expected) > 0
+    return largest(minus(found, expected)) / largest(expected)
+
+
+def largest(gradients: Gradients) -> float:
+    """The largest entry of all parameters, in absolute value."""
+    return max(float(g.abs().max()) for g in gradients.values())
 
 
 def minus(a: Gradients, b: Gradients) -> dict[str, Tensor]:
