@@ -44,6 +44,7 @@ class Node:
     slots: list[int] = field(default_factory=list)
     consumers: list[int] = field(default_factory=list)
     shares: bool = False  # an operand has other consumers too
+    fused: set[str] = field(default_factory=set)  # what a backend's lowering makes this node do besides, or leave out
 
     @property
     def label(self) -> str:

@@ -1,9 +1,19 @@
-"""The loss head: softmax cross-entropy with its first and second derivative, and the seeds of the extra passes."""
+"""The loss head: softmax cross-entropy with its first and second derivative, and the seeds of the extra passes.
+
+A backend's head is a module with these functions: ``cross_entropy``, ``hessian_product``, ``seed``, ``tangent_seed``,
+``fgsm_step`` and ``objective``. This one is torch's; methods reach theirs through ``network.head``.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ibp_triton.attacks import fgsm_step
+
+__all__ = ["cross_entropy", "fgsm_step", "hessian_product", "objective", "penalty", "psi", "seed", "tangent_seed"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,3 +50,25 @@ def penalty(u: Tensor, norm: float) -> Tensor:
     if norm == 1:
         return u.abs().sum()
     return u.square().sum() / 2 if norm == 2 else u.abs().pow(norm).sum() / norm
+
+
+def seed(u: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """ψ(u) and ‖u‖_r^r / r, in numbers that ``objective`` adds up; without ``wanted`` the first is of no use."""
+    return psi(u, norm) if wanted else u, penalty(u, norm)
+
+
+def tangent_seed(d_0: Tensor, tau: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """Σ_j ψ(⟨d_0, τ_j⟩) τ_j for tangents [T, N, ...], and Σ_j |⟨d_0, τ_j⟩|^r / r; ``wanted`` as in ``seed``."""
+    slopes = torch.linalg.vecdot(tau.flatten(2), d_0.flatten(1))  # [T, N]
+    weights = psi(slopes, norm) if wanted else slopes
+    collapsed = (weights.view(*weights.shape, *([1] * (tau.dim() - 2))) * tau).sum(0) if wanted else d_0
+    return collapsed, penalty(slopes, norm)
+
+
+def objective(batch: int, *parts: tuple[Any, Tensor]) -> Tensor:
+    """Σ coefficient · Σ numbers, over the batch size: the objective's value, 0-d."""
+    total: Any = 0
+    for coefficient, numbers in parts:
+        part = numbers.sum()
+        total = total + (part if isinstance(coefficient, int) and coefficient == 1 else coefficient * part)
+    return total / batch  # type: ignore[no-any-return]

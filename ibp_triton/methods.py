@@ -9,9 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ibp_triton.attacks import fgsm_step
 from ibp_triton.checks import check_batch, check_hyperparameters, check_labels, check_tangents
-from ibp_triton.head import cross_entropy, hessian_product, penalty, psi
 from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.network import Network
 from ibp_triton.objective import objective
@@ -21,8 +19,9 @@ from ibp_triton.trace import Trace
 
 @dataclass(eq=False)
 class Pass:
-    """A forward pass and what the loss head gave: per-sample losses [N], c [N, M], softmax [N, M]."""
+    """A forward pass and what the loss head gave: per-sample losses [N], c [N, M], and p for H (softmax [N, M])."""
 
+    head: Any
     trace: Trace
     losses: Tensor
     c: Tensor
@@ -40,19 +39,28 @@ class Step:
     parameters: Mapping[str, Tensor]
     value_only: bool = False
 
+    @property
+    def head(self) -> Any:
+        """The loss head of the network's backend."""
+        return self.network.head
+
+    def objective(self, *parts: tuple[Any, Tensor]) -> Tensor:
+        """Σ coefficient · Σ numbers, mean over the batch."""
+        return self.head.objective(self.x.shape[0], *parts)  # type: ignore[no-any-return]
+
     def first_pass(self, x: Tensor | None = None, first: Pass | None = None) -> Pass:
         """Forward at x; with ``first``, its dropout masks and no second update of running statistics."""
         earlier = None if first is None else first.trace
         trace = self.network.forward(self.x if x is None else x, self.parameters, earlier)
         check_labels(self.labels, trace.logits)
-        return Pass(trace, *cross_entropy(trace.logits, self.labels))
+        return Pass(self.head, trace, *self.head.cross_entropy(trace.logits, self.labels))
 
     def second_pass(self, run: Pass, *, to_input: bool) -> Sweep:
         """The reverse sweep from c."""
         return reverse(run.trace, run.c, to_input=to_input)
 
 
-Recipe = tuple[Tensor, Sequence[Term]]  # the summed objective [] and the terms of its gradient
+Recipe = tuple[Tensor, Sequence[Term]]  # the objective [], mean over the batch, and the terms of its gradient
 
 
 @dataclass(frozen=True)
@@ -99,17 +107,17 @@ class Method:
             step = Step(network, x.detach(), labels, tangents, parameters or {})
             value, terms = self.recipe(step)
             gradients = weight_gradients(terms, x.shape[0], getattr(self, "semantics", "") == "exact")
-            return value / x.shape[0], _in_own_dtype(gradients, network, parameters or {})
+            return value, _in_own_dtype(gradients, network, parameters or {})
 
     def value(self, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None = None) -> Tensor:
         """The objective alone, 0-d, without the passes that only its gradient needs."""
         self._check(network, x, labels, tangents, None)
         with torch.no_grad():
             step = Step(network, x.detach(), labels, tangents, {}, value_only=True)
-            return self.recipe(step)[0] / x.shape[0]
+            return self.recipe(step)[0]
 
     def recipe(self, step: Step) -> Recipe:
-        """The objective summed over the batch, and the terms of its gradient."""
+        """The objective, mean over the batch, and the terms of its gradient."""
         raise NotImplementedError
 
     def cost(self, network: Network, input_shape: Sequence[int], tangents: int = 5) -> int:
@@ -147,7 +155,8 @@ class BP(Method):
     def recipe(self, step: Step) -> Recipe:
         """g(a, d)."""
         run = step.first_pass()
-        return run.losses.sum(), [] if step.value_only else [Term(1, run.trace, step.second_pass(run, to_input=False))]
+        terms = [] if step.value_only else [Term(1, run.trace, step.second_pass(run, to_input=False))]
+        return step.objective((1, run.losses)), terms
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:
         """F + V + W, without the first layer's vjp."""
@@ -167,11 +176,9 @@ class LossIBP(Method):
         """g(a + βt, d) with t_0 = ψ(d_0); exact: and g(a, δ) with δ_K = H t_K."""
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
-        d_0 = _input(run, d)
-        value = run.losses.sum() + self.beta * penalty(d_0, self.norm)
-        if step.value_only:
-            return value, []
-        return value, _along_seed(run, d, psi(d_0, self.norm), self.beta, self.semantics)
+        seed, penalty = step.head.seed(_input(run, d), self.norm, not step.value_only)
+        value = step.objective((1, run.losses), (self.beta, penalty))
+        return value, [] if step.value_only else _along_seed(run, d, seed, self.beta, self.semantics)
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:
         """F + V + J + W; exact: and a reverse sweep and another weight gradient."""
@@ -194,16 +201,16 @@ class PredictionIBP(Method):
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
         t = linear_sweep(run.trace, _input(run, d), to_output=True)
-        t_K = _output(run, t)
-        value = run.losses.sum() + self.beta * penalty(t_K, self.norm)
+        e_K, penalty = step.head.seed(_output(run, t), self.norm, not step.value_only)
+        value = step.objective((1, run.losses), (self.beta, penalty))
         if step.value_only:
             return value, []
         exact = self.semantics == "exact"
-        e = reverse(run.trace, psi(t_K, self.norm), to_input=exact)
+        e = reverse(run.trace, e_K, to_input=exact)
         terms = [Term(1, run.trace, d), Term(self.beta, run.trace, e, t)]
         if exact:
             s = linear_sweep(run.trace, _input(run, e), to_output=True)
-            delta = hessian_product(run.p, _output(run, s))
+            delta = run.head.hessian_product(run.p, _output(run, s))
             back = reverse(run.trace, delta, to_input=False, bends=[(d, s), (e, t)])
             terms += [Term(self.beta, run.trace, d, s), Term(self.beta, run.trace, back)]
         return value, terms
@@ -227,8 +234,8 @@ class AdversarialTraining(Method):
         """½ g(a, d) + ½ g(a*, d*)."""
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
-        other = step.first_pass(fgsm_step(step.x, _input(run, d), self.epsilon), run)
-        value = 0.5 * run.losses.sum() + 0.5 * other.losses.sum()
+        other = step.first_pass(step.head.fgsm_step(step.x, _input(run, d), self.epsilon), run)
+        value = step.objective((0.5, run.losses), (0.5, other.losses))
         if step.value_only:
             return value, []
         d_star = step.second_pass(other, to_input=False)
@@ -250,9 +257,9 @@ class FastAdversarialTraining(Method):
         """g(a*, d*)."""
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
-        other = step.first_pass(fgsm_step(step.x, _input(run, d), self.epsilon), run)
+        other = step.first_pass(step.head.fgsm_step(step.x, _input(run, d), self.epsilon), run)
         terms = [] if step.value_only else [Term(1, other.trace, step.second_pass(other, to_input=False))]
-        return other.losses.sum(), terms
+        return step.objective((1, other.losses)), terms
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:
         """F + V, then F + V + W."""
@@ -272,12 +279,12 @@ class TangentBP(Method):
         """g(a, d) + β Σ_j g(t^j, e^j) with t^j_0 = τ_j, e^j_K = ψ(t^j_K); exact: and g(a, η) of curved layers."""
         run = step.first_pass()
         t = linear_sweep(run.trace, _seed(run, step.tangents), to_output=True)
-        t_K = _output(run, t)
-        value = run.losses.sum() + self.beta * penalty(t_K, self.norm)
+        e_K, penalty = step.head.seed(_output(run, t), self.norm, not step.value_only)
+        value = step.objective((1, run.losses), (self.beta, penalty))
         if step.value_only:
             return value, []
         d = step.second_pass(run, to_input=False)
-        e = reverse(run.trace, psi(t_K, self.norm), to_input=False)
+        e = reverse(run.trace, e_K, to_input=False)
         terms = [Term(1, run.trace, d), Term(self.beta, run.trace, e, t)]
         if self.semantics == "exact":
             terms.append(Term(self.beta, run.trace, reverse(run.trace, None, to_input=False, bends=[(e, t)])))
@@ -302,13 +309,9 @@ class FastTangentBP(Method):
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
         tau = _seed(run, step.tangents)
-        slopes = torch.linalg.vecdot(tau.flatten(2), _input(run, d).flatten(1))  # [T, N]
-        value = run.losses.sum() + self.beta * penalty(slopes, self.norm)
-        if step.value_only:
-            return value, []
-        weights = psi(slopes, self.norm)
-        seed = (weights.view(*weights.shape, *([1] * (tau.dim() - 2))) * tau).sum(0)
-        return value, _along_seed(run, d, seed, self.beta, self.semantics)
+        seed, penalty = step.head.tangent_seed(_input(run, d), tau, self.norm, not step.value_only)
+        value = step.objective((1, run.losses), (self.beta, penalty))
+        return value, [] if step.value_only else _along_seed(run, d, seed, self.beta, self.semantics)
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:
         """As Loss IBP: one pass for all tangents."""
@@ -321,7 +324,7 @@ def _along_seed(run: Pass, d: Sweep, seed: Tensor, beta: Any, semantics: str) ->
     t = linear_sweep(run.trace, seed, to_output=exact)
     terms = [Term(1, run.trace, d), Term(beta, run.trace, d, t)]
     if exact:
-        delta = hessian_product(run.p, _output(run, t))
+        delta = run.head.hessian_product(run.p, _output(run, t))
         terms.append(Term(beta, run.trace, reverse(run.trace, delta, to_input=False, bends=[(d, t)])))
     return terms
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from ibp_triton.graph import Builder, Graph
 from ibp_triton.trace import Trace, run
 from ibp_triton.tracing import signature, trace
 
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -46,10 +49,29 @@ class Network:
 
     def graph(self) -> Graph:
         """The nodes for the model's present structure and train/eval modes; traced once for each."""
-        key = signature(self.model)
+        fast = self.native
+        key = (signature(self.model), fast)
         if key not in self._graphs:
-            self._graphs[key] = self._trace()
+            graph = self._trace()
+            self._graphs[key] = import_module("ibp_triton.rules.triton").lower(graph) if fast else graph
         return self._graphs[key]
+
+    @property
+    def native(self) -> bool:
+        """Whether the Triton kernels are in use: asked for, or parameters on CUDA, and a dtype that they compute in."""
+        first = next(self.model.parameters(), None)
+        if self.backend == "torch" or first is None or (self.dtype or first.dtype) not in _KERNEL_DTYPES:
+            return False
+        if self.backend == "auto":
+            return first.is_cuda and find_spec("triton") is not None
+        if find_spec("triton") is None:
+            raise ImportError("backend='triton' needs the package triton: pip install triton, or use backend='torch'")
+        return True
+
+    @property
+    def head(self) -> Any:
+        """The loss head of the backend in use: see ``ibp_triton.head``."""
+        return import_module("ibp_triton.rules.triton_head" if self.native else "ibp_triton.head")
 
     def _trace(self) -> Graph:
         warn, self._warned = not self._warned, True

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.graph import Node
-from ibp_triton.rules import Bilinear, Layer, Pieces
+from ibp_triton.rules import Bilinear, Layer, Pieces, Product
 from ibp_triton.trace import Trace
 
 Sweep = list[Any]  # a derivative or tangent for each node, None where there is none
@@ -118,6 +118,7 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
     """
     trace = terms[0].trace
     sums: dict[int, Tensor] = {}
+    means: dict[int, Tensor] = {}  # of layers that add up and divide by themselves
     for node in reversed(trace.graph.nodes):
         layer = trace.layers[node.index]
         wanted = [n for n, i in node.operands.items() if trace.graph.nodes[i].kind == "parametric" and trace.moves[i]]
@@ -127,10 +128,29 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
             if node.index in sums:
                 _collect(sums, node, layer.vjp(_like(sums.pop(node.index), trace.values[node.index]), wanted), 1)
             continue
+        if isinstance(layer, Bilinear) and layer.joint:
+            for name, part in layer.joint_gradient(_products(terms, node), wanted, batch).items():
+                index = node.operands[name]
+                target, part = (means, part) if index in trace.graph.parameters else (sums, part * batch)
+                target[index] = _sum(target.get(index), part)
+            continue
         for term, partner in _pairs(terms, node, layer):
             _contribute(sums, node, wanted, term, partner, exact)
-    zero = {i: torch.zeros_like(trace.values[i]) for i in trace.trainable if i not in sums}
-    return {trace.graph.parameters[i]: sum_ / batch for i, sum_ in sorted((sums | zero).items())}
+    means |= {i: _sum(means.get(i), sum_ / batch) for i, sum_ in sums.items()}
+    means |= {i: torch.zeros_like(trace.values[i]) for i in trace.trainable if i not in means}
+    return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}
+
+
+def _products(terms: Sequence[Term], node: Node) -> list[Product]:
+    """What the terms ask of one bilinear layer."""
+    products = []
+    for term in terms:
+        layer, right, t = term.trace.layers[node.index], term.right[node.index], term.tangents
+        assert isinstance(layer, Bilinear)
+        left = layer.input if t is None else t[node.operands["input"]]
+        if left is not None and right is not None:
+            products.append(Product(term.coefficient, left, right, t is None))
+    return products
 
 
 def _like(d: Any, value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ibp_triton.rules.base import Bilinear, Layer
+from ibp_triton.rules.base import Bilinear, Layer, Product
 from ibp_triton.rules.dense import Conv1d, Conv2d, Linear
 from ibp_triton.rules.generic import BatchNormTrain, DetachPrimals, Generic, ModuleCall
 from ibp_triton.rules.pointwise import (
@@ -29,7 +29,17 @@ from ibp_triton.rules.pointwise import (
 from ibp_triton.rules.pooling import MaxPool1d, MaxPool2d
 from ibp_triton.rules.structural import Add, BatchedMap, Concatenate, Item, LinearMap, Pieces, Reshape, Subtract
 
-__all__ = ["BatchNormTrain", "Bilinear", "DetachPrimals", "Generic", "Layer", "ModuleCall", "Pieces", "rule_for"]
+__all__ = [
+    "BatchNormTrain",
+    "Bilinear",
+    "DetachPrimals",
+    "Generic",
+    "Layer",
+    "ModuleCall",
+    "Pieces",
+    "Product",
+    "rule_for",
+]
 
 T = torch.Tensor
 

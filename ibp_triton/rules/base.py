@@ -10,7 +10,8 @@ travel together. Every derivative is per sample: nothing here divides by the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -68,6 +69,16 @@ class Layer:
         return 0
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """coefficient · g(left, right), one term of a weight gradient; ``bias``: right counts in the bias's as well."""
+
+    coefficient: Any
+    left: Tensor  # [N, ...], or [T, N, ...] with right's T
+    right: Tensor
+    bias: bool
+
+
 class Bilinear(Layer):
     """A layer with operands input, weight and bias that is linear in its input and in its weight.
 
@@ -76,6 +87,11 @@ class Bilinear(Layer):
 
     input: Tensor
     weight: Tensor
+    joint: ClassVar[bool] = False  # whether joint_gradient is there
+
+    def joint_gradient(self, products: Sequence[Product], wanted: Names, batch: int) -> dict[str, Tensor]:
+        """The sum of all products divided by ``batch``, for the weight and the bias, in one go."""
+        raise NotImplementedError
 
     @classmethod
     def accepts(cls, kinds: Mapping[str, str]) -> bool:
