@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ibp_triton.graph import Node
-from ibp_triton.rules import Bilinear, Layer, Pieces, Product
+from ibp_triton.rules import Bilinear, Pieces, Product
+from ibp_triton.rules.base import wide
 from ibp_triton.trace import Trace
 
 Sweep = list[Any]  # a derivative or tangent for each node, None where there is none
@@ -117,28 +118,32 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
     products are added in float32.
     """
     trace = terms[0].trace
-    sums: dict[int, Tensor] = {}
-    means: dict[int, Tensor] = {}  # of layers that add up and divide by themselves
+    means: dict[int, Any] = {}
     for node in reversed(trace.graph.nodes):
         layer = trace.layers[node.index]
         wanted = [n for n, i in node.operands.items() if trace.graph.nodes[i].kind == "parametric" and trace.moves[i]]
         if layer is None or not wanted:
             continue
-        if node.kind == "parametric":
-            if node.index in sums:
-                _collect(sums, node, layer.vjp(_like(sums.pop(node.index), trace.values[node.index]), wanted), 1)
-            continue
-        if isinstance(layer, Bilinear) and layer.joint:
-            for name, part in layer.joint_gradient(_products(terms, node), wanted, batch).items():
-                index = node.operands[name]
-                target, part = (means, part) if index in trace.graph.parameters else (sums, part * batch)
-                target[index] = _sum(target.get(index), part)
-            continue
-        for term, partner in _pairs(terms, node, layer):
-            _contribute(sums, node, wanted, term, partner, exact)
-    means |= {i: _sum(means.get(i), sum_ / batch) for i, sum_ in sums.items()}
+        if isinstance(layer, Bilinear):
+            _collect(means, node, layer.joint_gradient(_products(terms, node), wanted, batch))
+        elif node.kind == "active":
+            for term in terms:
+                _collect(means, node, _part(term, node, wanted, exact), term.coefficient / batch)
+        elif node.index in means:
+            _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
     means |= {i: torch.zeros_like(trace.values[i]) for i in trace.trainable if i not in means}
     return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}
+
+
+def _part(term: Term, node: Node, wanted: list[str], exact: bool) -> dict[str, Any]:
+    """One term's gradient with respect to the operands of a layer that is not bilinear."""
+    layer, right = term.trace.layers[node.index], term.right[node.index]
+    if layer is None or right is None:
+        return {}
+    if term.tangents is None:
+        return layer.vjp(right, wanted)
+    tangents = _tangents_of(node, term.tangents)
+    return layer.tangent_param_vjp(tangents, right, wanted, exact) if tangents else {}
 
 
 def _products(terms: Sequence[Term], node: Node) -> list[Product]:
@@ -160,63 +165,14 @@ def _like(d: Any, value: Any) -> Any:
     return d.to(value.dtype)
 
 
-def _pairs(terms: Sequence[Term], node: Node, layer: Layer) -> list[tuple[Term, Term | None]]:
-    """The terms, each ordinary one with the tangent term that merges with it."""
-    pairs: list[tuple[Term, Term | None]] = []
-    free = list(terms)
-    for term in terms:
-        if term not in free:
-            continue
-        free.remove(term)
-        partner = next((other for other in free if _merges(term, other, node, layer)), None)
-        if partner is not None:
-            free.remove(partner)
-        pairs.append((term, partner))
-    return pairs
-
-
-def _merges(term: Term, other: Term, node: Node, layer: Layer) -> bool:
-    if not isinstance(layer, Bilinear) or term.tangents is not None or other.tangents is None:
-        return False
-    left = other.tangents[node.operands["input"]]
-    same = term.trace is other.trace and term.right is other.right and left is not None
-    return same and layer.input.dtype in (torch.float32, torch.float64) and left.dim() == layer.input.dim()
-
-
-def _contribute(
-    sums: dict[int, Tensor], node: Node, wanted: list[str], term: Term, partner: Term | None, exact: bool
-) -> None:
-    layer, right = term.trace.layers[node.index], term.right[node.index]
-    assert layer is not None
-    if right is None:
-        return
-    if term.tangents is not None:
-        tangents = _tangents_of(node, term.tangents)
-        if tangents:
-            _collect(sums, node, layer.tangent_param_vjp(tangents, right, wanted, exact), term.coefficient)
-    elif partner is not None:
-        assert isinstance(layer, Bilinear)
-        assert partner.tangents is not None
-        ratio = partner.coefficient if _is(term.coefficient, 1) else partner.coefficient / term.coefficient
-        left = layer.input + ratio * partner.tangents[node.operands["input"]]
-        _collect(sums, node, layer.param_vjp(left, right, wanted), term.coefficient)
-    else:
-        _collect(sums, node, layer.vjp(right, wanted), term.coefficient)
-
-
-def _collect(sums: dict[int, Tensor], node: Node, parts: Mapping[str, Tensor], coefficient: Any) -> None:
-    """Add coefficient · part to each operand's sum; half precision is added up in float32."""
+def _collect(means: dict[int, Any], node: Node, parts: Mapping[str, Any], scale: Any = 1) -> None:
+    """Add scale · part to each operand's sum; half precision is added up in float32."""
     for name, part in parts.items():
         index = node.operands[name]
-        sums[index] = _sum(sums.get(index), _scaled(part, coefficient))
+        means[index] = _sum(means.get(index), _scaled(part, scale))
 
 
-def _scaled(part: Any, coefficient: Any) -> Any:
+def _scaled(part: Any, scale: Any) -> Any:
     if isinstance(part, Pieces):
-        return Pieces({k: _scaled(v, coefficient) for k, v in part.items()})
-    wide = part.float() if part.dtype in (torch.bfloat16, torch.float16) else part
-    return wide if _is(coefficient, 1) else coefficient * wide
-
-
-def _is(value: Any, number: float) -> bool:
-    return not isinstance(value, Tensor) and value == number
+        return Pieces({k: _scaled(v, scale) for k, v in part.items()})
+    return wide(part) if isinstance(scale, int) and scale == 1 else scale * wide(part)

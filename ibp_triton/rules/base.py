@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Tangents = Mapping[str, Tensor]
 Names = Collection[str]
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Layer:
@@ -87,33 +89,44 @@ class Bilinear(Layer):
 
     input: Tensor
     weight: Tensor
-    joint: ClassVar[bool] = False  # whether joint_gradient is there
-
-    def joint_gradient(self, products: Sequence[Product], wanted: Names, batch: int) -> dict[str, Tensor]:
-        """The sum of all products divided by ``batch``, for the weight and the bias, in one go."""
-        raise NotImplementedError
 
     @classmethod
     def accepts(cls, kinds: Mapping[str, str]) -> bool:
         """The input carries the tangent; weight and bias may be anything that does not depend on x."""
         return kinds.get("input") == "active" and all(k != "active" for n, k in kinds.items() if n != "input")
 
-    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        """g(left, right), of the weight's shape, summed over samples and tangents."""
-        raise NotImplementedError
-
-    def bias_gradient(self, d: Tensor) -> Tensor:
-        """The derivative with respect to the bias, summed over samples."""
-        raise NotImplementedError
-
-    def param_vjp(self, left: Tensor, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """g(left, d) for the weight and the sum of d for the bias; ``left`` is a, or a + βt for merged terms."""
-        out = {}
-        if "weight" in wanted:
-            out["weight"] = self.weight_gradient(left, d)
-        if "bias" in wanted:
-            out["bias"] = self.bias_gradient(d)
+    def joint_gradient(self, products: Sequence[Product], wanted: Names, batch: int) -> dict[str, Tensor]:
+        """The sum of all products divided by ``batch``, for the weight and the bias; half precision adds in float32."""
+        out: dict[str, Tensor] = {}
+        for product in self.merged(products):
+            names = [name for name in wanted if name == "weight" or product.bias]
+            for name, part in self.param_vjp(product.left, product.right, names, product.coefficient / batch).items():
+                out[name] = out[name] + part if name in out else part
         return out
+
+    def merged(self, products: Sequence[Product]) -> list[Product]:
+        """The products with those of one right side made one: c g(a, d) + β g(t, d) = c g(a + (β/c) t, d).
+
+        Not in half precision, where a + βt would round the penalty away (a layer that widens its operands may).
+        """
+        if self.input.dtype in HALF and not self.widens:
+            return list(products)
+        groups: dict[int, list[Product]] = {}
+        for product in products:
+            groups.setdefault(id(product.right), []).append(product)
+        return [_merge(group) for group in groups.values()]
+
+    @property
+    def widens(self) -> bool:
+        """Whether ``param_vjp`` computes in float32 for half precision."""
+        return False
+
+    def param_vjp(self, left: Tensor, d: Tensor, wanted: Names, scale: Any = 1) -> dict[str, Tensor]:
+        """Scale · g(left, d) for the weight, scale · the sum of d for the bias; ``left`` is a, t, or a + βt.
+
+        Half precision returns float32 where that costs nothing.
+        """
+        raise NotImplementedError
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """f~ for the input; g and the bias's sum for the parameters."""
@@ -126,12 +139,25 @@ class Bilinear(Layer):
 
     def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
         """g(t, r); a bias has no tangent term."""
-        return {"weight": self.weight_gradient(t["input"], r)} if "weight" in wanted else {}
+        return self.param_vjp(t["input"], r, [name for name in wanted if name == "weight"])
 
 
-def tangent_axes(t: Tensor, value: Tensor) -> int:
-    """1 if ``t`` carries a leading axis of tangents over ``value``'s shape, else 0."""
-    return t.dim() - value.dim()
+def _merge(group: list[Product]) -> Product:
+    first, *rest = group
+    left = first.left if not rest else wide(first.left)
+    for other in rest:
+        left = left + over(other.coefficient, first.coefficient) * wide(other.left)
+    return Product(first.coefficient, left, first.right, any(product.bias for product in group))
+
+
+def over(a: Any, b: Any) -> Any:
+    """a / b; a itself where b is the number 1."""
+    return a if not isinstance(b, Tensor) and b == 1 else a / b
+
+
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return x.float() if x.dtype in HALF else x
 
 
 def fold(t: Tensor, value: Tensor) -> Tensor:

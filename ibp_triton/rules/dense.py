@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Bilinear, Tangents, fold, product, unfold
+from ibp_triton.rules.base import HALF, Bilinear, Names, Tangents, fold, product, unfold, wide
 
 
 class Linear(Bilinear):
@@ -29,13 +29,22 @@ class Linear(Bilinear):
         """T Wᵀ: the forward pass without the bias."""
         return F.linear(t["input"], self.weight)
 
-    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        """[out, in]."""
-        return right.reshape(-1, right.shape[-1]).t() @ left.reshape(-1, left.shape[-1])
+    @property
+    def widens(self) -> bool:
+        """On a CPU: its half-precision products come in half precision, which is too coarse for the penalty."""
+        return not self.input.is_cuda
 
-    def bias_gradient(self, d: Tensor) -> Tensor:
-        """[out]."""
-        return d.reshape(-1, d.shape[-1]).sum(0)
+    def param_vjp(self, left: Tensor, d: Tensor, wanted: Names, scale: Any = 1) -> dict[str, Tensor]:
+        """[out, in] and [out]. Scaling d, the smallest operand, is the cheapest place for 1/N."""
+        left, d = left.reshape(-1, left.shape[-1]), d.reshape(-1, d.shape[-1])
+        out = {}
+        if "weight" in wanted and d.dtype in HALF and d.is_cuda:
+            out["weight"] = scale * torch.mm(d.t(), left, out_dtype=torch.float32)
+        elif "weight" in wanted:
+            out["weight"] = (scale * wide(d)).t() @ wide(left)
+        if "bias" in wanted:
+            out["bias"] = scale * wide(d).sum(0)
+        return out
 
     def multiply_adds(self) -> int:
         """In · out for each row."""
@@ -95,22 +104,51 @@ class _Conv(Bilinear):
         """The transposed convolution."""
         folded = fold(d, self.input)
         size = [n + e for n, e in zip(self.input.shape[2:], self.extra[::-2] or [0] * self.spatial, strict=True)]
-        like = d.new_empty(1).expand(folded.shape[0], self.input.shape[1], *size)  # only its shape is read
-        back = self._backward(folded, like, [True, False, False])[0]
+        if self._few_channels():
+            back = self._columns_vjp(folded, size)
+        else:
+            like = d.new_empty(1).expand(folded.shape[0], self.input.shape[1], *size)  # only its shape is read
+            back = self._backward(folded, like, [True, False, False])[0]
         return unfold(F.pad(back, [-e for e in self.extra]) if self.extra else back, d, self.input)
+
+    def _few_channels(self) -> bool:
+        """Whether the data gradient is better taken as a matrix product and shifted sums.
+
+        oneDNN fills vectors with channels, and an image has 1 or 3: measured on AVX-512 cores at batch 32, its own
+        kernel takes 4.0 ms where this takes 0.6 ms (1 → 32 channels, 4×4) and 12.2 ms against 4 ms (3 → 64, 5×5).
+        """
+        return self.spatial == 2 and self.groups == 1 and self.input.shape[1] <= 4 and not self.input.is_cuda
+
+    def _columns_vjp(self, d: Tensor, size: list[int]) -> Tensor:
+        """Wᵀ d for every kernel position at once, [k, k, C, N, H_out, W_out], then one shifted sum each."""
+        n, channels, (height, width) = d.shape[0], self.input.shape[1], d.shape[2:]
+        kernel = self.weight.permute(2, 3, 1, 0).reshape(-1, self.weight.shape[0])
+        columns = kernel @ d.permute(1, 0, 2, 3).reshape(d.shape[1], -1)
+        columns = columns.view(*self.weight.shape[2:], channels, n, height, width)
+        padded = [s + 2 * p for s, p in zip(size, self.padding, strict=True)]
+        total = d.new_zeros(channels, n, *padded, dtype=torch.float32 if d.dtype in HALF else d.dtype)
+        for i in range(columns.shape[0]):
+            for j in range(columns.shape[1]):
+                rows = _strided(i * self.dilation[0], height, self.stride[0])
+                total[:, :, rows, _strided(j * self.dilation[1], width, self.stride[1])] += columns[i, j]
+        total = total[:, :, self.padding[0] : self.padding[0] + size[0], self.padding[1] : self.padding[1] + size[1]]
+        layout = torch.channels_last if channels > 1 and d.stride(1) == 1 else torch.contiguous_format
+        return total.transpose(0, 1).to(d.dtype).contiguous(memory_format=layout)
 
     def jvp(self, t: Tangents) -> Tensor:
         """The convolution without bias."""
         return unfold(self._conv(fold(t["input"], self.input)), t["input"], self.input)
 
-    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        """[out, in / groups, ...]."""
-        left, right = fold(left, self.input), fold(right, self.input)
-        return self._backward(right, self._pad(left), [False, True, False])[1]
-
-    def bias_gradient(self, d: Tensor) -> Tensor:
-        """[out]."""
-        return d.sum([0, *range(2, d.dim())])
+    def param_vjp(self, left: Tensor, d: Tensor, wanted: Names, scale: Any = 1) -> dict[str, Tensor]:
+        """[out, in / groups, ...] and [out]."""
+        left, d = fold(left, self.input), fold(d, self.input)
+        mask = [False, "weight" in wanted, "bias" in wanted]
+        found = self._backward(d, self._pad(left), mask)
+        return {
+            name: wide(part) * scale
+            for name, part, asked in zip(("input", "weight", "bias"), found, mask, strict=True)
+            if asked
+        }
 
     def multiply_adds(self) -> int:
         """Kernel volume times in / groups for each output."""
@@ -148,3 +186,8 @@ def _sizes(value: Any, n: int) -> list[int]:
     """A size per axis: 3 → [3, 3], (3,) → [3, 3], (1, 2) → [1, 2]."""
     values = list(value) if isinstance(value, (tuple, list, torch.Size)) else [value]
     return values * n if len(values) == 1 else values
+
+
+def _strided(start: int, count: int, step: int) -> slice:
+    """``count`` positions from ``start``."""
+    return slice(start, start + (count - 1) * step + 1, step)

@@ -62,7 +62,21 @@ class ReLU(Pointwise):
         return self._masked(t["input"])
 
     def _masked(self, t: Tensor) -> Tensor:
-        return torch.ops.aten.threshold_backward(t, self.output, 0)  # type: ignore[no-any-return]
+        order = _storage_order(t, self.output)
+        if order is None:
+            return torch.ops.aten.threshold_backward(t, self.output, 0)  # type: ignore[no-any-return]
+        masked = torch.ops.aten.threshold_backward(t.permute(0, *(1 + i for i in order)), self.output.permute(order), 0)
+        return masked.permute(0, *(1 + order.index(i) for i in range(len(order))))  # type: ignore[no-any-return]
+
+
+def _storage_order(t: Tensor, value: Tensor) -> list[int] | None:
+    """The axes of a channels-last value as they lie in memory, where tangents [T, *S] meet it; else None.
+
+    torch would broadcast [T, *S] with [*S] into another layout, and every later sweep would copy.
+    """
+    if t.dim() != 5 or value.dim() != 4 or value.stride(1) != 1 or value.shape[1] == 1:
+        return None
+    return [0, 2, 3, 1]
 
 
 class LeakyReLU(Pointwise):

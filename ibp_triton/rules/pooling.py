@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, fold, product, unfold
+from ibp_triton.rules.base import Layer, Names, Tangents, product, unfold
 
 
 class _MaxPool(Layer):
@@ -41,33 +41,26 @@ class _MaxPool(Layer):
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """D added at the chosen positions."""
-        folded = fold(d, self.index)
-        return {"input": unfold(self._scatter(folded, self._index_for(folded)), d, self.index)}
+        if d.dim() == self.index.dim():
+            return {"input": self._scatter(d)}
+        back = torch.cat([self._scatter(one) for one in d.unbind(0)])  # keeps the memory format, and one index
+        return {"input": unfold(back, d, self.index)}
 
     def jvp(self, t: Tangents) -> Tensor:
         """T gathered at the chosen positions."""
-        folded = fold(t["input"], self.input)
-        index = self._index_for(folded)
-        if (
-            folded.dim() == 4 and folded.stride(1) == 1 and folded.shape[1] > 1
-        ):  # channels last: gather rows as they lie
-            rows = folded.permute(0, 2, 3, 1).flatten(1, 2).gather(1, index.permute(0, 2, 3, 1).flatten(1, 2))
-            out = rows.unflatten(1, index.shape[2:]).permute(0, 3, 1, 2)
-        else:
-            out = folded.flatten(2).gather(2, index.flatten(2)).view(*folded.shape[:2], *index.shape[2:])
-        return unfold(out, t["input"], self.input)
+        tangent = t["input"]
+        extra = tangent.shape[: tangent.dim() - self.input.dim()]
+        flat, index = _rows(tangent, len(extra)), _rows(self.index, 0)
+        channels_last = flat.stride(-1) != 1 and flat.stride(-2) == 1
+        if channels_last:  # gather rows of channels as they lie in memory
+            flat, index = flat.transpose(-1, -2), index.transpose(-1, -2)
+        out = flat.gather(len(extra) + (1 if channels_last else 2), index.expand(*extra, *index.shape))
+        out = out.transpose(-1, -2) if channels_last else out
+        return out.unflatten(-1, self.index.shape[2:])  # type: ignore[no-any-return]
 
-    def _index_for(self, folded: Tensor) -> Tensor:
-        """The positions, repeated for each of T folded tangents."""
-        index = self.index
-        if folded.shape[0] == index.shape[0]:
-            return index  # type: ignore[no-any-return]
-        times = folded.shape[0] // max(index.shape[0], 1)
-        return index.expand(times, *index.shape).flatten(0, 1)  # type: ignore[no-any-return]
-
-    def _scatter(self, d: Tensor, index: Tensor) -> Tensor:
+    def _scatter(self, d: Tensor) -> Tensor:
         flat = d.new_zeros(*d.shape[:2], product(self.input.shape[2:]))
-        return flat.scatter_add(2, index.flatten(2), d.flatten(2)).unflatten(2, self.input.shape[2:])  # type: ignore[no-any-return]
+        return flat.scatter_add(2, self.index.flatten(2), d.flatten(2)).unflatten(2, self.input.shape[2:])  # type: ignore[no-any-return]
 
 
 class MaxPool1d(_MaxPool):
@@ -81,13 +74,17 @@ class MaxPool2d(_MaxPool):
 
     label, spatial, pool = "max_pool2d", 2, staticmethod(F.max_pool2d)
 
-    def _scatter(self, d: Tensor, index: Tensor) -> Tensor:
-        like = self.input if d.shape[0] == self.input.shape[0] else self._empty(d)
+    def _scatter(self, d: Tensor) -> Tensor:
         kernel, stride, padding, dilation, ceil = self.window
         pair = [list(v) if isinstance(v, (tuple, list)) else [v, v] for v in (kernel, stride, padding, dilation)]
-        return torch.ops.aten.max_pool2d_with_indices_backward(d, like, *pair, ceil, index)  # type: ignore[no-any-return]
+        return torch.ops.aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
+            d, self.input, *pair, ceil, self.index
+        )
 
-    def _empty(self, d: Tensor) -> Tensor:
-        """An input for the folded batch, of which torch reads only shape and memory format."""
-        like = self.input.new_empty(d.shape[0], *self.input.shape[1:])
-        return like.contiguous(memory_format=torch.channels_last) if self.input.stride(1) == 1 else like
+
+def _rows(x: Tensor, extra: int) -> Tensor:
+    """[..., N, C, positions], a view where x is contiguous or channels-last."""
+    if x.dim() == 4 + extra and x.stride(1 + extra) == 1 and x.shape[1 + extra] > 1:
+        order = [*range(extra), extra, extra + 2, extra + 3, extra + 1]
+        return x.permute(order).flatten(extra + 1, extra + 2).transpose(-1, -2)
+    return x.flatten(extra + 2)
