@@ -45,6 +45,7 @@ class Node:
     consumers: list[int] = field(default_factory=list)
     shares: bool = False  # an operand has other consumers too
     fused: set[str] = field(default_factory=set)  # what a backend's lowering makes this node do besides, or leave out
+    settings: dict[str, Any] = field(default_factory=dict)  # and with which numbers
 
     @property
     def label(self) -> str:
