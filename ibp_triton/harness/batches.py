@@ -45,6 +45,11 @@ class Batches:
         for index in torch.split(order.to(self._labels.device), self._training.batch_size):
             yield self._batch(index, draws)
 
+    def first(self, count: int) -> Batch:
+        """The first `count` training examples in stored order, augmented alike at every call."""
+        index = torch.arange(min(count, len(self)), device=self._labels.device)
+        return self._batch(index, stream(self._seeds.order, "probe"))
+
     def _batch(self, index: Tensor, draws: torch.Generator) -> Batch:
         labels = self._labels[index]
         if self._inputs is not None:

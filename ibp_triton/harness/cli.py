@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ibp_triton.harness import cost, grid, loading, store, summary
+from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.launch import Job, LaunchError, finished, launch
 from ibp_triton.harness.loading import ConfigError, Plan
 from ibp_triton.harness.models import ModelError
-from ibp_triton.harness.progress import Progress, result_table
+from ibp_triton.harness.progress import Progress, curve_table, result_table
+from ibp_triton.harness.report import write_report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
@@ -51,16 +53,17 @@ def run(
     """Train every run of an experiment that is not finished yet, then print the comparison."""
     plan = loading.load(config, override or [])
     chosen = grid.select(grid.runs(plan), only or [])
+    job = Job(chosen, runs_folder(plan), data_dir, plan.experiment.evaluate)
     count = workers or plan.experiment.workers
     if dry_run:
-        return _list(chosen, runs_folder(plan), count)
+        return _list(job, count)
     store.write_bytes(output_of(plan) / PLAN, plan.text().encode())
-    _train(Job(chosen, runs_folder(plan), data_dir), count)
+    _train(job, count)
 
 
 def _train(job: Job, workers: int) -> None:
     console = Console()
-    done = {run.name for run in job.runs if finished(job.root, run)}
+    done = {run.name for run in job.runs if finished(job, run)}
     console.print(f"{len(job.runs)} runs, {len(done)} finished before, in {job.root}", highlight=False)
     with Progress(console, job.runs, done, workers) as progress:
         failures = launch(job, workers, progress)
@@ -69,20 +72,53 @@ def _train(job: Job, workers: int) -> None:
         raise LaunchError("some runs failed:\n" + "\n".join(failures))
 
 
-def _list(runs: list[Run], root: Path, workers: int) -> None:
+def _list(job: Job, workers: int) -> None:
     console = Console()
     table = Table("run", "method", "epochs", "examples", "× BP", "estimate", "state")
     total = 0.0
-    for each in runs:
+    for each in job.runs:
         seconds = cost.seconds(each, cost.example_seconds(each))
-        done = finished(root, each)
+        done = finished(job, each)
         total += 0.0 if done else seconds
         size, shown = str(cost.examples(each)), str(timedelta(seconds=round(seconds)))
         cells = (each.label, each.method.key, str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown)
         table.add_row(*cells, "finished" if done else "to do")
     console.print(table)
     left = timedelta(seconds=round(total / workers))
-    console.print(f"{len(runs)} runs, about {left} left with {workers} worker(s) on this machine", highlight=False)
+    console.print(f"{len(job.runs)} runs, about {left} left with {workers} worker(s) on this machine", highlight=False)
+
+
+@app.command()
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    config: Annotated[Path | None, typer.Option(help="YAML whose evaluate: section to use")] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value of evaluate:")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
+) -> None:
+    """Measure the robustness of a finished run's checkpoint; without --config as its experiment says."""
+    stored = store.read_json(run_dir / "config.json")
+    if stored is None:
+        raise ConfigError(f"{run_dir}: no config.json; give the folder of a run, like runs/NAME/runs/bp-0123456789ab")
+    choice = loading.evaluation(config or run_dir.parent.parent / PLAN, override or [])
+    if not measure.is_wanted(choice):
+        raise ConfigError("nothing to evaluate; give levels, as in --set 'adversarial=[0, 0.05, 0.1]'")
+    with store.lock(run_dir) as mine:
+        if not mine:
+            raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")
+        found = measure.evaluate(Run.from_config(stored), run_dir, choice, data_dir)
+    Console().print(curve_table(found))
+    Console().print(f"written to {run_dir / measure.file_stem(choice)}.json and .safetensors", highlight=False)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")]) -> None:
+    """Write report.html, tables.md, results.csv and figures from what is finished so far."""
+    if not (directory / PLAN).exists():
+        raise ConfigError(f"{directory}: no {PLAN}; give the folder that `ibp-triton run` writes to, like runs/NAME")
+    plan = loading.load(directory / PLAN)
+    root = Path(plan.experiment.runs) if plan.experiment.runs else directory / "runs"
+    for path in write_report(plan, root, directory):
+        Console().print(str(path), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

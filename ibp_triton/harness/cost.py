@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, sources, train
+from ibp_triton.harness import data, methods, models, sources
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.models import Shape
 
@@ -33,8 +33,8 @@ def examples(run: Run) -> int:
 def ratio(run: Run) -> float:
     """Multiply-adds of one step of `run` relative to BP."""
     shape, classes = shape_of(run)
-    model = train.build(run.network, shape, classes, 0)
-    return train.predicted_ratio(run, model, shape)
+    model = models.build(run.network, shape, classes, 0)
+    return methods.predicted_ratio(run.method, model, run.training.batch_size, shape)
 
 
 def weight(run: Run) -> float:
@@ -51,9 +51,9 @@ def seconds(run: Run, example_seconds: float) -> float:
 def _time_bp(network: str, precision: str, batch: int, shape: Shape, classes: int) -> float:
     from ibp_triton.harness.config import Network
 
-    model = train.build(Network.model_validate_json(network), shape, classes, 0)
+    model = models.build(Network.model_validate_json(network), shape, classes, 0)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    wrapped, method = ibp.Network(model, dtype=train.PRECISIONS[precision]), ibp.METHODS["bp"]()
+    wrapped, method = ibp.Network(model, dtype=methods.PRECISIONS[precision]), ibp.METHODS["bp"]()
     x = torch.rand(batch, *shape).contiguous(memory_format=torch.channels_last)
     labels = F.one_hot(torch.arange(batch) % classes, classes).argmax(1)
     best = float("inf")

@@ -51,6 +51,22 @@ class Run:
             "track_cosine": self.track_cosine,
         }
 
+    @classmethod
+    def from_config(cls, stored: dict[str, Any]) -> Run:
+        """The run that a run folder's config.json describes."""
+        method = MethodChoice(**stored["method"])
+        return cls(
+            variant="",
+            row=method.key,
+            data=Data.model_validate(stored["data"]),
+            network=Network.model_validate(stored["network"]),
+            training=Training.model_validate(stored["training"]),
+            tangents=Tangents.model_validate(stored["tangents"] or {}),
+            method=method,
+            seeds=Seeds.model_validate(stored["seeds"]),
+            track_cosine=stored["track_cosine"],
+        )
+
     @cached_property
     def name(self) -> str:
         """Folder name: method key and the first 12 hex digits of the SHA-256 of the resolved config."""

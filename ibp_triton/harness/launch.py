@@ -6,13 +6,14 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ibp_triton.harness import store
+from ibp_triton.harness import evaluate, store
+from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.models import ModelError
@@ -24,11 +25,12 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Job:
-    """Runs to train under `root`, one folder each; `data_dir` overrides data.dir, `device` training.device."""
+    """Runs to train and evaluate under `root`, one folder each; `data_dir` overrides data.dir."""
 
     runs: Sequence[Run]
     root: Path
     data_dir: str | None = None
+    evaluate: Evaluate = field(default_factory=Evaluate)
 
 
 class LaunchError(RuntimeError):
@@ -41,26 +43,28 @@ def launch(job: Job, workers: int, listen: Listener) -> list[str]:
     `listen` gets events {"kind": "start" | "epoch" | "done" | "busy" | "failed", "run": name, ...} in this process.
     Raises LaunchError for data and models that no run can use and if a worker process dies.
     """
-    failures: list[str] = []
+    failures: dict[str, str] = {}
 
     def note(event: Event) -> None:
         if event["kind"] == "fatal":
             raise LaunchError(event["message"])
         if event["kind"] == "failed":
-            failures.append(f"{event['run']}: {event['message']}")
+            failures[event["run"]] = f"{event['run']}: {event['message']}"
         listen(event)
 
-    pending = [run for run in job.runs if not finished(job.root, run)]
+    pending = [run for run in job.runs if not finished(job, run)]
+    todo = replace(job, runs=pending)
     if workers <= 1 or len(pending) <= 1:
-        work(Job(pending, job.root, job.data_dir), note)
+        work(todo, note)
     else:
-        _spread(Job(pending, job.root, job.data_dir), min(workers, len(pending)), note)
-    return failures
+        _spread(todo, min(workers, len(pending)), note)
+    return list(failures.values())
 
 
-def finished(root: Path, run: Run) -> bool:
-    """Whether the run's result is stored."""
-    return (root / run.name / store.RESULT).exists()
+def finished(job: Job, run: Run) -> bool:
+    """Whether the run's result is stored, and its evaluation if one is wanted."""
+    folder = job.root / run.name
+    return (folder / store.RESULT).exists() and evaluate.done(folder, job.evaluate)
 
 
 def work(job: Job, listen: Listener) -> None:
@@ -79,7 +83,7 @@ def _one(run: Run, job: Job, listen: Listener) -> None:
     with store.lock(folder) as mine:
         if not mine:
             return listen({"kind": "busy", "run": run.name})
-        if finished(job.root, run):
+        if finished(job, run):
             return None
         listen({"kind": "start", "run": run.name})
 
@@ -87,7 +91,10 @@ def _one(run: Run, job: Job, listen: Listener) -> None:
             listen({"kind": "epoch", "run": run.name, **record})
 
         try:
-            result = train(run, folder, report, job.data_dir)
+            result = store.read_json(folder / store.RESULT) or train(run, folder, report, job.data_dir)
+            if not evaluate.done(folder, job.evaluate):
+                listen({"kind": "evaluate", "run": run.name})
+                evaluate.evaluate(run, folder, job.evaluate, job.data_dir)
         except (DataError, ModelError) as error:
             listen({"kind": "fatal", "run": run.name, "message": str(error)})
         except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
@@ -116,7 +123,7 @@ def _spread(job: Job, workers: int, listen: Listener) -> None:
 
 def _rotated(job: Job, worker: int, workers: int) -> Job:
     """The same runs, each worker starting elsewhere only by its number: neighbours do not wait for one lock."""
-    return Job([*job.runs[worker:], *job.runs[:worker]], job.root, job.data_dir)
+    return replace(job, runs=[*job.runs[worker:], *job.runs[:worker]])
 
 
 def _collect(processes: Sequence[Any], events: Any, listen: Listener) -> None:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ibp_triton.harness import presets
-from ibp_triton.harness.config import Experiment
+from ibp_triton.harness.config import Evaluate, Experiment
 
 
 class ConfigError(ValueError):
@@ -66,15 +66,31 @@ class Plan:
 def load(path: Path, overrides: Iterable[str] = ()) -> Plan:
     """Read, override ("a.b=c"), fill the preset and validate, variants too; raises ConfigError."""
     tree = read_tree(path)
+    apply(tree, overrides)
+    plan = Plan(validate(tree, str(path)), tree, str(path))
+    for _ in plan.variants():
+        pass
+    return plan
+
+
+def evaluation(path: Path, overrides: Iterable[str]) -> Evaluate:
+    """The `evaluate` section of a YAML file (defaults if there is no such file), overridden; raises ConfigError."""
+    experiment = load(path).experiment if path.exists() else None
+    tree = experiment.evaluate.model_dump() if experiment else {}
+    apply(tree, overrides)
+    try:
+        return Evaluate.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(fault, "--set", Evaluate) for fault in error.errors())) from error
+
+
+def apply(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Carry out "a.b=c" overrides in place; raises ConfigError."""
     for text in overrides:
         dotted, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"--set {text}: write key.path=value")
         override(tree, dotted.strip(), parse(value, f"--set {dotted}"), "--set")
-    plan = Plan(validate(tree, str(path)), tree, str(path))
-    for _ in plan.variants():
-        pass
-    return plan
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -128,11 +144,11 @@ def _named_network(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _explain(fault: Any, where: str) -> str:
+def _explain(fault: Any, where: str, model: type[BaseModel] = Experiment) -> str:
     path = [str(part) for part in fault["loc"] if not _is_type_tag(str(part))]
     dotted = ".".join(path) or "(top)"
     if fault["type"] == "extra_forbidden":
-        return f"{where}: {dotted}: unknown key{_nearest(path)}"
+        return f"{where}: {dotted}: unknown key{_nearest(path, model)}"
     if fault["type"] == "missing":
         return f"{where}: {dotted}: this key is missing"
     message = str(fault["msg"]).removeprefix("Value error, ")
@@ -145,14 +161,13 @@ def _is_type_tag(part: str) -> bool:
     return part in {"Method", "Seeds", "Span", "Augment", "int", "float", "constrained-float"} or "[" in part
 
 
-def _nearest(path: list[str]) -> str:
-    known = list(_keys_at(path[:-1]))
+def _nearest(path: list[str], model: type[BaseModel]) -> str:
+    known = list(_keys_at(path[:-1], model))
     close = difflib.get_close_matches(path[-1], known, 1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}"
 
 
-def _keys_at(path: list[str]) -> Iterable[str]:
-    model: type[BaseModel] = Experiment
+def _keys_at(path: list[str], model: type[BaseModel]) -> Iterable[str]:
     for part in path:
         if part in model.model_fields:
             model = _section(model.model_fields[part].annotation) or model

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ibp_triton.harness.config import Network
+from ibp_triton.harness.seeds import derive
+
 Shape = tuple[int, int, int]
 POOLS = ("ceil", "torch-ceil", "floor")
 INITS = ("normal", "uniform", "uniform-0.01", "torch")
@@ -71,6 +74,16 @@ def imported(target: str, input_shape: Shape, classes: int, options: dict[str, A
     if not isinstance(model, nn.Module):
         raise ModelError(f"network.import: {target} returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def build(network: Network, shape: Shape, classes: int, seed: int) -> nn.Module:
+    """The network of a config for images of `shape` [C, H, W]; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "weights"))
+        if network.target:
+            return imported(network.target, shape, classes, network.options)
+        choices = network.model_dump(exclude={"name", "target", "options"}, exclude_none=True)
+        return BUILDERS[network.name or ""](shape, classes, **choices)
 
 
 def _convolutions(

@@ -92,14 +92,26 @@ class Progress:
 def result_table(rows: Sequence[Row]) -> Table:
     """The comparison: error mean ± sd, seconds an epoch, ratio to BP measured and predicted."""
     named = any(row.variant for row in rows)
-    table = Table(caption="cost relative to bp: measured in seconds, predicted in multiply-adds")
+    table = Table(caption="× bp: cost relative to bp, measured in seconds; predicted from multiply-adds")
     for heading in (["variant"] if named else []) + ["method", "β or ε", "seeds", "error %", "s/epoch"]:
         table.add_column(heading, no_wrap=heading != "variant")
-    table.add_column("measured")
-    table.add_column("predicted")
+    for heading in ("× bp", "predicted"):
+        table.add_column(heading, no_wrap=True)
     for row in rows:
         parameter = "" if row.parameter is None else f"{row.parameter:g}"
         cells = [row.label, parameter, f"{len(row.errors)}/{row.expected}", error_text(row.mean, row.sd)]
         ratios = [f"{row.seconds:.2f}", "" if row.measured is None else f"{row.measured:.2f}", f"{row.predicted:.2f}"]
         table.add_row(*([row.variant] if named else []), *cells, *ratios)
+    return table
+
+
+def curve_table(summary: dict[str, Any]) -> Table:
+    """Errors of one run's evaluation, a line for each level of each curve."""
+    table = Table("curve", "level", "error %", title=f"{summary['run']}, {summary['examples']} test examples")
+    for name, curve in summary.items():
+        if isinstance(curve, dict) and "levels" in curve:
+            for level, error in zip(curve["levels"], curve["error"], strict=True):
+                table.add_row(name, f"{level:g}", f"{error:.2f}")
+    for key, value in summary.get("masking", {}).items():
+        table.add_row("masking", key, f"{value:g}")
     return table

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, models, store
+from ibp_triton.harness import data, methods, models, store
 from ibp_triton.harness.batches import Batch, Batches
-from ibp_triton.harness.config import Network
 from ibp_triton.harness.data import Dataset
-from ibp_triton.harness.grid import MethodChoice, Run
+from ibp_triton.harness.grid import Run
+from ibp_triton.harness.probe import semantics_gap
 from ibp_triton.harness.seeds import derive
 from ibp_triton.harness.sources import Split
 
 Report = Callable[[store.Record], None]
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+PROBE = 256
 
 
 @dataclass
@@ -45,12 +45,14 @@ def train(run: Run, folder: Path, report: Report, data_dir: str | None = None) -
     state = restore(run, folder, start(run, dataset, device))
     store.write_json(folder / "config.json", run.config())
     store.write_json(folder / "environment.json", store.environment())
-    batches = Batches(dataset, run.training, run.seeds, run.tangents if needs_tangents(run) else None)
-    network = ibp.Network(state.model, dtype=PRECISIONS[run.training.precision])
+    batches = Batches(dataset, run.training, run.seeds, run.tangents if methods.needs_tangents(run.method) else None)
+    network = ibp.Network(state.model, dtype=methods.PRECISIONS[run.training.precision])
     for epoch in range(len(state.metrics), run.training.epochs):
         record = _epoch(run, network, state, batches, epoch)
         if _is_test_epoch(run, epoch):
             record |= errors(state.model, dataset, run.training.channels_last)
+        if run.track_cosine and run.method.semantics:
+            record |= semantics_gap(state.model, run.method, batches.first(PROBE))
         state.metrics.append(record)
         save(run, folder, state)
         report(record)
@@ -59,35 +61,10 @@ def train(run: Run, folder: Path, report: Report, data_dir: str | None = None) -
 
 def start(run: Run, dataset: Dataset, device: torch.device) -> State:
     """A fresh model and optimizer for `run`, weights from its weights seed."""
-    model = build(run.network, dataset.shape, dataset.classes, run.seeds.weights).to(device)
+    model = models.build(run.network, dataset.shape, dataset.classes, run.seeds.weights).to(device)
     if run.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model, _optimizer(run, model), [])
-
-
-def build(network: Network, shape: models.Shape, classes: int, seed: int) -> nn.Module:
-    """The network of a config for images of `shape` [C, H, W]; torch's global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "weights"))
-        if network.target:
-            return models.imported(network.target, shape, classes, network.options)
-        choices = network.model_dump(exclude={"name", "target", "options"}, exclude_none=True)
-        return models.BUILDERS[network.name or ""](shape, classes, **choices)
-
-
-def method_for(choice: MethodChoice, factor: float = 1.0) -> Any:
-    """The loss of a method; `factor` scales β (never ε)."""
-    cls: Any = ibp.METHODS[choice.key]
-    if choice.parameter is None:
-        return cls()
-    if cls.parameter == "epsilon":
-        return cls(epsilon=choice.parameter)
-    return cls(beta=choice.parameter * factor, norm=choice.norm, semantics=choice.semantics)
-
-
-def needs_tangents(run: Run) -> bool:
-    """Whether the method of `run` takes tangent vectors."""
-    return bool(ibp.METHODS[run.method.key].needs_tangents)
 
 
 def _optimizer(run: Run, model: nn.Module) -> torch.optim.SGD:
@@ -109,7 +86,7 @@ def _optimizer(run: Run, model: nn.Module) -> torch.optim.SGD:
 
 def _epoch(run: Run, network: Any, state: State, batches: Batches, epoch: int) -> store.Record:
     decay = run.training.decay**epoch
-    method = method_for(run.method, decay if run.training.beta_decay else 1.0)
+    method = methods.build(run.method, decay if run.training.beta_decay else 1.0)
     for group in state.optimizer.param_groups:
         group["lr"] = run.training.learning_rate * decay
     doubled = run.method.key == "at" and run.training.at_gradient == "sum"
@@ -196,7 +173,7 @@ def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Reco
         "diverged": state.metrics[-1]["loss"] is None,
         **errors(state.model, dataset, run.training.channels_last),
         "seconds_per_epoch": statistics.median(record["seconds"] for record in state.metrics),
-        "predicted_ratio": predicted_ratio(run, state.model, dataset.shape),
+        "predicted_ratio": methods.predicted_ratio(run.method, state.model, run.training.batch_size, dataset.shape),
         "train_examples": len(dataset.train.labels),
         "test_examples": len(dataset.test.labels),
     }
@@ -205,9 +182,3 @@ def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Reco
     store.write_json(folder / store.RESULT, result)
     (folder / store.RESUME).unlink(missing_ok=True)
     return result
-
-
-def predicted_ratio(run: Run, model: nn.Module, shape: models.Shape) -> float:
-    """Multiply-adds of one step relative to BP, as the method predicts for a batch of this run."""
-    size = (run.training.batch_size, *shape)
-    return float(method_for(run.method).predicted_ratio(ibp.Network(model), size))

@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, grid, loading, store, train
+from ibp_triton.harness import data, grid, loading, methods, models, store, train
 from ibp_triton.harness.batches import Batches
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Stands in for a kill between two epochs."""
 
 
@@ -34,7 +34,7 @@ def test_a_run_is_plain_sgd_with_the_papers_momentum_and_decay(tree: Tree, write
     run = first_run(write(tree), "methods={bp: }", "training.channels_last=false")
     train.train(run, tmp_path, silent)
     dataset = data.load(run.data, 0)
-    model = train.build(run.network, dataset.shape, 4, 0)
+    model = models.build(run.network, dataset.shape, 4, 0)
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     for epoch in range(2):
         for batch in Batches(dataset, run.training, run.seeds, None).epoch(epoch):
@@ -58,10 +58,10 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 
     def stop(record: store.Record) -> None:
         if record["epoch"] == stop_after:
-            raise Stop
+            raise StopError
 
     train.train(run, tmp_path / "whole", silent)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train.train(run, tmp_path / "stopped", stop)
     result = train.train(run, tmp_path / "stopped", silent)
     assert result["epochs"] == 3
@@ -77,9 +77,9 @@ def test_metrics_past_the_checkpoint_are_dropped(tree: Tree, write: Write, tmp_p
 
     def stop(record: store.Record) -> None:
         store.write_metrics(tmp_path, [*store.read_metrics(tmp_path), {"epoch": 2, "loss": -1.0, "seconds": 1.0}])
-        raise Stop
+        raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train.train(run, tmp_path, stop)
     train.train(run, tmp_path, silent)
     records = store.read_metrics(tmp_path)
@@ -128,9 +128,9 @@ def test_beta_decays_with_the_learning_rate_only_if_asked(tree: Tree, write: Wri
         train.train(run, tmp_path / run.name, silent)
         return list(seen)
 
-    original = train.method_for
+    original = methods.build
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "method_for", lambda choice, factor=1.0: seen.append(factor) or original(choice, factor))
+        patch.setattr(methods, "build", lambda choice, factor=1.0: seen.append(factor) or original(choice, factor))
         assert betas(write(tree))[:2] == [1.0, 0.98]
         assert betas(write(tree), "training.beta_decay=false")[:2] == [1.0, 1.0]
     assert original(grid.MethodChoice("loss_ibp", 0.03, 1.0, "paper"), 0.5).beta == pytest.approx(0.015)
@@ -144,7 +144,7 @@ def test_summed_gradients_of_adversarial_training_move_twice_as_far(tree: Tree, 
         train.train(run, tmp_path / kind, silent)
         found = store.read_tensors(tmp_path / kind / store.CHECKPOINT)
         assert found is not None
-        start = train.build(run.network, (1, 16, 16), 4, 0).state_dict()
+        start = models.build(run.network, (1, 16, 16), 4, 0).state_dict()
         moves.append(found[0]["0.weight"] - start["0.weight"])
     assert moves[0].abs().max() > 0
     assert torch.allclose(moves[1], 2 * moves[0], rtol=1e-3, atol=1e-8)
@@ -183,7 +183,7 @@ def test_result_and_checkpoint_of_a_run(tree: Tree, write: Write, tmp_path: Path
     assert result["test_error"] == records[-1]["test_error"]
     assert result["validation_error"] == records[-1]["validation_error"]
     assert 1.0 < result["predicted_ratio"] < 2.0
-    model = train.build(run.network, (1, 16, 16), 4, 99)
+    model = models.build(run.network, (1, 16, 16), 4, 99)
     found, mean = store.read_tensors(tmp_path / store.CHECKPOINT), store.read_tensors(tmp_path / store.MEAN)
     assert found is not None
     assert mean is not None

@@ -1,0 +1,167 @@
+"""Robustness of a trained network: error against ε of FGSM and PGD and σ of noise, with every example's outcome."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import ibp_triton as ibp
+from ibp_triton.harness import data, models, store
+from ibp_triton.harness.config import Evaluate, Levels, Span
+from ibp_triton.harness.files import DataError
+from ibp_triton.harness.grid import Run
+from ibp_triton.harness.seeds import stream
+
+CURVES = ("adversarial", "gaussian", "pgd")
+Perturb = Callable[[Tensor, Tensor, int], Iterator[Tensor]]
+
+
+def values(levels: Levels) -> list[float]:
+    """The numbers of a list or a span."""
+    return levels.values() if isinstance(levels, Span) else list(levels)
+
+
+def is_wanted(choice: Evaluate) -> bool:
+    """Whether there is anything to evaluate beyond the clean error."""
+    return choice.masking is not None or any(values(getattr(choice, name)) for name in CURVES)
+
+
+def file_stem(choice: Evaluate) -> str:
+    """Name of the two files of an evaluation: settings that change the outcome change the name."""
+    text = choice.model_dump_json(exclude={"batch_size"})
+    return f"evaluation-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def done(folder: Path, choice: Evaluate) -> bool:
+    """Whether this evaluation of the run is stored (or none is wanted)."""
+    return not is_wanted(choice) or (folder / f"{file_stem(choice)}.json").exists()
+
+
+def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = None) -> store.Record:
+    """Evaluate the stored checkpoint of `run`; the summary, also written beside every example's outcome.
+
+    Outcomes are booleans (True: right) [levels, examples] in evaluation-<hash>.safetensors.
+    """
+    dataset = data.load(run.data.model_copy(update={"dir": data_dir or run.data.dir}), run.seeds.subset)
+    model = load_model(run, folder, dataset)
+    x, labels = dataset.test.images - dataset.mean, dataset.test.labels
+    if choice.examples is not None:
+        x, labels = x[: choice.examples], labels[: choice.examples]
+    outcomes = {"clean": _outcomes(model, x, labels, choice, _clean)}
+    for name in CURVES:
+        if values(getattr(choice, name)):
+            outcomes[name] = _outcomes(model, x, labels, choice, _perturbation(name, model, choice))
+    summary: store.Record = {"run": run.name, "examples": len(labels)}
+    for name, right in outcomes.items():
+        levels = values(getattr(choice, name)) if name in CURVES else [0.0]
+        summary[name] = {"levels": levels, "error": [100.0 * float((~row).float().mean()) for row in right]}
+    if choice.masking is not None:
+        summary["masking"] = masking(model, x, labels, choice)
+    store.write_tensors(folder / f"{file_stem(choice)}.safetensors", outcomes)
+    store.write_json(folder / f"{file_stem(choice)}.json", summary)
+    return summary
+
+
+def load_model(run: Run, folder: Path, dataset: data.Dataset) -> nn.Module:
+    """The trained network in evaluation mode; raises DataError if there is no readable checkpoint."""
+    found = store.read_tensors(folder / store.CHECKPOINT)
+    if found is None:
+        raise DataError(f"{folder / store.CHECKPOINT}: missing or damaged; train the run first (ibp-triton run)")
+    model = models.build(run.network, dataset.shape, dataset.classes, run.seeds.weights)
+    model.load_state_dict(found[0])
+    return model.eval()
+
+
+def outcomes_of(folder: Path, choice: Evaluate) -> dict[str, Tensor] | None:
+    """Stored outcomes: curve → booleans [levels, examples]; None if this evaluation was not done."""
+    found = store.read_tensors(folder / f"{file_stem(choice)}.safetensors")
+    return found[0] if found else None
+
+
+def masking(model: nn.Module, x: Tensor, labels: Tensor, choice: Evaluate) -> store.Record:
+    """Signs of gradient masking at one ε: random noise ≥ FGSM ≥ PGD in harm is suspicious, zero gradients too.
+
+    Errors in per cent under random ±ε, FGSM and PGD; shares of zero entries and of all-zero input gradients.
+    """
+    assert choice.masking is not None
+    at = choice.model_copy(update={name: [choice.masking] for name in CURVES})
+    perturbations = {"random": _random_signs(at), **{n: _perturbation(n, model, at) for n in ("adversarial", "pgd")}}
+    errors = {
+        name: 100.0 * float((~_outcomes(model, x, labels, at, perturb)).float().mean())
+        for name, perturb in perturbations.items()
+    }
+    zero = [(_signs(model, part, y) == 0).flatten(1) for _, part, y in _batches(x, labels, choice.batch_size)]
+    entries = torch.cat(zero)
+    return {
+        "epsilon": choice.masking,
+        "random_error": errors["random"],
+        "fgsm_error": errors["adversarial"],
+        "pgd_error": errors["pgd"],
+        "zero_entries": float(entries.float().mean()),
+        "zero_gradients": float(entries.all(1).float().mean()),
+    }
+
+
+def _outcomes(model: nn.Module, x: Tensor, labels: Tensor, choice: Evaluate, perturb: Perturb) -> Tensor:
+    parts = []
+    for number, part, y in _batches(x, labels, choice.batch_size):
+        with torch.no_grad():
+            parts.append(torch.stack([model(moved).argmax(1) == y for moved in perturb(part, y, number)]))
+    return torch.cat(parts, 1)
+
+
+def _batches(x: Tensor, labels: Tensor, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    pairs = zip(torch.split(x, size), torch.split(labels, size), strict=True)
+    return ((number, part, y) for number, (part, y) in enumerate(pairs))
+
+
+def _clean(x: Tensor, labels: Tensor, number: int) -> Iterator[Tensor]:
+    yield x
+
+
+def _perturbation(name: str, model: nn.Module, choice: Evaluate) -> Perturb:
+    levels = values(getattr(choice, name))
+    return {"adversarial": _fgsm, "gaussian": _noise, "pgd": _pgd}[name](model, levels, choice)
+
+
+def _fgsm(model: nn.Module, levels: Sequence[float], choice: Evaluate) -> Perturb:
+    def perturb(x: Tensor, labels: Tensor, number: int) -> Iterator[Tensor]:
+        yield from ibp.fgsm(model, x, labels, list(levels))
+
+    return perturb
+
+
+def _noise(model: nn.Module, levels: Sequence[float], choice: Evaluate) -> Perturb:
+    """The same standard normal numbers for every σ, method and seed of training."""
+
+    def perturb(x: Tensor, labels: Tensor, number: int) -> Iterator[Tensor]:
+        noise = ibp.gaussian_noise(torch.zeros(x.shape), 1.0, stream(choice.seed, "noise", number)).to(x.device)
+        yield from (x + sigma * noise for sigma in levels)
+
+    return perturb
+
+
+def _pgd(model: nn.Module, levels: Sequence[float], choice: Evaluate) -> Perturb:
+    def perturb(x: Tensor, labels: Tensor, number: int) -> Iterator[Tensor]:
+        for epsilon in levels:
+            draws = stream(choice.seed, "pgd", number)
+            size = choice.pgd_step_size * epsilon
+            yield ibp.pgd(model, x, labels, epsilon, steps=choice.pgd_steps, step_size=size, generator=draws)
+
+    return perturb
+
+
+def _random_signs(choice: Evaluate) -> Perturb:
+    def perturb(x: Tensor, labels: Tensor, number: int) -> Iterator[Tensor]:
+        signs = 2 * torch.randint(2, x.shape, generator=stream(choice.seed, "signs", number)) - 1
+        yield x + (choice.masking or 0.0) * signs.to(x)
+
+    return perturb
+
+
+def _signs(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return ibp.attacks.input_gradient(model, x, labels).sign()

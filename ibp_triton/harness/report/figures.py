@@ -1,0 +1,165 @@
+"""Figures: robustness curves with bands, error against the size of the training set, training curves, time ratios."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ibp_triton.harness.report.gather import Findings, title
+from ibp_triton.harness.summary import Row
+
+INK = "#0a0b0c"
+COLOURS = ("#808080", "#1f8fe0", "#2aa775", "#d9822b", "#b08d1a", "#a66bd4", "#d4569a", "#e0483e", "#3aa6a6", "#8f8f3a")
+MARKERS = "osD^vPX*<>"
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    "grid.color": INK,
+}
+AXES = {
+    "adversarial": ("ε of the adversarial example x + ε sign(∇L)", "Adversarial examples"),
+    "gaussian": ("σ of the noise", "Gaussian noise"),
+    "pgd": ("ε of projected gradient descent", "Projected gradient descent"),
+}
+
+
+class Sketch:
+    """One figure: its file name, its caption and its drawing."""
+
+    def __init__(self, name: str, caption: str, xlabel: str, ylabel: str) -> None:
+        self.name, self.caption = name, caption
+        with _styled():
+            self.figure = Figure(figsize=(5.6, 3.8))
+            self.axes: Axes = self.figure.add_subplot()
+        self.axes.set_xlabel(xlabel)
+        self.axes.set_ylabel(ylabel)
+
+    def svg(self) -> str:
+        """SVG text, the same bytes for the same drawing."""
+        buffer = io.StringIO()
+        with _styled({"svg.hashsalt": self.name}):
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
+
+    def inline(self) -> str:
+        """SVG for a page: the ink follows the page's text colour, the size its column."""
+        text = self.svg()
+        body = text[text.index("<svg") :].replace(INK, "currentColor")
+        head, _, rest = body.partition(">")
+        head = re.sub(r' (width|height)="[^"]*"', "", head)
+        return f'{head} role="img" aria-label="{html.escape(self.caption)}">{rest}'
+
+    def png(self) -> bytes:
+        """PNG on white at 160 dots an inch."""
+        buffer = io.BytesIO()
+        with _styled():
+            self.figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def sketches(findings: Findings) -> Iterator[Sketch]:
+    """Every figure there are results for."""
+    for name in AXES:
+        yield from _robustness(findings, name)
+    yield from _sizes(findings)
+    yield from _training(findings)
+    yield from _ratios(findings)
+
+
+def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
+    curves = [(row, curve) for row in findings.chosen if (curve := findings.curve(row, name))]
+    if not curves:
+        return
+    xlabel, caption = AXES[name]
+    sketch = Sketch(name, f"{caption}: error with 95 % bands over seeds and examples", xlabel, "error %")
+    for number, (_, curve) in enumerate(curves):
+        sketch.axes.plot(curve.levels, curve.mean, label=curve.name, markersize=3, **_look(number))
+        sketch.axes.fill_between(curve.levels, curve.low, curve.high, color=_look(number)["color"], alpha=0.15, lw=0)
+    yield _legend(sketch)
+
+
+def _sizes(findings: Findings) -> Iterator[Sketch]:
+    """Figure 4: error against the number of training examples, with and without augmentation."""
+    lines: dict[str, list[tuple[int, Row]]] = {}
+    for row in findings.chosen:
+        run = row.runs[0]
+        label = row.label + (" with augmentation" if run.training.augment else "")
+        lines.setdefault(label, []).append((run.data.subset or 0, row))
+    if max((len({size for size, _ in line}) for line in lines.values()), default=0) < 2:
+        return
+    sketch = Sketch("sizes", "Error against the number of training examples", "training examples", "error %")
+    for number, (label, line) in enumerate(lines.items()):
+        points = sorted(line, key=lambda point: point[0])
+        sizes, rows = [size for size, _ in points], [row for _, row in points]
+        deviations = [row.sd or 0.0 for row in rows]
+        means = [row.mean for row in rows]
+        sketch.axes.errorbar(sizes, means, deviations, label=label, markersize=4, capsize=2, **_look(number))
+    sketch.axes.set_xscale("log")
+    yield _legend(sketch)
+
+
+def _training(findings: Findings) -> Iterator[Sketch]:
+    for key, name, label in (
+        ("loss", "training_loss", "training objective"),
+        ("test_error", "training_error", "test error %"),
+        ("cosine", "semantics_cosine", "cosine of paper's and exact penalty gradient"),
+        ("norm_ratio", "semantics_norms", "norm of paper's over exact penalty gradient"),
+    ):
+        lines = [(row, *findings.metrics(row, key)) for row in findings.chosen]
+        shown = [(number, row, epochs, values) for number, (row, epochs, values) in enumerate(lines) if epochs]
+        if not shown:
+            continue
+        sketch = Sketch(name, f"{label[0].upper()}{label[1:]} over training, mean over seeds", "epoch", label)
+        for number, row, epochs, values in shown:
+            style = {**_look(number), "marker": "" if len(epochs) > 12 else _look(number)["marker"]}
+            sketch.axes.plot(epochs, values, label=title(row), markersize=3, **style)
+        if key in ("loss", "norm_ratio") and min(min(values) for *_, values in shown) > 0:
+            sketch.axes.set_yscale("log")
+        yield _legend(sketch)
+
+
+def _ratios(findings: Findings) -> Iterator[Sketch]:
+    rows = [row for row in findings.chosen if row.measured is not None]
+    if len(rows) < 2:
+        return
+    sketch = Sketch("ratios", "Time of an epoch relative to bp", "× bp", "")
+    positions = range(len(rows))
+    measured = [row.measured or 0.0 for row in rows]
+    sketch.axes.barh([p - 0.2 for p in positions], measured, 0.38, label="measured", color=COLOURS[1])
+    sketch.axes.barh(
+        [p + 0.2 for p in positions], [r.predicted for r in rows], 0.38, label="predicted", color=COLOURS[3]
+    )
+    sketch.axes.set_yticks(list(positions), [title(row) for row in rows])
+    sketch.axes.invert_yaxis()
+    yield _legend(sketch)
+
+
+def _look(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _legend(sketch: Sketch) -> Sketch:
+    with _styled():
+        sketch.axes.legend(fontsize=8)
+    return sketch
+
+
+def _styled(more: dict[str, Any] | None = None) -> AbstractContextManager[None]:
+    choice: Any = {**STYLE, **(more or {})}
+    return matplotlib.rc_context(choice)

@@ -1,0 +1,136 @@
+"""What is on disk of an experiment, finished or not: rows, the chosen parameters, curves with bands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from ibp_triton.harness import evaluate, grid, stats, store, summary
+from ibp_triton.harness.config import Experiment, Seeds
+from ibp_triton.harness.grid import Run
+from ibp_triton.harness.loading import Plan
+from ibp_triton.harness.report.paper import TABLES, Published
+from ibp_triton.harness.summary import Row
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Error in per cent against `levels`, with the bounds of a 95 % band."""
+
+    name: str
+    levels: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """An experiment and what its runs have stored so far under `root`."""
+
+    plan: Plan
+    root: Path
+
+    @property
+    def experiment(self) -> Experiment:
+        """The validated YAML."""
+        return self.plan.experiment
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Every run of the plan."""
+        return grid.runs(self.plan)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """One row for each variant, label and parameter that has a finished run."""
+        return summary.rows(self.runs, self.root)
+
+    @cached_property
+    def chosen(self) -> list[Row]:
+        """The row of the best parameter of each variant and label, by the split that `select` names."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.variant, row.label), []).append(row)
+        return [min(group, key=self._score) for group in groups.values()]
+
+    def _score(self, row: Row) -> float:
+        by_validation = self.experiment.select == "validation" and row.validation_errors
+        return fmean(row.validation_errors if by_validation else row.errors)
+
+    def base(self, row: Row) -> Row | None:
+        """The BP row of the same variant."""
+        return next((other for other in self.chosen if other.key == "bp" and other.variant == row.variant), None)
+
+    def published(self, row: Row) -> Published | None:
+        """The paper's figures for a row in the paper's semantics."""
+        exact = any(run.method.semantics == "exact" for run in row.runs)
+        table = TABLES.get(self.experiment.compare or "", {})
+        return None if exact else table.get(row.key)
+
+    def folder(self, run: Run) -> Path:
+        """The folder of a run."""
+        return self.root / run.name
+
+    def metrics(self, row: Row, key: str) -> tuple[list[int], list[float]]:
+        """Epochs and the mean over seeds of a metric, where every seed of the row has it."""
+        stored = [store.read_metrics(self.folder(run)) for run in row.runs]
+        series = [{one["epoch"]: one[key] for one in records if one.get(key) is not None} for records in stored]
+        epochs = sorted(set.intersection(*(set(one) for one in series)))
+        return epochs, [fmean(one[epoch] for one in series) for epoch in epochs]
+
+    def outcomes(self, row: Row, name: str) -> dict[Seeds, Tensor]:
+        """Stored outcomes [levels, examples] of a curve by the seeds of the run."""
+        found = ((run.seeds, evaluate.outcomes_of(self.folder(run), self.experiment.evaluate)) for run in row.runs)
+        return {seeds: stored[name] for seeds, stored in found if stored and name in stored}
+
+    def curve(self, row: Row, name: str) -> Curve | None:
+        """Error against the levels of a curve with its bootstrap band; None if nothing is stored."""
+        parts = list(self.outcomes(row, name).values())
+        if not parts:
+            return None
+        right = torch.stack(parts)
+        low, high = stats.band(right)
+        mean = (100 * (~right).float().mean((0, 2))).tolist()
+        levels = evaluate.values(getattr(self.experiment.evaluate, name))
+        return Curve(title(row), levels, mean, low.tolist(), high.tolist())
+
+    def against_base(self, row: Row) -> stats.Mcnemar | None:
+        """McNemar's test of the clean outcomes against BP, on the seeds both have; None without stored outcomes."""
+        base = self.base(row)
+        if base is None or base is row:
+            return None
+        first, second = self.outcomes(base, "clean"), self.outcomes(row, "clean")
+        common = [seeds for seeds in first if seeds in second]
+        if not common:
+            return None
+        return stats.mcnemar(*(torch.stack([part[seeds] for seeds in common]) for part in (first, second)))
+
+    def maskings(self, row: Row) -> list[store.Record]:
+        """Stored gradient-masking checks of the row's runs."""
+        name = f"{evaluate.file_stem(self.experiment.evaluate)}.json"
+        stored = (store.read_json(self.folder(run) / name) for run in row.runs)
+        return [one["masking"] for one in stored if one and "masking" in one]
+
+    def environments(self) -> list[store.Record]:
+        """The distinct environments that the finished runs were trained in."""
+        found = (store.read_json(self.folder(run) / "environment.json") for row in self.rows for run in row.runs)
+        return list({str(one): one for one in found if one}.values())
+
+
+def title(row: Row) -> str:
+    """Variant and label of a row."""
+    return f"{row.variant}: {row.label}" if row.variant else row.label
+
+
+def pairs_in_order(rows: Sequence[tuple[Row, Published]]) -> tuple[int, int]:
+    """How many pairs that differ in the paper lie the same way round here, and how many there are."""
+    pairs = [(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :] if a[1].mean != b[1].mean]
+    same = sum((a[0].mean < b[0].mean) == (a[1].mean < b[1].mean) for a, b in pairs)
+    return same, len(pairs)

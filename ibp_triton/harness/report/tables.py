@@ -1,0 +1,183 @@
+"""Tables as plain cells, for Markdown, HTML and CSV alike."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean
+
+from ibp_triton.harness import store
+from ibp_triton.harness.report.gather import Findings, pairs_in_order, title
+from ibp_triton.harness.report.paper import Published
+from ibp_triton.harness.summary import Row, error_text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, a row of column names, rows of cells, and a note below."""
+
+    heading: str
+    columns: list[str]
+    cells: list[list[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """A section of a Markdown file."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.cells]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"## {self.heading}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
+
+
+def tables(findings: Findings) -> list[Table]:
+    """Every table there is something to say in."""
+    candidates = [comparison(findings), every_parameter(findings), ratios(findings), masking(findings)]
+    return [table for table in candidates if table and table.cells]
+
+
+def comparison(findings: Findings) -> Table:
+    """Table 1: our error beside the paper's, the difference, and whether the paper's order holds."""
+    known = any(findings.published(row) for row in findings.chosen)
+    tested = any(findings.against_base(row) for row in findings.chosen)
+    columns = ["method", "β or ε", "seeds", "error %"]
+    columns += ["paper %", "difference", "better than bp (paper)", "as in the paper"] if known else []
+    columns += ["McNemar against bp"] if tested else []
+    cells = []
+    for row in findings.chosen:
+        line = [title(row), parameter(row), f"{len(row.errors)}/{row.expected}", error_text(row.mean, row.sd)]
+        line += _published(findings, row) if known else []
+        line += [_mcnemar(findings, row)] if tested else []
+        cells.append(line)
+    return Table("Error on the test set", columns, cells, _note(findings))
+
+
+def every_parameter(findings: Findings) -> Table | None:
+    """All β and ε tried, where there were several."""
+    if len(findings.rows) == len(findings.chosen):
+        return None
+    columns = ["method", "β or ε", "seeds", "validation error %", "test error %", "chosen"]
+    cells = [
+        [
+            title(row),
+            parameter(row),
+            f"{len(row.errors)}/{row.expected}",
+            f"{fmean(row.validation_errors):.2f}" if row.validation_errors else "",
+            error_text(row.mean, row.sd),
+            "yes" if row in findings.chosen else "",
+        ]
+        for row in findings.rows
+    ]
+    return Table("Every parameter", columns, cells)
+
+
+def ratios(findings: Findings) -> Table:
+    """Time of an epoch relative to BP: measured, predicted from multiply-adds, and the paper's."""
+    cells = []
+    for row in findings.chosen:
+        paper = _paper_ratio(findings, row)
+        measured = "" if row.measured is None else f"{row.measured:.2f}"
+        cells.append([title(row), f"{row.seconds:.2f}", measured, f"{row.predicted:.2f}", paper])
+    columns = ["method", "s/epoch", "× bp measured", "× bp predicted", "× bp in the paper"]
+    note = "Seconds are the median epoch of a run, mean over seeds, training alone. bp skips the first layer's vjp."
+    return Table("Time of an epoch", columns, cells, note)
+
+
+def masking(findings: Findings) -> Table:
+    """Gradient masking: PGD should harm at least as much as FGSM, and FGSM more than random signs."""
+    keys = ("random_error", "fgsm_error", "pgd_error", "zero_entries", "zero_gradients")
+    cells = []
+    for row in findings.chosen:
+        found = findings.maskings(row)
+        if found:
+            means = {key: fmean(one[key] for one in found) for key in keys}
+            ordered = means["random_error"] <= means["fgsm_error"] <= means["pgd_error"]
+            percent = [f"{means[key]:.2f}" for key in keys[:3]] + [f"{100 * means[key]:.2f}" for key in keys[3:]]
+            cells.append([title(row), f"{found[0]['epsilon']:g}", *percent, "no" if ordered else "suspected"])
+    columns = ["method", "ε", "random %", "FGSM %", "PGD %", "zero entries %", "zero gradients %", "masking"]
+    return Table("Gradient-masking check", columns, cells, "Errors under perturbations of one size ε.")
+
+
+def markdown(findings: Findings) -> str:
+    """All tables as one Markdown file."""
+    heading = findings.experiment.title or findings.experiment.name
+    return f"# {heading}\n\n{state(findings)}\n\n" + "\n".join(table.markdown() for table in tables(findings))
+
+
+def state(findings: Findings) -> str:
+    """One sentence: how much is finished, and by what the parameter was chosen."""
+    finished = sum(len(row.errors) for row in findings.rows)
+    which = "the test set" if findings.experiment.select == "test" else "the validation split"
+    several = len(findings.rows) > len(findings.chosen)
+    choice = f" The best β or ε was chosen on {which}." if several else ""
+    return f"{finished} of {len(findings.runs)} runs are finished.{choice} Errors are of the last epoch."
+
+
+def results_csv(findings: Findings) -> str:
+    """One line for each finished run."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    keys = ["test_error", "validation_error", "final_loss", "diverged", "seconds_per_epoch", "predicted_ratio"]
+    keys += ["train_examples", "test_examples", "epochs"]
+    writer.writerow(["variant", "row", "method", "parameter", "norm", "semantics", "seed", "run", *keys])
+    for run in findings.runs:
+        result = store.read_json(findings.folder(run) / store.RESULT)
+        if result:
+            method = run.method
+            head = [run.variant, run.row, method.key, method.parameter, method.norm, method.semantics]
+            writer.writerow([*head, run.seeds.order, run.name, *(result.get(key) for key in keys)])
+    return buffer.getvalue()
+
+
+def parameter(row: Row) -> str:
+    """The β or ε as a reader writes it."""
+    return "" if row.parameter is None else f"{row.parameter:g}"
+
+
+def _published(findings: Findings, row: Row) -> list[str]:
+    paper, base = findings.published(row), findings.base(row)
+    if paper is None:
+        return ["", "", "", ""]
+    cells = [error_text(paper.mean, paper.sd), f"{row.mean - paper.mean:+.2f}"]
+    base_paper = findings.published(base) if base else None
+    if base is None or base is row or base_paper is None:
+        return [*cells, "", ""]
+    ours, theirs = _sign(row.mean - base.mean), _sign(paper.mean - base_paper.mean)
+    holds = "–" if theirs == 0 else ("yes" if ours == theirs else "no")
+    return [*cells, f"{_word(ours)} ({_word(theirs)})", holds]
+
+
+def _sign(difference: float) -> int:
+    return (difference > 1e-9) - (difference < -1e-9)
+
+
+def _word(sign: int) -> str:
+    return {-1: "better", 0: "equal", 1: "worse"}[sign]
+
+
+def _mcnemar(findings: Findings, row: Row) -> str:
+    test = findings.against_base(row)
+    return f"+{test.gained} −{test.lost}, p = {test.p:.2g}" if test else ""
+
+
+def _paper_ratio(findings: Findings, row: Row) -> str:
+    base = findings.base(row)
+    paper, bp = findings.published(row), findings.published(base) if base else None
+    return f"{paper.seconds / bp.seconds:.2f}" if paper and bp else ""
+
+
+def _note(findings: Findings) -> str:
+    known = [(row, paper) for row in findings.chosen if (paper := findings.published(row))]
+    notes = []
+    if any(findings.against_base(row) for row in findings.chosen):
+        notes.append("+ examples gained and − lost against bp, the seeds of both pooled; p is McNemar's exact test.")
+    for variant in dict.fromkeys(row.variant for row, _ in known):
+        same, total = pairs_in_order(_of(known, variant))
+        if total:
+            where = f" ({variant})" if variant else ""
+            notes.append(f"{same} of {total} pairs of methods that differ in the paper lie the same way round{where}.")
+    return " ".join(notes)
+
+
+def _of(known: Iterable[tuple[Row, Published]], variant: str) -> list[tuple[Row, Published]]:
+    return [(row, paper) for row, paper in known if row.variant == variant]

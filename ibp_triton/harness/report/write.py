@@ -1,0 +1,66 @@
+"""Write the report of an experiment into its folder."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment
+
+from ibp_triton.harness import store
+from ibp_triton.harness.loading import Plan
+from ibp_triton.harness.report import figures, tables
+from ibp_triton.harness.report.figures import Sketch
+from ibp_triton.harness.report.gather import Findings
+
+LABELS_ONLY = ("name", "title", "output", "runs", "workers")
+
+
+def write_report(plan: Plan, root: Path, folder: Path) -> list[Path]:
+    """report.html, tables.md, results.csv and figures/*.svg, *.png in `folder`, from the runs under `root`."""
+    findings = Findings(plan, root)
+    sketches = list(figures.sketches(findings))
+    contents: dict[str, bytes] = {
+        "report.html": page(findings, sketches).encode(),
+        "tables.md": tables.markdown(findings).encode(),
+        "results.csv": tables.results_csv(findings).encode(),
+    }
+    for sketch in sketches:
+        contents[f"figures/{sketch.name}.svg"] = sketch.svg().replace(figures.INK, "#000000").encode()
+        contents[f"figures/{sketch.name}.png"] = sketch.png()
+    for name, content in contents.items():
+        store.write_bytes(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def page(findings: Findings, sketches: list[Sketch]) -> str:
+    """The HTML page: no scripts, nothing loaded from elsewhere."""
+    template = resources.files("ibp_triton.harness.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    return (
+        Environment(autoescape=True, trim_blocks=True)
+        .from_string(template)
+        .render(
+            heading=findings.experiment.title or findings.experiment.name,
+            state=tables.state(findings),
+            tables=tables.tables(findings),
+            figures=[{"svg": sketch.inline(), "caption": sketch.caption} for sketch in sketches],
+            protocols=protocols(findings),
+            environments=[_yaml(environment) for environment in findings.environments()],
+        )
+    )
+
+
+def protocols(findings: Findings) -> list[tuple[str, str]]:
+    """Each variant's protocol, its preset filled in, as YAML."""
+    return [
+        (
+            label or "Resolved configuration",
+            _yaml(variant.model_dump(by_alias=True, exclude={*LABELS_ONLY, "variants"})),
+        )
+        for label, variant in findings.plan.variants()
+    ]
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
