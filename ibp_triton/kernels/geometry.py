@@ -31,14 +31,20 @@ class Geometry:
         return cls(size, (out[0], out[1]), kernel, stride, padding, dilation)
 
     @classmethod
-    def pool(cls, size: Pair, kernel: Pair, stride: Pair, padding: Pair, ceil: bool) -> "Geometry":
-        """The geometry of a pooling, with torch's rule that no window starts beyond the image and its left padding."""
+    def pool(
+        cls, size: Pair, kernel: Pair, stride: Pair, padding: Pair, ceil: bool, margin: Pair = (0, 0)
+    ) -> "Geometry":
+        """The geometry of a pooling, with torch's rule that no window starts beyond the image and its left padding.
+
+        `margin` is further padding at the far ends only (rows below, columns to the right).
+        """
         out = []
-        for n, k, s, p in zip(size, kernel, stride, padding, strict=True):
+        for far, k, s, p, m in zip(size, kernel, stride, padding, margin, strict=True):
+            n = far + m
             if 2 * p > k:
                 raise ValueError(f"padding {p} is over half of the window {k}")
-            m = (n + 2 * p - k + (s - 1 if ceil else 0)) // s + 1
-            out.append(m - 1 if ceil and (m - 1) * s >= n + p else m)
+            windows = (n + 2 * p - k + (s - 1 if ceil else 0)) // s + 1
+            out.append(windows - 1 if ceil and (windows - 1) * s >= n + p else windows)
         if min(out) < 1:
             raise ValueError(f"a {kernel} window does not fit a {size} image, padding {padding}")
         return cls(size, (out[0], out[1]), kernel, stride, padding)

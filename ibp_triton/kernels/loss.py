@@ -1,4 +1,4 @@
-"""The loss head: softmax cross-entropy with its derivative and the count of hits, and the Hessian's product H·t."""
+"""The loss head: softmax cross-entropy with its derivative and hits, the Hessian's product H·t, the objective."""
 
 # Device code under @triton.jit has no Python types:
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -67,6 +67,45 @@ def softmax_hessian(z, t, out, samples, tangents, z_n, M: tl.constexpr, WIDE: tl
         at = s * samples * M + n[:, None] * M + m[None, :]
         u = tl.load(t + at, mask=full, other=0.0).to(tl.float32)
         tl.store(out + at, p * (u - tl.sum(p * u, 1)[:, None]), mask=full)
+
+
+@triton.jit
+def weighted_sum(u, v, out, u_size, v_size, a, b, BLOCK: tl.constexpr):
+    """out = a * sum u + b * sum v, in a fixed order; one program.
+
+    Pointers:
+        u: [u_size], v: [v_size], any float type.
+        out: [] float32.
+    """
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, u_size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += a * tl.load(u + i, mask=i < u_size, other=0.0).to(tl.float32)
+    for start in range(0, v_size, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        total += b * tl.load(v + i, mask=i < v_size, other=0.0).to(tl.float32)
+    tl.store(out, tl.sum(total, 0))
+
+
+def objective(u: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+    """a Σ u + b Σ v, 0-d float32: the objective's value from per-sample losses and penalties, in one launch.
+
+    Raises: ValueError where u or v has gaps.
+    """
+    if not (u.is_contiguous() and v.is_contiguous()):
+        raise ValueError("losses and penalties must be contiguous")
+    out, config = u.new_empty((), dtype=torch.float32), select("sample", "any", u)
+    launch(
+        weighted_sum,
+        (1, 1, 1),
+        {
+            "u": u, "v": v, "out": out, "u_size": u.numel(), "v_size": v.numel(), "a": float(a), "b": float(b),
+            "BLOCK": config.block_m,
+        },
+        config,
+        Cost(u.numel() * u.element_size() + v.numel() * v.element_size(), 4),
+    )  # fmt: skip
+    return out
 
 
 def cross_entropy(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What starts the extra passes: ψ(u) with its value |u|^r, the FGSM step, and the collapsed seed of Fast TBP."""
+"""What starts the extra passes: ψ(u) with its value |u|^r / r, the FGSM step, and the collapsed seed of Fast TBP."""
 
 # Device code under @triton.jit has no Python types:
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -16,7 +16,7 @@ from ibp_triton.kernels.pointwise import is_dense, same_layout
 @triton.jit
 def seed(u, x, out, value, features, epsilon, norm, ONE: tl.constexpr, TWO: tl.constexpr, STEP: tl.constexpr,
          SEED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """out = ψ(u) = sign(u)|u|^(r-1), or x + epsilon * sign(u) if STEP; value = sum |u|^r; grid (samples).
+    """out = ψ(u) = sign(u)|u|^(r-1), or x + epsilon * sign(u) if STEP; value = sum |u|^r / r; grid (samples).
 
     Pointers:
         u: [samples, features], any float type.
@@ -49,13 +49,13 @@ def seed(u, x, out, value, features, epsilon, norm, ONE: tl.constexpr, TWO: tl.c
         if STEP or SEED:
             tl.store(out + row + i, psi, mask=ok)
     if not STEP:
-        tl.store(value + tl.program_id(0), tl.sum(total, 0))
+        tl.store(value + tl.program_id(0), tl.sum(total, 0) / norm)
 
 
 @triton.jit
 def tangent_seed(d, tau, out, value, tangents, features, tau_t, norm, ONE: tl.constexpr, TWO: tl.constexpr,
                  LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """out = sum_j ψ(s_j) tau_j with s_j = <d, tau_j>, value = sum_j |s_j|^r; grid (samples).
+    """out = sum_j ψ(s_j) tau_j with s_j = <d, tau_j>, value = sum_j |s_j|^r / r; grid (samples).
 
     Pointers:
         d: [samples, features], any float type.
@@ -82,7 +82,7 @@ def tangent_seed(d, tau, out, value, tangents, features, tau_t, norm, ONE: tl.co
         psi = inner
     else:
         psi = sign * tl.exp2((norm - 1.0) * tl.log2(tl.where(size > 0, size, 1.0)))
-    tl.store(value + tl.program_id(0), tl.sum(psi * inner, 0))
+    tl.store(value + tl.program_id(0), tl.sum(psi * inner, 0) / norm)
     for start in range(0, features, BLOCK):
         i = start + tl.arange(0, BLOCK)
         ok = (j < tangents)[:, None] & (i < features)[None, :]
@@ -91,7 +91,7 @@ def tangent_seed(d, tau, out, value, tangents, features, tau_t, norm, ONE: tl.co
 
 
 def norm_seed(u: Tensor, norm: float = 1.0, *, seed_wanted: bool = True) -> tuple[Tensor | None, Tensor]:
-    """ψ(u) = sign(u)|u|^(r−1) and ‖u‖_r^r of each sample, in one pass.
+    """ψ(u) = sign(u)|u|^(r−1) and ‖u‖_r^r / r of each sample, in one pass.
 
     Args:
         u: [N, ...], dense in any order of axes behind the first.
@@ -119,7 +119,7 @@ def fgsm_step(x: Tensor, d: Tensor, epsilon: float) -> Tensor:
 
 
 def fast_tbp_seed(d: Tensor, tangents: Tensor, norm: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Σ_j ψ(⟨d, τ_j⟩) τ_j and Σ_j |⟨d, τ_j⟩|^r of each sample: Fast TBP's one seed, in one launch for all tangents.
+    """Σ_j ψ(⟨d, τ_j⟩) τ_j and Σ_j |⟨d, τ_j⟩|^r / r of each sample: Fast TBP's one seed, in one launch for all tangents.
 
     Args:
         d: [N, ...], dense in any order of axes behind the first.

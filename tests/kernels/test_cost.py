@@ -7,7 +7,7 @@ from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launch import launch, recording
-from ibp_triton.kernels.loss import cross_entropy, hessian_product
+from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
 from ibp_triton.kernels.pointwise import relu
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
 from ibp_triton.kernels.seeds import fast_tbp_seed, fgsm_step, norm_seed
@@ -41,6 +41,7 @@ def everything():
     z = randn(5, 10)
     cross_entropy(z, torch.zeros(5, dtype=torch.int64))
     hessian_product(z, randn(2, 5, 10))
+    objective(randn(7), randn(3, 5), 1.0, 0.5)
     norm_seed(pixels)
     norm_seed(pixels, 2, seed_wanted=False)
     fgsm_step(pixels, pixels, 0.1)

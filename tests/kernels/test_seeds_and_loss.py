@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ibp_triton.kernels.loss import cross_entropy, hessian_product
+from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
 from ibp_triton.kernels.pointwise import relu
 from ibp_triton.kernels.seeds import fast_tbp_seed, fgsm_step, norm_seed
 from tests.kernels.support import DTYPES, assert_close, last, randn, unchanged
@@ -28,6 +28,14 @@ def test_loss_head(samples, classes, dtype):
     assert torch.equal(single, product[0])
 
 
+def test_the_objective_is_one_launch(instruments):
+    u, v = randn(2053), randn(3, 37)
+    value = objective(u, v, 0.5, 0.25)
+    assert_close(value, 0.5 * u.double().sum() + 0.25 * v.double().sum(), torch.float32)
+    assert (value.shape, len(instruments)) == ((), 1)
+    assert_close(objective(u, u[:0], 1.0, 1.0), u.double().sum(), torch.float32)
+
+
 def test_large_logits_do_not_overflow():
     loss, c, _ = cross_entropy(torch.tensor([[1e4, -1e4]]), torch.tensor([1]))
     assert (loss.item(), c.tolist()) == (2e4, [[1.0, -1.0]])
@@ -42,7 +50,7 @@ def test_norm_seed(dtype, norm):
         none, same = norm_seed(u, norm, seed_wanted=False)
     U = u.double()
     assert_close(seed, U.sign() * U.abs() ** (norm - 1), dtype)
-    assert_close(value, (U.abs() ** norm).sum((1, 2, 3)), torch.float32)
+    assert_close(value, (U.abs() ** norm).sum((1, 2, 3)) / norm, torch.float32)
     assert none is None
     assert torch.equal(same, value)
 
@@ -65,7 +73,7 @@ def test_fast_tbp_seed(dtype, tangents, norm):
     inner = (d.double() * tau.double()).sum((2, 3, 4))
     psi = inner.sign() * inner.abs() ** (norm - 1)
     assert_close(seed, (psi[..., None, None, None] * tau.double()).sum(0), dtype)
-    assert_close(value, (inner.abs() ** norm).sum(0), torch.float32)
+    assert_close(value, (inner.abs() ** norm).sum(0) / norm, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,338 @@
+"""Each kernel as a torch custom operator, ``torch.ops.ibp_triton.*``: known to torch.compile, profilers and autograd.
+
+Operators take a leading axis of tangents, [T, N, ...], T = 1 for a plain batch, because a sweep of T tangents shares
+the weights and the masks. Images are [T, N, C, H, W], best with the channels contiguous in memory; results are so.
+float32, bfloat16 and float16 throughout, with float32 sums. The linear operators (layers, their reverses, weight
+gradients, pooling) are differentiable any number of times; ReLUs and masks count as constants where they are flat.
+Errors are those of the functions in ``ibp_triton.kernels``: ValueError for shapes, dtypes and strides,
+RuntimeError where neither a CUDA device nor the interpreter is there.
+
+Importing this module imports triton; ``import ibp_triton`` does not.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ibp_triton.kernels import conv as _conv
+from ibp_triton.kernels import gemm as _gemm
+from ibp_triton.kernels import loss as _loss
+from ibp_triton.kernels import pointwise as _pointwise
+from ibp_triton.kernels import pool as _pool
+from ibp_triton.kernels import seeds as _seeds
+from ibp_triton.kernels import wgrad as _wgrad
+from ibp_triton.kernels.conv import channels_last
+from ibp_triton.kernels.geometry import ONE, Geometry
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, int]:
+    height, width = sizes
+    return height, width
+
+
+def _geometry(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Geometry:
+    return Geometry.conv(_pair(size), _pair(kernel), _pair(stride), _pair(padding), _pair(dilation))
+
+
+def _windows(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil: bool,
+    margin: Sequence[int] = (0, 0),
+) -> Geometry:
+    return Geometry.pool(_pair(size), _pair(kernel), _pair(stride), _pair(padding), ceil, _pair(margin))
+
+
+@custom_op("ibp_triton::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    relu: bool = False,
+    sign: bool = False,
+) -> Tensor:
+    """φ(ψ(x) Wᵀ + b): x [T, N, I], weight [O, I], bias [O], mask [N, O] → [T, N, O]; see ``kernels.gemm.linear``."""
+    return _gemm.linear(x, weight, bias, relu=relu, mask=mask, sign=sign)
+
+
+@custom_op("ibp_triton::linear_vjp", mutates_args=())
+def linear_vjp(d: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(d W) ⊙ [mask > 0]: d [T, N, O], weight [O, I], mask [N, I] → [T, N, I]."""
+    return _gemm.linear_vjp(d, weight, mask)
+
+
+@custom_op("ibp_triton::conv2d", mutates_args=())
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    relu: bool = False,
+    sign: bool = False,
+) -> Tensor:
+    """φ(ψ(x) ∗ W + b): x [T, N, C, H, W], weight [O, C, KH, KW], mask [N, O, OH, OW] → [T, N, O, OH, OW]."""
+    geometry = _geometry(x.shape[3:], weight.shape[2:], stride, padding, dilation)
+    return _conv.conv2d(x, weight, geometry, bias, relu=relu, mask=mask, sign=sign)
+
+
+@custom_op("ibp_triton::conv2d_vjp", mutates_args=())
+def conv2d_vjp(
+    d: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """(Wᵀ ∗ d) ⊙ [mask > 0]: d [T, N, O, OH, OW], mask [N, C, H, W] → [T, N, C, H, W], (H, W) = ``size``."""
+    return _conv.conv2d_vjp(d, weight, _geometry(size, weight.shape[2:], stride, padding, dilation), mask)
+
+
+@custom_op("ibp_triton::weight_gradient", mutates_args=())
+def weight_gradient(
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    coefficients: Sequence[float],
+    biased: Sequence[bool],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    scale: float = 1.0,
+    wide: bool = False,
+    push: Tensor | None = None,
+    beta: float = 1.0,
+    sign: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """scale · Σ_i coefficient_i · g(left_i, right_i) of a weight's shape, and the bias gradient of the biased terms.
+
+    Args:
+        lefts: one to four of [n_i, I], or [n_i, C, H, W] with the same strides.
+        rights: [n_i, O], or [n_i, O, OH, OW] with the channels contiguous.
+        coefficients: one for each term.
+        biased: whether a term counts in the bias gradient, one flag for each.
+        weight: [O, I], or [O, C, KH, KW]; gives shape and strides.
+        stride, padding, dilation: of the convolution; [1, 1], [0, 0], [1, 1] for a linear layer.
+        scale: 1 / N.
+        wide: a float32 result whatever the dtype of the weight.
+        push: like the first left side, which is then read as left + beta · push (float32, not tf32).
+        sign: read ``push`` as its sign.
+
+    Returns: the gradient, and the bias gradient [O], [0] when no term has one.
+    """
+    geometry = ONE
+    if lefts[0].dim() == 4:
+        geometry = _geometry(lefts[0].shape[2:], weight.shape[2:], stride, padding, dilation)
+    segments = [
+        _wgrad.Segment(c, left, right, bias, push if i == 0 else None, sign and i == 0)
+        for i, (left, right, c, bias) in enumerate(zip(lefts, rights, coefficients, biased, strict=True))
+    ]
+    dtype = torch.float32 if wide else weight.dtype
+    gradient, bias = _wgrad.weight_gradient(segments, weight, geometry, beta=beta, scale=scale, dtype=dtype)
+    return gradient, gradient.new_empty((0,)) if bias is None else bias
+
+
+@custom_op("ibp_triton::max_pool2d", mutates_args=())
+def max_pool2d(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    margin: Sequence[int],
+    ceil: bool = False,
+    relu: bool = False,
+    channels_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """max over windows, then a ReLU if ``relu``: x [N, C, H, W] → [N, C, OH, OW] and offsets [N, OH, OW, C] uint8.
+
+    ``margin`` [rows, columns] of -∞ below and to the right; ``channels_first`` lays the result out for a flatten.
+    """
+    geometry = _windows(x.shape[2:], kernel, stride, padding, ceil, margin)
+    return _pool.max_pool2d(x, geometry, relu=relu, channels_first=channels_first)
+
+
+@custom_op("ibp_triton::max_pool2d_jvp", mutates_args=())
+def max_pool2d_jvp(
+    t: Tensor,
+    code: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    margin: Sequence[int],
+    ceil: bool = False,
+    channels_first: bool = False,
+) -> Tensor:
+    """t [T, N, C, H, W] at the offsets of ``max_pool2d`` → [T, N, C, OH, OW]."""
+    geometry = _windows(t.shape[3:], kernel, stride, padding, ceil, margin)
+    return _pool.pool2d_jvp(t, code, geometry, channels_first=channels_first)
+
+
+@custom_op("ibp_triton::max_pool2d_vjp", mutates_args=())
+def max_pool2d_vjp(
+    d: Tensor,
+    code: Tensor,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    margin: Sequence[int],
+    ceil: bool = False,
+) -> Tensor:
+    """d [T, N, C, OH, OW] summed at the offsets of ``max_pool2d`` → [T, N, C, H, W], (H, W) = ``size``."""
+    return _pool.pool2d_vjp(d, code, _windows(size, kernel, stride, padding, ceil, margin))
+
+
+@custom_op("ibp_triton::avg_pool2d", mutates_args=())
+def avg_pool2d(
+    t: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil: bool = False,
+    count_padding: bool = True,
+    channels_first: bool = False,
+) -> Tensor:
+    """Means over windows, of activations and tangents alike: [T, N, C, H, W] → [T, N, C, OH, OW]."""
+    geometry = _windows(t.shape[3:], kernel, stride, padding, ceil)
+    return _pool.pool2d_jvp(t, None, geometry, count_padding=count_padding, channels_first=channels_first)
+
+
+@custom_op("ibp_triton::avg_pool2d_vjp", mutates_args=())
+def avg_pool2d_vjp(
+    d: Tensor,
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil: bool = False,
+    count_padding: bool = True,
+) -> Tensor:
+    """The reverse of ``avg_pool2d``: [T, N, C, OH, OW] → [T, N, C, H, W], (H, W) = ``size``."""
+    return _pool.pool2d_vjp(d, None, _windows(size, kernel, stride, padding, ceil), count_padding=count_padding)
+
+
+@custom_op("ibp_triton::relu", mutates_args=())
+def relu(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """max(x, 0), or x ⊙ [mask > 0] for x [*S] or [T, *S] and mask [*S]."""
+    return _pointwise.relu(x, mask)
+
+
+@custom_op("ibp_triton::cross_entropy", mutates_args=())
+def cross_entropy(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, M], labels [N] → losses [N] float32, c = softmax(z) − onehot(l) [N, M], hits [N] int32."""
+    return _loss.cross_entropy(z, labels)
+
+
+@custom_op("ibp_triton::hessian_product", mutates_args=())
+def hessian_product(z: Tensor, t: Tensor) -> Tensor:
+    """H t, H the Hessian of the cross-entropy at the logits z [N, M]; t [N, M] or [T, N, M]."""
+    return _loss.hessian_product(z, t)
+
+
+@custom_op("ibp_triton::objective", mutates_args=())
+def objective(losses: Tensor, penalties: Tensor, a: float, b: float) -> Tensor:
+    """a Σ losses + b Σ penalties, 0-d float32."""
+    return _loss.objective(losses, penalties, a, b)
+
+
+@custom_op("ibp_triton::norm_seed", mutates_args=())
+def norm_seed(u: Tensor, norm: float) -> tuple[Tensor, Tensor]:
+    """ψ(u) = sign(u)|u|^(r−1) like u [N, ...], and ‖u‖_r^r / r of each sample [N] float32."""
+    seed, value = _seeds.norm_seed(u, norm)
+    assert seed is not None
+    return seed, value
+
+
+@custom_op("ibp_triton::norm_value", mutates_args=())
+def norm_value(u: Tensor, norm: float) -> Tensor:
+    """‖u‖_r^r / r of each sample of u [N, ...]: [N] float32."""
+    return _seeds.norm_seed(u, norm, seed_wanted=False)[1]
+
+
+@custom_op("ibp_triton::fgsm_step", mutates_args=())
+def fgsm_step(x: Tensor, d: Tensor, epsilon: float) -> Tensor:
+    """x + ε sign(d), like x."""
+    return _seeds.fgsm_step(x, d, epsilon)
+
+
+@custom_op("ibp_triton::fast_tbp_seed", mutates_args=())
+def fast_tbp_seed(d: Tensor, tangents: Tensor, norm: float) -> tuple[Tensor, Tensor]:
+    """Σ_j ψ(⟨d, τ_j⟩) τ_j like d [N, ...], and Σ_j |⟨d, τ_j⟩|^r / r [N] float32, for tangents [T, N, ...]."""
+    return _seeds.fast_tbp_seed(d, tangents, norm)
+
+
+def _register_shapes() -> None:
+    """Fake implementations: shapes, dtypes and strides without data."""
+
+    def conv_shape(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, *_: Any, **__: Any) -> Tensor:
+        geometry = _geometry(x.shape[3:], weight.shape[2:], stride, padding, dilation)
+        return channels_last(x, (x.shape[0], x.shape[1], weight.shape[0], *geometry.out))
+
+    def conv_back(d: Tensor, weight: Tensor, size: Any, *_: Any, **__: Any) -> Tensor:
+        return channels_last(d, (d.shape[0], d.shape[1], weight.shape[1], *size))
+
+    def gradient(lefts: Any, rights: Any, coefficients: Any, biased: Any, weight: Tensor, stride: Any, padding: Any,
+                 dilation: Any, scale: float = 1.0, wide: bool = False, *_: Any, **__: Any) -> Any:  # fmt: skip
+        dtype = torch.float32 if wide else weight.dtype
+        bias = weight.shape[0] if any(biased) else 0
+        return torch.empty_like(weight, dtype=dtype), weight.new_empty((bias,), dtype=dtype)
+
+    def pooled(t: Tensor, geometry: Geometry, channels_first: bool) -> Tensor:
+        shape = (t.shape[0], t.shape[1], t.shape[2], *geometry.out)
+        return t.new_empty(shape) if channels_first else channels_last(t, shape)
+
+    def max_shape(x: Tensor, kernel: Any, stride: Any, padding: Any, margin: Any, ceil: bool = False,
+                  relu: bool = False, channels_first: bool = False) -> Any:  # fmt: skip
+        y = pooled(x[None], _windows(x.shape[2:], kernel, stride, padding, ceil, margin), channels_first)[0]
+        return y, y.new_empty((y.shape[0], y.shape[2], y.shape[3], y.shape[1]), dtype=torch.uint8)
+
+    def back(d: Tensor, size: Any) -> Tensor:
+        return channels_last(d, (d.shape[0], d.shape[1], d.shape[2], *size))
+
+    linear.register_fake(lambda x, weight, *_, **__: x.new_empty((*x.shape[:2], weight.shape[0])))
+    linear_vjp.register_fake(lambda d, weight, *_, **__: d.new_empty((*d.shape[:2], weight.shape[1])))
+    conv2d.register_fake(conv_shape)
+    conv2d_vjp.register_fake(conv_back)
+    weight_gradient.register_fake(gradient)
+    max_pool2d.register_fake(max_shape)
+    max_pool2d_jvp.register_fake(
+        lambda t, code, kernel, stride, padding, margin, ceil=False, channels_first=False: pooled(
+            t, _windows(t.shape[3:], kernel, stride, padding, ceil, margin), channels_first
+        )
+    )
+    avg_pool2d.register_fake(
+        lambda t, kernel, stride, padding, ceil=False, count_padding=True, channels_first=False: pooled(
+            t, _windows(t.shape[3:], kernel, stride, padding, ceil), channels_first
+        )
+    )
+    max_pool2d_vjp.register_fake(lambda d, code, size, *_, **__: back(d, size))
+    avg_pool2d_vjp.register_fake(lambda d, size, *_, **__: back(d, size))
+    for like_the_first in (relu, fgsm_step):
+        like_the_first.register_fake(lambda x, *_, **__: torch.empty_like(x))
+    hessian_product.register_fake(lambda z, t: torch.empty_like(t))
+    cross_entropy.register_fake(
+        lambda z, labels: (
+            z.new_empty((z.shape[0],), dtype=torch.float32),
+            z.new_empty(z.shape),
+            z.new_empty((z.shape[0],), dtype=torch.int32),
+        )
+    )
+    objective.register_fake(lambda losses, *_, **__: losses.new_empty((), dtype=torch.float32))
+    norm_value.register_fake(lambda u, norm: u.new_empty((u.shape[0],), dtype=torch.float32))
+    for seeded in (norm_seed, fast_tbp_seed):
+        seeded.register_fake(lambda u, *_, **__: (torch.empty_like(u), u.new_empty((u.shape[0],), dtype=torch.float32)))
+
+
+_register_shapes()

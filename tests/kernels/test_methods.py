@@ -1,0 +1,192 @@
+"""The seven methods through backend="triton" against the autograd oracle in float64, on both paper networks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ibp_triton as ibp
+from ibp_triton.kernels.launch import recording
+
+# float32 sweeps over a dozen layers, relative to the largest entry of the gradient
+TOLERANCE = 2e-5
+STRENGTH = 0.3
+
+CASES = [("bp", {})]
+CASES += [(key, {"epsilon": STRENGTH}) for key in ("at", "fast_at")]
+CASES += [
+    (key, {"beta": STRENGTH, "semantics": semantics})
+    for key in ("loss_ibp", "prediction_ibp", "tbp", "fast_tbp")
+    for semantics in ("paper", "exact")
+]
+CASES += [("loss_ibp", {"beta": STRENGTH, "norm": 2}), ("fast_tbp", {"beta": STRENGTH, "norm": 1.5})]
+
+
+def block(channels, width, kernel, padding, margin):
+    """Convolution, max-pool 3/2 rounding up, ReLU; `margin` as the paper's networks round odd maps up."""
+    pad = [nn.ConstantPad2d((0, 1, 0, 1), -torch.inf)] if margin else []
+    convolution = nn.Conv2d(channels, width, kernel, padding=padding)
+    return [convolution, *pad, nn.MaxPool2d(3, 2, ceil_mode=True), nn.ReLU()]
+
+
+def mnist():
+    """The paper's first network, narrow, on 12×12 pixels."""
+    head = [nn.Flatten(), nn.Linear(6 * 9, 12), nn.ReLU(), nn.Linear(12, 10)]
+    return nn.Sequential(*block(1, 4, 4, 0, True), *block(4, 6, 5, 2, True), *head), (1, 12, 12)
+
+
+def cifar10():
+    """The paper's second network, narrow, on 12×12 pixels of three channels."""
+    convolutions = [*block(3, 4, 5, 0, False), *block(4, 5, 5, 2, False), *block(5, 6, 5, 2, False)]
+    head = [nn.Flatten(), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 10)]
+    return nn.Sequential(*convolutions, *head), (3, 12, 12)
+
+
+def residual():
+    """A ReLU read twice, one behind a sum, a convolution of two groups, mean-pool, a stride: what does not fuse."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+            self.third, self.head = nn.Conv2d(4, 5, 3, stride=2), nn.Linear(5, 10)
+
+        def forward(self, x):
+            u = torch.relu(self.first(x))
+            u = torch.relu(u + self.second(u))
+            u = torch.relu(self.third(u))
+            return self.head(nn.functional.avg_pool2d(u, 2).flatten(1))
+
+    return Residual(), (2, 6, 6)
+
+
+def setting(build):
+    torch.manual_seed(3)
+    model, shape = build()
+    x, labels, tangents = torch.randn(2, *shape), torch.tensor([1, 7]), torch.randn(5, 2, *shape)
+    return model, x, labels, tangents
+
+
+class Operators(TorchDispatchMode):
+    """Collects the operators on numbers that are neither ours nor views nor allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.others = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        view = func.is_view or func.namespace == "ibp_triton" or "empty" in str(func)
+        if not view and any(isinstance(a, torch.Tensor) and a.is_floating_point() for a in args):
+            self.others.add(str(func))
+        return out
+
+
+def errors(found, expected):
+    largest = max(g.abs().max() for g in expected.values())
+    assert set(found) == set(expected)
+    assert largest > 0
+    return max(float((found[n].double() - expected[n]).abs().max() / largest) for n in expected)
+
+
+@pytest.mark.parametrize("build", [mnist, cifar10, residual])
+@pytest.mark.parametrize(("key", "options"), CASES)
+def test_against_the_oracle(key, options, build):
+    model, x, labels, tangents = setting(build)
+    method = ibp.METHODS[key](**options)
+    tau = tangents if method.needs_tangents else None
+    value, found = method.gradients(ibp.Network(model, backend="triton"), x, labels, tau)
+    oracle = copy.deepcopy(model).double()
+    tau = None if tau is None else tau.double()
+    expected_value, expected = ibp.reference.gradients(oracle, method, x.double(), labels, tau)
+    assert errors(found, expected) < TOLERANCE
+    assert float(value) == pytest.approx(float(expected_value), rel=TOLERANCE)
+    if method.parameter == "beta":  # the penalty's gradient alone
+        _, plain = ibp.BP().gradients(ibp.Network(model, backend="triton"), x, labels)
+        _, exact = ibp.reference.gradients(oracle, ibp.BP(), x.double(), labels)
+        penalty = {n: expected[n] - exact[n] for n in exact}
+        share = max(g.abs().max() for g in penalty.values()) / max(g.abs().max() for g in expected.values())
+        cancelled = 4 * torch.finfo(torch.float32).eps / float(share)  # what the subtraction leaves of a small penalty
+        assert errors({n: found[n] - plain[n] for n in found}, penalty) < TOLERANCE + cancelled
+
+
+@pytest.mark.parametrize("key", ["loss_ibp", "fast_at"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_a_small_penalty(key, dtype):
+    """The penalty at the paper's β, from float32 gradients: within the rounding of the sweeps, not rounded away."""
+    model, x, labels, _ = setting(mnist)
+    network = ibp.Network(model, backend="triton", dtype=dtype)
+    _, plain = ibp.BP().gradients(network, x, labels)
+    assert all(g.dtype == torch.float32 for g in plain.values())
+    if key == "fast_at":
+        _, moved = ibp.FastAdversarialTraining(epsilon=0.0).gradients(network, x, labels)
+        assert all(torch.equal(moved[n], plain[n]) for n in plain)
+        return
+    beta = 0.003
+    _, found = ibp.LossIBP(beta).gradients(network, x, labels)
+    oracle = copy.deepcopy(model).double()
+    _, strong = ibp.reference.gradients(oracle, ibp.LossIBP(beta), x.double(), labels)
+    _, none = ibp.reference.gradients(oracle, ibp.BP(), x.double(), labels)
+    found = torch.cat([(found[n] - plain[n]).flatten() for n in found]).double()
+    exact = torch.cat([(strong[n] - none[n]).flatten() for n in none])
+    assert (found - exact).norm() / exact.norm() < 0.1  # signs of tiny derivatives flip in half precision
+
+
+def test_beta_zero_is_bp_bit_for_bit():
+    model, x, labels, tangents = setting(mnist)
+    network = ibp.Network(model, backend="triton")
+    _, plain = ibp.BP().gradients(network, x, labels)
+    for method in (ibp.LossIBP(0.0), ibp.PredictionIBP(0.0), ibp.TangentBP(0.0), ibp.FastTangentBP(0.0)):
+        _, found = method.gradients(network, x, labels, tangents if method.needs_tangents else None)
+        assert all(torch.equal(found[n], plain[n]) for n in plain), method
+
+
+def test_the_summary_names_the_rules():
+    model, x, _, _ = setting(residual)
+    summary = ibp.Network(model, backend="triton").summary(x.shape)
+    rules = [line.split()[-6] for line in summary.splitlines()[1:-2]]
+    assert rules.count("TritonConv2d") == 2
+    assert rules.count("Conv2d") == 1  # two groups
+    assert {"TritonReLU", "TritonAvgPool2d", "TritonLinear", "Add", "Reshape"} <= set(rules)
+
+
+def test_the_paper_networks_run_on_kernels_alone():
+    """Loss IBP is 24 launches before splits, and nothing but views between them."""
+    model, x, labels, _ = setting(mnist)
+    network = ibp.Network(model, backend="triton")
+    ibp.LossIBP(0.1).gradients(network, x, labels)
+    with recording() as launches, Operators() as operators:
+        ibp.LossIBP(0.1).gradients(network, x, labels)
+    assert len(launches) == 24
+    assert operators.others == set()
+
+
+def test_float64_and_odd_calls_keep_torch_rules():
+    model, x, labels, _ = setting(mnist)
+    network = ibp.Network(model.double(), backend="triton")
+    assert not network.native
+    with recording() as launches:
+        ibp.BP().gradients(network, x.double(), labels)
+    assert launches == []
+    assert not ibp.Network(model.float()).native  # "auto", on a CPU
+
+
+def test_frozen_weights_and_missing_biases():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.ReLU(), nn.Linear(7, 10))
+    model[2].weight.requires_grad_(False)
+    x, labels = torch.randn(3, 5), torch.tensor([0, 4, 9])
+    _, found = ibp.LossIBP(0.3).gradients(ibp.Network(model, backend="triton"), x, labels)
+    _, expected = ibp.LossIBP(0.3).gradients(ibp.Network(model, backend="torch"), x, labels)
+    assert errors(found, expected) < TOLERANCE
+
+
+def test_training_through_backward():
+    model, x, labels, _ = setting(mnist)
+    twin = copy.deepcopy(model)
+    for network in (ibp.Network(model, backend="triton"), ibp.Network(twin, backend="torch")):
+        ibp.LossIBP(0.1)(network, x, labels).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
