@@ -77,10 +77,10 @@ def _list(job: Job, workers: int) -> None:
     table = Table("run", "method", "epochs", "examples", "× BP", "estimate", "state")
     total = 0.0
     for each in job.runs:
-        seconds = cost.seconds(each, cost.example_seconds(each))
-        done = finished(job, each)
-        total += 0.0 if done else seconds
-        size, shown = str(cost.examples(each)), str(timedelta(seconds=round(seconds)))
+        seconds, done = cost.seconds(each), finished(job, each)
+        total += 0.0 if done else seconds or 0.0
+        size = str(cost.examples(each) or "all")
+        shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
         cells = (each.label, each.method.key, str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown)
         table.add_row(*cells, "finished" if done else "to do")
     console.print(table)
@@ -100,8 +100,6 @@ def evaluate(
     if stored is None:
         raise ConfigError(f"{run_dir}: no config.json; give the folder of a run, like runs/NAME/runs/bp-0123456789ab")
     choice = loading.evaluation(config or run_dir.parent.parent / PLAN, override or [])
-    if not measure.is_wanted(choice):
-        raise ConfigError("nothing to evaluate; give levels, as in --set 'adversarial=[0, 0.05, 0.1]'")
     with store.lock(run_dir) as mine:
         if not mine:
             raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")

@@ -154,7 +154,11 @@ class Seeds(Strict):
 
 
 class Experiment(Strict):
-    """A whole YAML file, its preset filled in; `variants` maps a label to dotted overrides of this file."""
+    """A whole YAML file, its preset filled in; `variants` maps a label to dotted overrides of this file.
+
+    `runs` is the folder of the run folders (output/runs if absent); experiments that share it share their runs.
+    `compare` names the table of the paper to print beside, `track_cosine` logs both semantics' penalty gradients.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     title: str = ""

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, methods, models, sources
+from ibp_triton.harness import data, methods, models
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.models import Shape
 
-_SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000, "mnist5k": 5_000}
+_SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
 
 
 def shape_of(run: Run) -> tuple[Shape, int]:
@@ -21,13 +21,12 @@ def shape_of(run: Run) -> tuple[Shape, int]:
     return data.shape_of(run.data) or ((1, 28, 28), 10)
 
 
-def examples(run: Run) -> int:
-    """Training examples of a run as far as they are known without reading files."""
+def examples(run: Run) -> int | None:
+    """Training examples of a run; None where only the files would tell."""
     if run.data.subset:
         return run.data.subset
-    total = _SIZES.get(run.data.source, run.data.examples)
-    held = run.data.holdout if run.data.source in sources.WITHOUT_TEST and run.data.source in _SIZES else 0
-    return total - held - run.data.validation
+    total = {**_SIZES, "synthetic": run.data.examples, "mnist5k": 5_000 - run.data.holdout}.get(run.data.source)
+    return None if total is None else total - run.data.validation
 
 
 def ratio(run: Run) -> float:
@@ -38,13 +37,13 @@ def ratio(run: Run) -> float:
 
 
 def weight(run: Run) -> float:
-    """Work of a run in example-passes of BP."""
-    return ratio(run) * examples(run) * run.training.epochs
+    """Work of a run in example-passes of BP; a thousand examples where their number is not known yet."""
+    return ratio(run) * (examples(run) or 1000) * run.training.epochs
 
 
-def seconds(run: Run, example_seconds: float) -> float:
-    """Estimated seconds of a run, given BP's seconds an example."""
-    return weight(run) * example_seconds
+def seconds(run: Run) -> float | None:
+    """Estimated seconds of a run on this machine; None where its number of examples is not known yet."""
+    return None if examples(run) is None else weight(run) * example_seconds(run)
 
 
 @lru_cache

@@ -25,11 +25,6 @@ def values(levels: Levels) -> list[float]:
     return levels.values() if isinstance(levels, Span) else list(levels)
 
 
-def is_wanted(choice: Evaluate) -> bool:
-    """Whether there is anything to evaluate beyond the clean error."""
-    return choice.masking is not None or any(values(getattr(choice, name)) for name in CURVES)
-
-
 def file_stem(choice: Evaluate) -> str:
     """Name of the two files of an evaluation: settings that change the outcome change the name."""
     text = choice.model_dump_json(exclude={"batch_size"})
@@ -37,8 +32,8 @@ def file_stem(choice: Evaluate) -> str:
 
 
 def done(folder: Path, choice: Evaluate) -> bool:
-    """Whether this evaluation of the run is stored (or none is wanted)."""
-    return not is_wanted(choice) or (folder / f"{file_stem(choice)}.json").exists()
+    """Whether this evaluation of the run is stored."""
+    return (folder / f"{file_stem(choice)}.json").exists()
 
 
 def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = None) -> store.Record:

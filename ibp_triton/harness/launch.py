@@ -62,7 +62,7 @@ def launch(job: Job, workers: int, listen: Listener) -> list[str]:
 
 
 def finished(job: Job, run: Run) -> bool:
-    """Whether the run's result is stored, and its evaluation if one is wanted."""
+    """Whether the run's result and its evaluation are stored."""
     folder = job.root / run.name
     return (folder / store.RESULT).exists() and evaluate.done(folder, job.evaluate)
 

@@ -33,7 +33,6 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
 
-WITHOUT_TEST = ("mnist5k", "image_folder", "synthetic")
 Loaded = tuple[Split, Split, int]
 
 

@@ -1,0 +1,1 @@
+"""Examples that configs/ and the documentation refer to."""
