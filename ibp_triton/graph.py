@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ibp_triton.rules import BatchNormTrain, Generic, Layer, ModuleCall, candidate, rule_for
-from ibp_triton.tracing import UntraceableError
+from ibp_triton.tracing import InterfaceError, UntraceableError
 
 # active: depends on x; parametric: on parameters but not on x; constant: a tensor that depends on neither;
 # static: sizes, dtypes, numbers
@@ -103,7 +103,7 @@ class Builder:
 
     def _finish(self, output: Any) -> Graph:
         if not isinstance(output, Ref):
-            raise TypeError(
+            raise InterfaceError(
                 f"the model must return one tensor of logits [N, M], not {type(output).__name__}; "
                 "wrap it in a module that picks the logits"
             )
@@ -147,7 +147,7 @@ class Builder:
         if self.input >= 0:
             if node.args:
                 return node.args[0]
-            raise TypeError(f"the model's forward needs a second argument '{node.target}'; Network calls model(x)")
+            raise InterfaceError(f"the model's forward needs a second argument '{node.target}'; Network calls model(x)")
         return self._input()
 
     def _input(self) -> Ref:

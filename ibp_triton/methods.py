@@ -107,7 +107,7 @@ class Method:
             step = Step(network, x.detach(), labels, tangents, parameters or {})
             value, terms = self.recipe(step)
             gradients = weight_gradients(terms, x.shape[0], getattr(self, "semantics", "") == "exact")
-            return value, _in_own_dtype(gradients, network, parameters or {})
+            return value, _complete(gradients, network, parameters or {})
 
     def value(self, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None = None) -> Tensor:
         """The objective alone, 0-d, without the passes that only its gradient needs."""
@@ -346,11 +346,10 @@ def _output(run: Pass, sweep: Sweep) -> Tensor:
     return torch.zeros_like(run.trace.logits) if t_K is None else t_K
 
 
-def _in_own_dtype(
-    gradients: dict[str, Tensor], network: Network, parameters: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    own = dict(network.model.named_parameters())
-    return {name: g.to(parameters.get(name, own[name]).dtype) for name, g in gradients.items()}
+def _complete(gradients: dict[str, Tensor], network: Network, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A gradient for every trainable parameter, in its dtype; zeros for those that the model does not use."""
+    own = {name: given.get(name, p) for name, p in network.model.named_parameters() if p.requires_grad}
+    return {n: gradients[n].to(p.dtype) if n in gradients else torch.zeros_like(p) for n, p in own.items()}
 
 
 METHODS: dict[str, type[Method]] = {

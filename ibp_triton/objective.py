@@ -41,7 +41,8 @@ class _Objective(torch.autograd.Function):
 
 def objective(method: Method, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None) -> Tensor:
     """The loss as a 0-d tensor with history; its value alone where gradients are off or nothing is trainable."""
-    named = [(name, p) for name, p in network.model.named_parameters() if p.requires_grad]
+    used = set(network.graph().parameters.values())  # a parameter without part in the model keeps .grad as it is
+    named = [(name, p) for name, p in network.model.named_parameters() if p.requires_grad and name in used]
     if not torch.is_grad_enabled() or not named:
         return method.value(network, x, labels, tangents)
     names, parameters = zip(*named, strict=True)

@@ -60,7 +60,7 @@ def _pure(model: nn.Module) -> Function:
 
     def function(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         copies = {name: b.clone() for name, b in buffers.items()}
-        with torch.random.fork_rng(devices=[]), _no_fast_path():
+        with torch.random.fork_rng(devices=[]), _no_fast_path(), _SteadyDropout():
             torch.set_rng_state(state)
             return torch.func.functional_call(model, {**parameters, **copies}, (x.clone(),))  # type: ignore[no-any-return]
 
@@ -191,6 +191,15 @@ def _paper_term(f: Function, parameters: Gradients, x: Tensor, seed: Tensor, r: 
         return torch.func.jvp(watched, (x,), (seed,))[1]  # type: ignore[no-any-return]
 
     return torch.func.vjp(tangent, parameters)[1](r)[0]  # type: ignore[no-any-return]
+
+
+class _SteadyDropout(TorchFunctionMode):
+    """Dropout on contiguous copies: inside torch.func the mask of another memory layout is drawn in another order."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout) and args:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class _CutPrimals(TorchFunctionMode):

@@ -19,7 +19,8 @@ class Tracer(fx.Tracer):
 
     def __init__(self, opaque: set[str]) -> None:
         super().__init__(param_shapes_constant=True)
-        self.opaque, self.failed, self.path, self.modes = opaque, "", [""], _modes()
+        self.opaque, self.path, self.modes = opaque, [""], _modes()
+        self.failed: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Modules with hooks run whole, so that the hooks run; so do those found untraceable before."""
@@ -39,11 +40,11 @@ class Tracer(fx.Tracer):
         try:
             result = call()
             if not torch.equal(before, torch.get_rng_state()):
-                torch.set_rng_state(before)
                 raise fx.proxy.TraceError("random numbers drawn outside torch's dropout functions")
             return result
         except Exception:
-            self.failed = self.failed or path
+            torch.set_rng_state(before)
+            self.failed = path if self.failed is None else self.failed
             raise
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -64,20 +65,27 @@ def trace(model: nn.Module, functionalise: Callable[[fx.Graph, nn.Module], Any],
     opaque: set[str] = set()
     paths = {path for path, _ in model.named_modules()}
     while not hooked(model):
-        tracer = Tracer(opaque)
         try:
-            graph = tracer.watched(lambda: tracer.trace(model))  # noqa: B023 - called at once
+            with torch.enable_grad():  # so that a no_grad inside forward shows
+                tracer = Tracer(opaque)
+                graph = tracer.watched(lambda: tracer.trace(model))  # noqa: B023 - called at once
             return functionalise(graph, model)
+        except InterfaceError:
+            raise
         except UntraceableError as error:
             path, reason = error.path, str(error)
         except Exception as error:
-            path, reason = tracer.failed, f"{type(error).__name__}: {error}"
+            path, reason = tracer.failed or "", f"{type(error).__name__}: {error}"
         if warn:
             _tell(model, path, reason)
         if path == "" or path in opaque or path not in paths:
             return None
         opaque.add(path)
     return None
+
+
+class InterfaceError(TypeError):
+    """A model that does not map one input to one tensor of logits."""
 
 
 class UntraceableError(Exception):

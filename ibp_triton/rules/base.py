@@ -184,7 +184,7 @@ def sum_to(d: Tensor, value: Tensor, rank: int) -> Tensor:
     axes = [extra + i for i, n in enumerate(shape) if n == 1 and d.shape[extra + i] != 1]
     if axes:
         d = d.sum(axes, keepdim=True)
-    return d.reshape(*d.shape[:extra], *value.shape)
+    return d.reshape((*d.shape[:extra], *value.shape))
 
 
 def without_tangents(d: Tensor, value: Tensor) -> Tensor:

@@ -32,6 +32,18 @@ class DetachPrimals(TorchFunctionMode):
         return tree_map(_cut, func(*args, **(kwargs or {})))
 
 
+class SteadyDropout(TorchFunctionMode):
+    """Dropout on contiguous copies: inside torch.func the mask of another memory layout is drawn in another order."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DROPOUTS and args:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+_DROPOUTS = (torch.dropout, *(getattr(nn.functional, f"dropout{kind}") for kind in ("", "1d", "2d", "3d")))
+
+
 def _cut(value: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
@@ -50,7 +62,8 @@ class Generic(Layer):
         self.random_state = torch.get_rng_state()
         self.device_state = _device_state(self.inputs)
         self.buffers = self.node.function.snapshot() if isinstance(self.node.function, ModuleCall) else {}
-        self.output = self.node.function(*args, **kwargs)
+        with SteadyDropout():
+            self.output = self.node.function(*args, **kwargs)
         if self.node.shares and getattr(self.node.function, "changed_input", False):
             raise RuntimeError(
                 f"{self.node.where}: this untraceable module changes its input in place, and the input is used "
@@ -82,7 +95,7 @@ class Generic(Layer):
             leaves[slot] = value
         args, kwargs = tree_unflatten(leaves, self.spec)
         function = self.node.function
-        with self._same_random_numbers():
+        with self._same_random_numbers(), SteadyDropout():
             if isinstance(function, ModuleCall):
                 return function.pure(self.buffers, *args, **kwargs)
             return function(*args, **kwargs)

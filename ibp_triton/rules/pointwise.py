@@ -226,9 +226,10 @@ class Dropout(Pointwise):
         if not training or p == 0:
             self.mask = None
             return input
-        axes = self.masked_axes
-        shape = input if axes is None else input.new_empty(*input.shape[:axes], *([1] * (input.dim() - axes)))
-        mask = torch.empty_like(shape).bernoulli_(1 - p)  # drawn as torch draws it: the same seed, the same mask
+        shape = (
+            input.shape if self.masked_axes is None else [*input.shape[: self.masked_axes], *[1] * (input.dim() - 2)]
+        )
+        mask = input.new_empty(shape).bernoulli_(1 - p)  # as torch draws it for a contiguous input
         self.mask = mask.div_(1 - p) if p < 1 else mask
         return input * self.mask
 

@@ -69,7 +69,11 @@ class Attention(nn.Module):
         super().__init__()
         self.embed, self.qkv, self.head = nn.Conv2d(1, 8, 3, stride=3), nn.Linear(8, 24), nn.Linear(8, 10)
         self.token, self.position = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8) / 2)
-        self.attend, self.norm, self.scale = nn.MultiheadAttention(8, 2, batch_first=True), nn.LayerNorm(8), nn.Parameter(torch.ones(8))
+        self.attend, self.norm, self.scale = (
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.LayerNorm(8),
+            nn.Parameter(torch.ones(8)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[0]

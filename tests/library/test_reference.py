@@ -1,0 +1,109 @@
+"""The oracle itself, against finite differences: torch is silently wrong on some routes through these layers."""
+
+import pytest
+import torch
+from torch import nn
+
+import ibp_triton as ibp
+from tests.library.networks import build
+
+
+def chain(kind):
+    """A sequential model whose layers can be taken one by one, with the layer that torch's shortcuts get wrong."""
+    torch.manual_seed(3)
+    middle = {
+        "batch_norm": lambda: [nn.Unflatten(1, (4, 3)), nn.BatchNorm1d(4), nn.Flatten()],
+        "layer_norm": lambda: [nn.LayerNorm(12)],
+        "attention": lambda: [nn.Unflatten(1, (3, 4)), SelfAttention(), nn.Flatten()],
+    }[kind]()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 12), nn.Tanh(), *middle, nn.Linear(12, 5))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return model.double()
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attend(x, x, x, need_weights=False)[0]
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(4, 1, 3, 3, generator=generator, dtype=torch.float64)
+    tau = torch.randn(2, 4, 1, 3, 3, generator=generator, dtype=torch.float64)
+    return x, torch.tensor([0, 4, 2, 2]), tau
+
+
+METHODS = [
+    (ibp.LossIBP, 2),
+    (ibp.LossIBP, 1.5),
+    (ibp.PredictionIBP, 2),
+    (ibp.TangentBP, 2),
+    (ibp.TangentBP, 1.5),
+    (ibp.FastTangentBP, 2),
+]
+
+
+@pytest.mark.parametrize("kind", ["batch_norm", "layer_norm", "attention"])
+@pytest.mark.parametrize(("make", "norm"), METHODS)
+def test_exact_semantics_are_the_objectives_slope(kind, make, norm):
+    model, (x, labels, tau) = chain(kind), batch()
+    method = make(0.8, norm, "exact")
+    tangents = tau if method.needs_tangents else None
+    _, gradient = ibp.reference.gradients(model, method, x, labels, tangents)
+    direction = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    slope, step = sum(float((gradient[k] * direction[k]).sum()) for k in gradient), 1e-5
+    values = []
+    for sign in (1, -2, 1):  # up, down, back
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.add_(direction[name], alpha=sign * step)
+        values.append(float(ibp.reference.gradients(model, method, x, labels, tangents)[0]))
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["batch_norm", "layer_norm", "attention"])
+def test_paper_semantics_move_only_each_layers_own_derivative(kind):
+    """Algorithm 1 by finite differences: the weights move, every activation stays where the first pass left it."""
+    model, (x, labels, _) = chain(kind), batch()
+    beta = 0.8
+    plain = ibp.reference.gradients(model, ibp.BP(), x, labels)[1]
+    full = ibp.reference.gradients(model, ibp.LossIBP(beta, 1), x, labels)[1]
+    copies = x.clone().requires_grad_()
+    loss = nn.functional.cross_entropy(model(copies), labels, reduction="sum")
+    seed = torch.autograd.grad(loss, copies)[0].sign()
+    with torch.no_grad():
+        activations = [x]
+        for layer in model:
+            activations.append(layer(activations[-1]))
+        c = activations[-1].softmax(1) - nn.functional.one_hot(labels, 5)
+
+        def penalty():
+            t, small = seed, 1e-5
+            for layer, a in zip(model, activations[:-1], strict=True):
+                t = (layer(a + small * t) - layer(a - small * t)) / (2 * small)
+            return float((c * t).sum()) / len(x)
+
+        for name, p in model.named_parameters():
+            direction, step, before = torch.randn_like(p), 1e-4, p.clone()
+            p.copy_(before + step * direction)
+            up = penalty()
+            p.copy_(before - step * direction)
+            down = penalty()
+            p.copy_(before)
+            expected = float(((full[name] - plain[name]) / beta * direction).sum())
+            assert (up - down) / (2 * step) == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+
+
+def test_reference_leaves_buffers_and_random_numbers_alone():
+    model, x, labels, _ = build("vgg_train")
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    state = torch.get_rng_state()
+    ibp.reference.gradients(model, ibp.LossIBP(0.1), x, labels)
+    assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
+    assert torch.equal(state, torch.get_rng_state())

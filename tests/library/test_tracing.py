@@ -1,0 +1,309 @@
+"""What tracing must get right: modes, in-place operations, direct parameters, tuples, hooks, untraceable modules."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ibp_triton as ibp
+from tests.library.comparing import error, oracle, ours, untraceable_allowed, variants
+from tests.library.networks import build, evaluating, partly_untraceable, vgg
+
+
+def check(model, shape=(4, 6), classes=5, methods=None, network=None):
+    """Every method agrees with autograd on this model."""
+    model.double()
+    x, labels = torch.rand(3, *shape, dtype=torch.float64), torch.tensor([0, classes - 1, 1])
+    tau = torch.randn(2, *x.shape, dtype=torch.float64)
+    network = network or ibp.Network(model)
+    for method in methods or variants(norms=(2,)):
+        batch = (x, labels, tau if method.needs_tangents else None)
+        assert error(ours(method, network, *batch)[1], oracle(method, model, *batch)[1]) < 1e-10, method
+    return network
+
+
+class Body(nn.Module):
+    """x [N, 4, 6] → logits [N, 5] through a function given by the test."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.one, self.two, self.function = nn.Linear(6, 6), nn.Linear(6, 5), function
+        self.gain, self.matrix = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return self.two(self.function(self, self.one(x))).mean(1)
+
+
+def test_train_and_eval_after_construction_are_followed():
+    torch.manual_seed(0)
+    model = evaluating(vgg()).double()
+    network = ibp.Network(model)
+    x, labels = torch.rand(4, 1, 6, 6, dtype=torch.float64), torch.tensor([1, 2, 3, 4])
+    for mode in (False, True, False):
+        model.train(mode)
+        state = {name: b.clone() for name, b in model.named_buffers()}
+        found = ours(ibp.LossIBP(0.2), network, x, labels)[1]
+        model.load_state_dict(state, strict=False)
+        assert error(found, oracle(ibp.LossIBP(0.2), model, x, labels)[1]) < 1e-10
+
+
+def iadd(m, x):
+    y = m.one(x)
+    y += x * m.gain
+    return y
+
+
+def div(m, x):
+    y = m.one(x)
+    y.div_(2)
+    return torch.tanh(y)
+
+
+def unused(m, x):
+    F.relu(x, inplace=True)
+    return x
+
+
+def seen_elsewhere(m, x):
+    y = x
+    y.mul_(3)
+    return x + y
+
+
+def through_a_view(m, x):
+    y = m.one(x)
+    y.view(-1).mul_(2)
+    return y
+
+
+def item_assignment(m, x):
+    y = m.one(x)
+    y[:, 0] = 0
+    return y
+
+
+IN_PLACE = [iadd, div, unused, seen_elsewhere, through_a_view, item_assignment]
+
+
+@pytest.mark.parametrize("function", IN_PLACE, ids=lambda f: f.__name__)
+def test_in_place_operations(function):
+    with untraceable_allowed():
+        check(Body(function))
+
+
+def test_in_place_activation_modules():
+    check(
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(24, 6), nn.SiLU(inplace=True), nn.Hardswish(inplace=True), nn.Linear(6, 5)
+        )
+    )
+
+
+def test_the_input_itself_is_not_written_to():
+    model = Body(lambda m, x: x)
+    model.one = nn.Identity()
+    model.function = lambda m, x: x.div_(2)
+    x, labels = torch.rand(3, 4, 6), torch.tensor([0, 1, 2])
+    before = x.clone()
+    ibp.LossIBP(0.1).gradients(ibp.Network(model), x, labels)
+    assert torch.equal(x, before)
+
+
+DIRECT = {
+    "scale": lambda m, x: x * m.gain,
+    "functional linear": lambda m, x: F.linear(x, m.matrix, m.gain),
+    "transformed weight": lambda m, x: F.linear(torch.tanh(x), m.matrix.tanh() / 2),
+    "matmul": lambda m, x: torch.sigmoid(x @ m.matrix),
+    "shared weight": lambda m, x: F.linear(F.relu(F.linear(x, m.matrix)), m.matrix.t()),
+    "module twice": lambda m, x: m.one(torch.tanh(m.one(x))),
+    "token": lambda m, x: torch.cat([m.gain.expand(x.shape[0], 1, -1), x], 1),
+    "parameter only": lambda m, x: x + m.matrix.softmax(0)[:4],
+    "pieces of a parameter": lambda m, x: x * m.gain.chunk(2)[1].repeat(2),
+}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_parameters_used_directly(name):
+    model = Body(DIRECT[name])
+    found = ours(
+        ibp.BP(), ibp.Network(model.double()), torch.rand(3, 4, 6, dtype=torch.float64), torch.tensor([0, 1, 2])
+    )[1]
+    used = "matrix" if "matrix" in DIRECT[name].__code__.co_names else "gain"
+    assert name == "module twice" or found[used].abs().max() > 0
+    check(model)
+
+
+def unpacked(m, x):
+    a, b = x.split(3, dim=-1)
+    return torch.cat([b.tanh(), a], -1)
+
+
+SEVERAL = {
+    "attention": lambda m, x: torch.softmax(x @ x.transpose(-2, -1), -1) @ x,
+    "product": lambda m, x: x * torch.sigmoid(m.one(x)),
+    "chunk": lambda m, x: torch.cat([x.chunk(3, -1)[2].tanh(), *(2 * x.chunk(3, -1)[i] for i in (0, 1))], -1),
+    "unpacking": unpacked,
+    "getitem": lambda m, x: x[:, 1:3] - 2 * x[:, [0, 2]],
+    "division": lambda m, x: x / (1 + x.square().sum(-1, keepdim=True)),
+    "reflected": lambda m, x: 1 - x,
+    "subtraction": lambda m, x: torch.sub(x, m.one(x), alpha=0.5),
+    "constant": lambda m, x: x * torch.arange(6.0, dtype=torch.float64),
+    "pad": lambda m, x: F.pad(x, (0, 0, 1, 1)),
+    "pad with ones": lambda m, x: F.pad(x, (0, 0, 1, 1), value=1.0),
+    "permutation": lambda m, x: x.permute(0, 2, 1).flip(1).transpose(1, 2),
+    "detached": lambda m, x: x + x.detach().tanh(),
+    "maximum": lambda m, x: x.max(dim=-1, keepdim=True)[0] + x,
+    "attention, fused": lambda m, x: F.scaled_dot_product_attention(x, x, x * m.gain),
+    "interpolated": lambda m, x: F.interpolate(x, scale_factor=2.0, mode="linear")[..., ::2],
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_functions_of_activations(name):
+    check(Body(SEVERAL[name]))
+
+
+def test_weight_normalised_layers_and_hooks_train():
+    model = nn.Sequential(
+        nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(24, 6)), nn.ReLU(), nn.Linear(6, 5)
+    )
+    calls = []
+    model[3].register_forward_hook(lambda *_: calls.append(1))
+    network = check(model)
+    assert calls
+    assert "generic" in network.summary()
+
+
+def test_rules_do_not_match_subclasses_that_change_forward():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    check(nn.Sequential(nn.Flatten(), Doubled(24, 6), nn.ReLU(), nn.Linear(6, 5)))
+
+
+def test_untraceable_modules_are_named_once():
+    model, x, labels, _ = build("partly_untraceable")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        network = ibp.Network(model)
+        for _ in range(2):
+            ibp.LossIBP(0.1).gradients(network, x, labels)
+        model.eval()
+        ibp.LossIBP(0.1).gradients(network, x, labels)
+    told = [str(w.message) for w in caught if "can't be traced" in str(w.message)]
+    assert len(told) == 1
+    assert "submodule '3' (Branching)" in told[0]
+    rules = [line for line in network.summary().splitlines() if "generic" in line]
+    assert len(rules) == 1
+
+
+def test_no_grad_and_random_numbers_inside_forward_are_not_traced_away():
+    def stopped(m, x):
+        with torch.no_grad():
+            scale = x.abs().mean()
+        return x / (1 + scale)
+
+    def noisy(m, x):
+        return x + 0.1 * torch.rand(4, 6, dtype=torch.float64)
+
+    with untraceable_allowed():
+        check(Body(stopped))
+        network = check(Body(noisy))
+    x, labels = torch.rand(3, 4, 6, dtype=torch.float64), torch.tensor([0, 1, 2])
+    losses = {float(ibp.BP().gradients(network, x, labels)[0]) for _ in range(3)}
+    assert len(losses) == 3
+
+
+def test_an_untraceable_module_that_spoils_a_shared_input_is_refused():
+    class Spoiler(nn.Module):
+        def forward(self, x):
+            if x.sum() > 1e9:
+                return x
+            return x.mul_(2)
+
+    model = Body(lambda m, x: x + m.spoiler(x))
+    model.spoiler = Spoiler()
+    with untraceable_allowed(), pytest.raises(RuntimeError, match=r"spoiler.*in place.*clone"):
+        check(model)
+
+
+def test_batch_statistics_and_masks_belong_to_the_step():
+    model, x, labels, tau = build("vgg_train")
+    network = ibp.Network(model)
+    start = {name: b.clone() for name, b in model.named_buffers()}
+    torch.manual_seed(0)
+    model(x)
+    expected, after = {name: b.clone() for name, b in model.named_buffers()}, torch.get_rng_state()
+    for method in variants(norms=(1,)):
+        model.load_state_dict(start, strict=False)
+        torch.manual_seed(0)
+        method.gradients(network, x, labels, tau if method.needs_tangents else None)
+        assert all(torch.equal(b, expected[name]) for name, b in model.named_buffers()), method
+        assert torch.equal(torch.get_rng_state(), after), method  # one mask a step
+
+
+def test_frozen_parameters_get_no_gradient_and_cost_none():
+    model, x, labels, _ = build("paper_mnist")
+    network, shape = ibp.Network(model), [3, 1, 28, 28]
+    full = network.multiply_adds(shape)
+    expected = ibp.LossIBP(0.3).gradients(network, x, labels)[1]
+    for p in list(model.parameters())[:4]:
+        p.requires_grad_(False)
+    found = ibp.LossIBP(0.3).gradients(network, x, labels)[1]
+    assert set(found) == {"7.weight", "7.bias", "9.weight", "9.bias"}
+    assert all(torch.equal(found[k], expected[k]) for k in found)
+    less = network.multiply_adds(shape)
+    convolutions = 3 * (25 * 25 * 4 * 16 + 12 * 12 * 8 * 4 * 25)
+    assert full.weights - less.weights == convolutions
+    assert less.vjp_inner == 3 * 16 * 10  # only the last layer passes its derivative on
+
+
+def test_lstm_and_transformer_encoder_layers_are_taken_whole():
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = (
+                nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dropout=0.1),
+                nn.Linear(6, 5),
+            )
+
+        def forward(self, x):
+            return self.head(self.encoder(x).mean(1))
+
+    check(Sequence(), methods=[ibp.BP(), ibp.LossIBP(0.3, 2), ibp.LossIBP(0.3, 2, "exact"), ibp.TangentBP(0.3, 2)])
+
+
+WRONG = {
+    "two inputs": (type("Two", (nn.Module,), {"forward": lambda self, x, y: x + y}), TypeError, "second argument 'y'"),
+    "a dictionary": (
+        type("Dict", (nn.Module,), {"forward": lambda self, x: {"logits": x}}),
+        TypeError,
+        "one tensor of logits",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_models_with_another_interface_are_refused(name):
+    kind, expected, message = WRONG[name]
+    model = kind()
+    model.p = nn.Parameter(torch.ones(1))
+    with untraceable_allowed(), pytest.raises(expected, match=message):
+        ibp.BP().gradients(ibp.Network(model), torch.rand(2, 3), torch.tensor([0, 1]))
+
+
+def test_what_network_refuses_names_the_cure():
+    model = partly_untraceable()
+    with pytest.raises(TypeError, match=r"wrapper.*forward\(x, labels\)"):
+        ibp.Network(nn.DataParallel(model))
+    with pytest.raises(TypeError, match=r"torch.compile"):
+        ibp.Network(torch.compile(model))
+    with pytest.raises(TypeError, match=r"nn.Module, not function"):
+        ibp.Network(build)
+    with pytest.raises(ValueError, match="'auto', 'torch' or 'triton'"):
+        ibp.Network(model, backend="cuda")
+    with pytest.raises(ValueError, match="floating-point"):
+        ibp.Network(model, dtype=torch.int8)
