@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import ibp_triton as ibp
 from ibp_triton.harness import data, methods, models
-from ibp_triton.harness.grid import Run
+from ibp_triton.harness.config import Network
+from ibp_triton.harness.grid import MethodChoice, Run
 from ibp_triton.harness.models import Shape
 
 _SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
@@ -31,9 +32,14 @@ def examples(run: Run) -> int | None:
 
 def ratio(run: Run) -> float:
     """Multiply-adds of one step of `run` relative to BP."""
-    shape, classes = shape_of(run)
-    model = models.build(run.network, shape, classes, 0)
-    return methods.predicted_ratio(run.method, model, run.training.batch_size, shape)
+    network = run.network.model_dump_json(by_alias=True)
+    return _ratio(network, run.method, run.training.batch_size, *shape_of(run))
+
+
+@lru_cache
+def _ratio(network: str, method: MethodChoice, batch: int, shape: Shape, classes: int) -> float:
+    model = models.build(Network.model_validate_json(network), shape, classes, 0)
+    return methods.predicted_ratio(method, model, batch, shape)
 
 
 def weight(run: Run) -> float:
@@ -48,8 +54,6 @@ def seconds(run: Run) -> float | None:
 
 @lru_cache
 def _time_bp(network: str, precision: str, batch: int, shape: Shape, classes: int) -> float:
-    from ibp_triton.harness.config import Network
-
     model = models.build(Network.model_validate_json(network), shape, classes, 0)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, method = ibp.Network(model, dtype=methods.PRECISIONS[precision]), ibp.METHODS["bp"]()

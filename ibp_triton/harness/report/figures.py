@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -12,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ibp_triton.harness.report.gather import Findings, title
 from ibp_triton.harness.summary import Row
@@ -49,6 +51,11 @@ class Sketch:
             self.axes: Axes = self.figure.add_subplot()
         self.axes.set_xlabel(xlabel)
         self.axes.set_ylabel(ylabel)
+
+    def grow(self, inches: float) -> None:
+        """Make the figure higher."""
+        width, height = self.figure.get_size_inches()
+        self.figure.set_size_inches(width, height + inches)
 
     def svg(self) -> str:
         """SVG text, the same bytes for the same drawing."""
@@ -128,6 +135,7 @@ def _training(findings: Findings) -> Iterator[Sketch]:
         sketch = Sketch(name, f"{label[0].upper()}{label[1:]} over training, mean over seeds", "epoch", label)
         for number, row, epochs, values in shown:
             style = {**_look(number), "marker": "" if len(epochs) > 12 else _look(number)["marker"]}
+            sketch.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             sketch.axes.plot(epochs, values, label=title(row), markersize=3, **style)
         if key in ("loss", "norm_ratio") and min(min(values) for *_, values in shown) > 0:
             sketch.axes.set_yscale("log")
@@ -139,6 +147,7 @@ def _ratios(findings: Findings) -> Iterator[Sketch]:
     if len(rows) < 2:
         return
     sketch = Sketch("ratios", "Time of an epoch relative to bp", "× bp", "")
+    sketch.grow(max(0.0, 0.3 * (len(rows) - 8)))
     positions = range(len(rows))
     measured = [row.measured or 0.0 for row in rows]
     sketch.axes.barh([p - 0.2 for p in positions], measured, 0.38, label="measured", color=COLOURS[1])
@@ -155,8 +164,15 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def _legend(sketch: Sketch) -> Sketch:
+    """Inside the axes for a few lines; below them, in a figure that grows, for many."""
+    labels = sketch.axes.get_legend_handles_labels()[1]
     with _styled():
-        sketch.axes.legend(fontsize=8)
+        if len(labels) <= 8:
+            sketch.axes.legend(fontsize=8)
+        else:
+            columns = 2 if max(map(len, labels)) < 34 else 1
+            sketch.grow(0.19 * math.ceil(len(labels) / columns))
+            sketch.figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
     return sketch
 
 

@@ -41,8 +41,8 @@ def comparison(findings: Findings) -> Table:
     known = any(findings.published(row) for row in findings.chosen)
     tested = any(findings.against_base(row) for row in findings.chosen)
     columns = ["method", "β or ε", "seeds", "error %"]
-    columns += ["paper %", "difference", "better than bp (paper)", "as in the paper"] if known else []
-    columns += ["McNemar against bp"] if tested else []
+    columns += ["paper %", "difference", "vs bp (paper)", "as in paper"] if known else []
+    columns += ["McNemar vs bp"] if tested else []
     cells = []
     for row in findings.chosen:
         line = [title(row), parameter(row), f"{len(row.errors)}/{row.expected}", error_text(row.mean, row.sd)]

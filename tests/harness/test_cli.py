@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ibp_triton.harness import cli, loading
+
+Tree = dict[str, Any]
+Write = Callable[[Tree], Path]
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+HARNESS = ROOT / "ibp_triton" / "harness"
+
+
+def ibp_triton(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["ibp-triton", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    code = caught.value.code
+    return code if isinstance(code, int) else 0
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No data folder, no cache, and the examples folder importable."""
+    monkeypatch.delenv("IBP_TRITON_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+
+
+@pytest.mark.usefixtures("nowhere")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_passes_a_dry_run(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert ibp_triton(monkeypatch, "run", str(config), "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "bp" in out
+    assert "left with" in out
+    assert not (tmp_path / "runs").exists()
+
+
+SMALL = (
+    "data={source: synthetic, size: 16, channels: 1, classes: 4, examples: 48, holdout: 16, validation: 8}",
+    "network={name: paper_mnist, widths: [4, 4], hidden: 8, init: uniform, pool: ceil}",
+    "training.epochs=1",
+    "training.batch_size=16",
+    "evaluate.examples=8",
+    "seeds=[0]",
+    "workers=1",
+)
+
+
+@pytest.mark.usefixtures("nowhere")
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_scaled_down_version_of_every_config_runs_to_its_report(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Overrides only; each variant keeps what it changes, except the size of its subset and its epochs."""
+    overrides = [*SMALL, f"output={tmp_path}/out", f"runs={tmp_path}/out/runs"]
+    tree = loading.read_tree(config)
+    shrunk = {"data.subset": 24, "data.crop": None, "training.epochs": 1}
+    for label, variant in tree.get("variants", {}).items():
+        small = {key: shrunk.get(key, value) for key, value in variant.items()}
+        overrides.append(f"variants.{label}={small}".replace("None", "null"))
+    if config.stem == "own_model":
+        overrides[1] = "network.options.width=4"
+    arguments = [part for text in overrides for part in ("--set", text)]
+    assert ibp_triton(monkeypatch, "run", str(config), *arguments) == 0
+    assert ibp_triton(monkeypatch, "report", f"{tmp_path}/out") == 0
+    text = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    assert "runs are finished" in text
+    assert text.split("\n\n")[1].split()[0] == text.split("\n\n")[1].split()[2], "every run is finished"
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+
+
+def test_run_evaluate_and_report(
+    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tree)
+    assert ibp_triton(monkeypatch, "run", str(path), "--only", "method=bp", "--only", "seed=0") == 0
+    out = capsys.readouterr().out
+    assert "[1/1] bp seed 0: error" in out
+    folders = list((tmp_path / "out" / "runs").iterdir())
+    assert len(folders) == 1
+    assert ibp_triton(monkeypatch, "evaluate", str(folders[0]), "--set", "adversarial=[0.0, 0.1]") == 0
+    assert "adversarial" in capsys.readouterr().out
+    assert len(list(folders[0].glob("evaluation-*.json"))) == 2
+    assert ibp_triton(monkeypatch, "report", str(tmp_path / "out")) == 0
+    assert "1 of 4 runs are finished" in (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "none.yaml"], "none.yaml: cannot be read"),
+        (["evaluate", "nowhere"], "nowhere: no config.json; give the folder of a run"),
+        (["report", "nowhere"], "nowhere: no experiment.yaml; give the folder"),
+    ],
+)
+def test_errors_are_one_message_without_traceback(
+    arguments: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ibp_triton(monkeypatch, *arguments) == 1
+    assert expected in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_unknown_evaluation_keys_name_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert ibp_triton(monkeypatch, "evaluate", str(tmp_path), "--set", "adverserial=[0.1]") == 1
+    assert "adverserial: unknown key; did you mean adversarial?" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_module_runs_without_an_installed_script() -> None:
+    command = [sys.executable, "-m", "ibp_triton.harness.cli", "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "120"})
+    assert all(name in out.stdout for name in ("run", "evaluate", "report"))
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ibp_triton.harness"):
+            rest = node.module.removeprefix("ibp_triton.harness").strip(".")
+            found |= {rest.split(".")[0]} if rest else {alias.name for alias in node.names}
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    """cli → launch → train → the rest, and no cycle anywhere."""
+    graph: dict[str, set[str]] = {}
+    for path in HARNESS.rglob("*.py"):
+        name = path.relative_to(HARNESS).parts[0].removesuffix(".py")
+        graph[name] = graph.get(name, set()) | (imports(path) - {name})
+    users = {name: {other for other, used in graph.items() if name in used} for name in ("cli", "launch", "train")}
+    assert users == {"cli": set(), "launch": {"cli"}, "train": {"launch"}}
+    placed: set[str] = set()
+    while graph:
+        free = {name for name, used in graph.items() if used <= placed}
+        assert free, f"these import each other: {sorted(graph)}"
+        placed |= free
+        graph = {name: used for name, used in graph.items() if name not in free}

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ibp_triton.harness import grid, loading, store
+from ibp_triton.harness.launch import Job, launch
+from ibp_triton.harness.report import tables, write_report
+from ibp_triton.harness.report.gather import Findings, pairs_in_order
+from ibp_triton.harness.report.paper import TABLES
+from ibp_triton.harness.summary import Row
+
+Tree = dict[str, Any]
+Write = Callable[[Tree], Path]
+
+
+@pytest.fixture
+def stored(tree: Tree, write: Write, tmp_path: Path) -> Findings:
+    """A grid with made-up results: no training, so that every figure can be checked."""
+    tree["methods"] = {"bp": None, "loss_ibp": {"beta": [0.01, 0.03]}}
+    tree["data"] |= {"validation": 8, "subset": 32}
+    findings = Findings(loading.load(write({**tree, "compare": "table1_mnist"})), tmp_path / "runs")
+    errors = {None: (1.2, 1.3), 0.01: (1.1, 1.3), 0.03: (1.0, 1.1)}
+    validation = {None: (1.0, 1.0), 0.01: (0.9, 0.9), 0.03: (1.4, 1.2)}
+    for run in findings.runs:
+        seed, number = run.seeds.order, run.method.parameter
+        result = {
+            "test_error": errors[number][seed],
+            "validation_error": validation[number][seed],
+            "seconds_per_epoch": 1.0 if number is None else 1.5,
+            "predicted_ratio": 1.0 if number is None else 1.33,
+        }
+        store.write_json(findings.folder(run) / store.RESULT, result)
+    return findings
+
+
+def test_parameter_is_chosen_on_the_split_that_select_names(stored: Findings) -> None:
+    assert [row.parameter for row in stored.chosen] == [None, 0.01]
+    on_test = Findings(loading.load(Path(stored.plan.where), ["select=test"]), stored.root)
+    assert [row.parameter for row in on_test.chosen] == [None, 0.03]
+    assert "chosen on the validation split" in tables.state(stored)
+    assert "chosen on the test set" in tables.state(on_test)
+
+
+def test_comparison_beside_the_paper(stored: Findings) -> None:
+    table = tables.comparison(stored)
+    bp, loss_ibp = table.cells
+    assert bp == ["bp", "", "2/2", "1.25 ± 0.07", "1.21 ± 0.08", "+0.04", "", ""]
+    assert loss_ibp == ["loss_ibp", "0.01", "2/2", "1.20 ± 0.14", "1.09 ± 0.11", "+0.11", "better (better)", "yes"]
+    assert "1 of 1 pairs of methods" in table.note
+    assert tables.ratios(stored).cells[1] == ["loss_ibp", "1.50", "1.50", "1.33", "1.49"]
+
+
+def test_partial_results_and_none(stored: Findings, tmp_path: Path) -> None:
+    for run in stored.runs[3:]:
+        (stored.folder(run) / store.RESULT).unlink()
+    partial = Findings(stored.plan, stored.root)
+    assert tables.state(partial).startswith("3 of 6 runs are finished.")
+    assert tables.comparison(partial).cells[0][2:4] == ["1/2", "1.20"]
+    for folder in (stored.root, tmp_path / "empty"):
+        paths = write_report(stored.plan, folder, tmp_path / "report")
+        assert {"report.html", "tables.md", "results.csv"} <= {path.name for path in paths}
+
+
+def test_order_of_pairs_leaves_the_papers_ties_out() -> None:
+    published = TABLES["table1_mnist"]
+    means = {"bp": 1.3, "at": 0.9, "fast_at": 1.0, "fast_tbp": 1.2, "loss_ibp": 1.4}
+    rows = [(_row(key, mean), published[key]) for key, mean in means.items()]
+    assert pairs_in_order(rows) == (6, 8)
+
+
+def _row(key: str, mean: float) -> Row:
+    return Row("", key, key, None, (), (mean,), (), 1.0, None, 1.0, 1)
+
+
+def test_report_of_a_trained_grid(tree: Tree, write: Write, tmp_path: Path) -> None:
+    tree |= {
+        "evaluate": {"adversarial": [0.0, 0.1], "gaussian": [0.1], "pgd": [0.1], "masking": 0.1},
+        "variants": {"n=32": {"data.subset": 32}, "n=48": {"data.subset": 48}},
+        "track_cosine": True,
+        "title": "A <tiny> experiment",
+    }
+    plan = loading.load(write(tree))
+    launch(Job(grid.runs(plan), tmp_path / "runs", evaluate=plan.experiment.evaluate), 1, lambda _: None)
+    paths = {path.name for path in write_report(plan, tmp_path / "runs", tmp_path / "report")}
+    names = {
+        "adversarial",
+        "gaussian",
+        "pgd",
+        "sizes",
+        "training_loss",
+        "semantics_cosine",
+        "semantics_norms",
+        "ratios",
+    }
+    assert {f"{name}.{kind}" for name in names for kind in ("svg", "png")} <= paths
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == len(names)
+    assert "A &lt;tiny&gt; experiment" in page
+    assert not re.search(r'(?:src|href)="(?!#)', page.replace("xlink:href", "href").replace('href="#', ""))
+    assert "<script" not in page
+    assert "prefers-color-scheme: dark" in page
+    text = (tmp_path / "report" / "tables.md").read_text(encoding="utf-8")
+    assert "Gradient-masking check" in text
+    assert re.search(r"n=32: loss_ibp \| 0.03 \| 2/2 \|.*p = ", text)
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "report" / "results.csv").read_text(encoding="utf-8"))))
+    assert len(lines) == 8
+    assert {line["variant"] for line in lines} == {"n=32", "n=48"}
+    assert all(float(line["test_error"]) <= 100 for line in lines)
+
+
+def test_equal_findings_give_equal_bytes(stored: Findings, tmp_path: Path) -> None:
+    first, second = (write_report(stored.plan, stored.root, tmp_path / name) for name in ("a", "b"))
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes(), one.name
