@@ -58,16 +58,17 @@ def run(
     if dry_run:
         return _list(job, count)
     store.write_bytes(output_of(plan) / PLAN, plan.text().encode())
-    _train(job, count)
+    _train(job, count, output_of(plan))
 
 
-def _train(job: Job, workers: int) -> None:
+def _train(job: Job, workers: int, folder: Path) -> None:
     console = Console()
     done = {run.name for run in job.runs if finished(job, run)}
     console.print(f"{len(job.runs)} runs, {len(done)} finished before, in {job.root}", highlight=False)
     with Progress(console, job.runs, done, workers) as progress:
         failures = launch(job, workers, progress)
     console.print(result_table(summary.rows(job.runs, job.root)))
+    console.print(f"report: ibp-triton report {folder}", highlight=False, soft_wrap=True)
     if failures:
         raise LaunchError("some runs failed:\n" + "\n".join(failures))
 

@@ -31,7 +31,9 @@ def examples(run: Run) -> int | None:
 
 
 def ratio(run: Run) -> float:
-    """Multiply-adds of one step of `run` relative to BP."""
+    """Multiply-adds of one step of `run` relative to BP; in sweeps alone where only files tell the image shape."""
+    if data.shape_of(run.data) is None:
+        return float(methods.build(run.method).sweeps / ibp.METHODS["bp"]().sweeps)
     network = run.network.model_dump_json(by_alias=True)
     return _ratio(network, run.method, run.training.batch_size, *shape_of(run))
 
