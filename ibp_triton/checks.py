@@ -82,8 +82,6 @@ def _check_input(network: Network, x: Tensor, own: Mapping[str, Tensor]) -> None
         raise ValueError(f"x must be a batch [N, ...] with N >= 1, not {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, not {x.dtype}: the penalties need derivatives with respect to it")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("the loss has no gradient with respect to x: pass x.detach()")
     if not own:
         raise ValueError("the model has no parameters to train")
     first = next(iter(own.values()))

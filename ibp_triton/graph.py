@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ibp_triton.rules import BatchNormTrain, Generic, Layer, ModuleCall, candidate, rule_for
-from ibp_triton.tracing import InterfaceError, UntraceableError
+from ibp_triton.tracing import InterfaceError, UntraceableError, hooked
 
 # active: depends on x; parametric: on parameters but not on x; constant: a tensor that depends on neither;
 # static: sizes, dtypes, numbers
@@ -139,9 +140,17 @@ class Builder:
             return self._attribute(str(function), where)
         if node.op == "call_module":
             module = self.model.get_submodule(str(function))
+            if _fixed_batch_norm(module):
+                return self._batch_norm(module, str(function), args)
             held = {n: self._parameter_of(p) for n, p in module.named_parameters()}
             return self._append(str(function), ModuleCall(module, str(function)), (held, *args), kwargs)
         return self._append(where, function, args, kwargs)
+
+    def _batch_norm(self, module: Any, path: str, args: Any) -> Ref:
+        """Batch normalisation by running statistics, as the torch function it calls."""
+        own = [self._attribute(f"{path}.{name}", path) for name in ("running_mean", "running_var")]
+        affine = [self._parameter_of(p) if p is not None else None for p in (module.weight, module.bias)]
+        return self._append(path, F.batch_norm, (*args, *own, *affine, False, 0.0, module.eps), {})
 
     def _placeholder(self, node: fx.Node) -> Any:
         if self.input >= 0:
@@ -245,11 +254,21 @@ def _kind(function: Any, args: Any, kinds: list[str]) -> str:
 
 
 def _batch_norm(function: Any) -> bool:
-    if not isinstance(function, ModuleCall):
-        return False
-    module = function.module
-    plain = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return plain and (module.training or module.running_mean is None)
+    """Whether this is a plain BatchNorm that uses the batch's own statistics."""
+    return isinstance(function, ModuleCall) and _plain_batch_norm(function.module) and not _fixed(function.module)
+
+
+def _fixed_batch_norm(module: nn.Module) -> bool:
+    """Whether this is a plain BatchNorm, without hooks, that uses running statistics."""
+    return _plain_batch_norm(module) and _fixed(module) and not hooked(module)
+
+
+def _plain_batch_norm(module: nn.Module) -> bool:
+    return type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def _fixed(module: Any) -> bool:
+    return not module.training and module.running_mean is not None
 
 
 _IN_PLACE_OPERATORS = {

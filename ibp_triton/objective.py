@@ -45,6 +45,8 @@ def objective(method: Method, network: Network, x: Tensor, labels: Tensor, tange
     named = [(name, p) for name, p in network.model.named_parameters() if p.requires_grad and name in used]
     if not torch.is_grad_enabled() or not named:
         return method.value(network, x, labels, tangents)
+    if x.requires_grad:
+        raise ValueError("the loss has no gradient with respect to x: pass x.detach()")
     names, parameters = zip(*named, strict=True)
     loss: Tensor = _Objective.apply((method, network, x, labels, tangents), list(names), *parameters)  # type: ignore[no-untyped-call]
     return loss

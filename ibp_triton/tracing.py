@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ibp_triton.randomness import RandomState
+
 OPAQUE = (nn.MultiheadAttention, nn.modules.batchnorm._BatchNorm, nn.RNNBase)  # a layer each, by definition
 
 
@@ -36,14 +38,14 @@ class Tracer(fx.Tracer):
 
     def watched(self, call: Callable[[], Any]) -> Any:
         """Run ``call``; an exception or a random number drawn for good inside marks the current module as failed."""
-        before, path = torch.get_rng_state(), self.path[-1]
+        before, path = RandomState.now(), self.path[-1]
         try:
             result = call()
-            if not torch.equal(before, torch.get_rng_state()):
+            if before.differs(RandomState.now()):
                 raise fx.proxy.TraceError("random numbers drawn outside torch's dropout functions")
             return result
         except Exception:
-            torch.set_rng_state(before)
+            before.restore()
             self.failed = path if self.failed is None else self.failed
             raise
 

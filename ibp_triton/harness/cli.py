@@ -65,8 +65,12 @@ def _train(job: Job, workers: int, folder: Path) -> None:
     console = Console()
     done = {run.name for run in job.runs if finished(job, run)}
     console.print(f"{len(job.runs)} runs, {len(done)} finished before, in {job.root}", highlight=False)
-    with Progress(console, job.runs, done, workers) as progress:
-        failures = launch(job, workers, progress)
+    try:
+        with Progress(console, job.runs, done, workers) as progress:
+            failures = launch(job, workers, progress)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; finished runs and epochs are stored, the same command goes on")
+        raise typer.Exit(130) from None
     console.print(result_table(summary.rows(job.runs, job.root)))
     console.print(f"report: ibp-triton report {folder}", highlight=False, soft_wrap=True)
     if failures:
@@ -128,9 +132,6 @@ def main() -> None:
     except (ConfigError, DataError, ModelError, LaunchError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; finished runs and epochs are stored, the same command goes on")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = ("gfx942", "gfx1100")
 FAMILIES = NVIDIA + AMD
 HALF = ("bfloat16", "float16")
-FLOATS = ("float32", *HALF)
+FLOATS = ("float32", "tf32", *HALF)  # tf32: float32 whose products are
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Config:
     block_k: int = 1
     warps: int = 4
     stages: int = 3
+    group: int = 5  # tangents of one program of a contraction: the five Lie operators share weights and masks
 
 
 @dataclass(frozen=True)
@@ -44,60 +45,52 @@ class Row:
 
 
 TABLE = (
-    Row(
-        "contract",
-        "tangents",
-        FAMILIES,
-        FLOATS,
-        Config(32, 32, 32, warps=4, stages=2),
-        "five accumulators of 32×32 take 40 registers a thread; two stages of six tiles fit 64 KiB of LDS",
-    ),
-    Row(
-        "contract",
-        "few rows",
-        FAMILIES,
-        FLOATS,
-        Config(32, 32, 64, warps=4, stages=3),
-        "a batch of 32 is one tile of rows: narrow columns and a deep step give programs enough to split",
-    ),
-    Row(
-        "contract",
-        "narrow",
-        FAMILIES,
-        FLOATS,
-        Config(64, 32, 32, warps=4, stages=2),
-        "32 columns or fewer (the first convolution): a wider tile would compute padding",
-    ),
-    Row(
-        "contract",
-        "any",
-        FAMILIES,
-        FLOATS,
-        Config(64, 64, 32, warps=4, stages=3),
-        "the largest tile without spills on every target; 48 KiB of stages fit gfx942's 64 KiB",
-    ),
-    Row(
-        "wgrad",
-        "narrow",
-        FAMILIES,
-        FLOATS,
-        Config(32, 32, 64, warps=4, stages=2),
-        "32 output channels or fewer, or a short patch (the first convolution): no padded rows, a deep step",
-    ),
-    Row(
-        "wgrad",
-        "any",
-        FAMILIES,
-        FLOATS,
-        Config(64, 64, 32, warps=4, stages=2),
-        "two accumulators (the segment and the total) of 64×64 take 64 registers a thread",
-    ),
+    # contract: rows are samples times positions, columns output channels, the depth channels times taps
+    Row("contract", "any", ("gfx1100",), ("float32",), Config(32, 32, 16, warps=4, stages=2, group=1),
+        "no float32 matrix unit: products take registers; deeper steps or five accumulators spill (842 VGPRs)"),
+    Row("contract", "tangents", ("gfx1100",), HALF, Config(32, 32, 32, warps=4, stages=2),
+        "five accumulators of 32×32 take 165–197 of 256 VGPRs; a step of 64 spills"),
+    Row("contract", "any", ("gfx1100",), HALF, Config(32, 32, 32, warps=4, stages=2),
+        "no spills at any shape, 128-bit loads; 64×64 tiles spill"),
+    Row("contract", "tangents", FAMILIES, HALF, Config(32, 32, 64, warps=4, stages=2),
+        "as in float32; a step of 64 halves fills 128-bit loads on gfx942's 256 threads (32 leaves them at 64)"),
+    Row("contract", "tangents", FAMILIES, FLOATS, Config(32, 32, 32, warps=4, stages=2),
+        "five accumulators of 32×32 take 40 registers a thread; two stages of six tiles fit 64 KiB of LDS"),
+    Row("contract", "few rows", FAMILIES, FLOATS, Config(32, 32, 64, warps=4, stages=3),
+        "a batch of 32 is one tile of rows: narrow columns and a deep step give programs enough to split"),
+    Row("contract", "shallow", FAMILIES, FLOATS, Config(64, 32, 16, warps=4, stages=2),
+        "a patch of 16 (the first convolution on one channel) is one step; a deeper one would load padding"),
+    Row("contract", "narrow", FAMILIES, HALF, Config(64, 32, 64, warps=4, stages=2),
+        "32 columns or fewer; a step of 64 halves fills 128-bit loads on gfx942's 256 threads"),
+    Row("contract", "narrow", ("sm_90", "sm_100"), ("tf32",), Config(32, 32, 32, warps=4, stages=3),
+        "as by columns, below: HMMA keeps 128-bit loads where HGMMA would need the weight transposed"),
+    Row("contract", "narrow", FAMILIES, FLOATS, Config(64, 32, 32, warps=4, stages=2),
+        "32 columns or fewer (the first convolution): a wider tile would compute padding"),
+    Row("contract", "by columns", ("sm_90", "sm_100"), ("tf32",), Config(32, 64, 32, warps=4, stages=3),
+        "tf32 HGMMA wants the depth contiguous: with 64 rows the weight's loads fall to 32 bits; 32 rows take HMMA"),
+    Row("contract", "any", NVIDIA, ("float32",), Config(64, 64, 16, warps=8, stages=3),
+        "FFMA alone: 4 warps take up to 162 registers, or spill, for 64×64"),
+    Row("contract", "any", FAMILIES, FLOATS, Config(64, 64, 32, warps=4, stages=3),
+        "the largest tile without spills on every target; 48 KiB of stages fit gfx942's 64 KiB"),
+    # wgrad: rows are output channels, columns channels times taps, the depth samples times positions
+    Row("wgrad", "any", ("gfx1100",), ("float32",), Config(32, 32, 16, warps=4, stages=2),
+        "no float32 matrix unit: 64×64 spills 2500 VGPRs, this takes 150"),
+    Row("wgrad", "any", ("gfx1100",), HALF, Config(32, 32, 32, warps=4, stages=2),
+        "117 of 256 VGPRs, 128-bit loads"),
+    Row("wgrad", "narrow", FAMILIES, FLOATS, Config(32, 32, 64, warps=4, stages=2),
+        "32 output channels or fewer, or a short patch (the first convolution): no padded rows, a deep step"),
+    Row("wgrad", "any", ("sm_90", "sm_100"), ("tf32",), Config(32, 64, 32, warps=4, stages=2),
+        "both operands are contiguous along the other axis than tf32 HGMMA wants; 32 rows take HMMA, 128-bit loads"),
+    Row("wgrad", "any", NVIDIA, ("float32",), Config(64, 64, 16, warps=8, stages=3),
+        "FFMA alone: with the push of a + βt, 4 warps or a step of 32 reach 255 registers and spill"),
+    Row("wgrad", "any", FAMILIES, FLOATS, Config(64, 64, 32, warps=4, stages=2),
+        "two accumulators (the segment and the total) of 64×64 take 64 registers a thread"),
     Row("pool", "any", FAMILIES, FLOATS, Config(512, warps=4), "one element a lane, four a thread; bound by bandwidth"),
-    Row("pointwise", "any", FAMILIES, FLOATS, Config(1024, warps=4), "128-bit loads, two a thread; bound by bandwidth"),
+    Row("pointwise", "any", FAMILIES, FLOATS, Config(1024, warps=4), "128-bit loads, two a thread; bandwidth"),
     Row("sample", "any", FAMILIES, FLOATS, Config(1024, warps=4), "one program a sample walks its features in blocks"),
     Row("combine", "any", FAMILIES, FLOATS, Config(256, warps=2), "small outputs: many programs hide the S loads"),
-    Row("loss", "any", FAMILIES, FLOATS, Config(4096, warps=4), "elements of a block of logits in registers"),
-)
+    Row("loss", "any", FAMILIES, FLOATS, Config(1024, warps=4), "4096 logits a program would take 201 registers"),
+)  # fmt: skip
 
 _forced: list[str] = []
 _tuned: dict[tuple[str, str, str, str], Config] = {}
@@ -109,6 +102,8 @@ def select(operation: str, shape: str, tensor: Tensor) -> Config:
     Raises LookupError when the table has no row for it.
     """
     family, dtype = chip(tensor.device), str(tensor.dtype).removeprefix("torch.")
+    if precision(tensor) == "tf32":
+        dtype = "tf32"
     if (operation, shape, family, dtype) in _tuned:
         return _tuned[operation, shape, family, dtype]
     for row in TABLE:

@@ -20,8 +20,6 @@ from ibp_triton.kernels.combine import combine_parts
 from ibp_triton.kernels.config import precision, select, splits
 from ibp_triton.kernels.launch import Cost, cdiv, launch
 
-MAX_GROUP = 5  # tangents of one program: five Lie operators; more accumulators would spill
-
 
 @triton.jit
 def contract(
@@ -32,6 +30,7 @@ def contract(
     out,
     samples,
     tangents,
+    steps,
     x_t,
     x_n,
     x_h,
@@ -66,6 +65,7 @@ def contract(
         out: [T, rows, J], contiguous, rows = samples * OH * OW; with SPLITS > 1 a float32 [SPLITS, T, rows, J]
             workspace of partial sums, and BIAS, RELU and MASK are left to `combine`.
 
+    `steps` is the length of the loop over the depth, for one split; not a constant, or compilers unroll it and spill.
     GEOMETRY is (H, W, OH, OW, KH, KW, stride h, w, padding h, w, dilation h, w): H, W the extent of x, OH, OW that of
     out. SIGN replaces x by its sign on the fly (the norm-1 seed).
     """
@@ -77,7 +77,6 @@ def contract(
     KW: tl.constexpr = GEOMETRY[5]
     TAPPED: tl.constexpr = H * W * OH * OW * KH * KW > 1
     K: tl.constexpr = C * KH * KW
-    STEPS: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
 
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -102,8 +101,8 @@ def contract(
     sums = ()
     for _ in tl.static_range(GROUP):
         sums = sums + (tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no unpacking
-    for step in range(STEPS):
-        k = (split * STEPS + step) * BLOCK_K + tl.arange(0, BLOCK_K)
+    for step in range(steps):
+        k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         ok = row_ok[:, None] & (k < K)[None, :]
         if TAPPED:
             c = k % C
@@ -190,8 +189,8 @@ def contract_into(
     tangents, samples = x.shape[:2]
     positions, taps = geometry[2] * geometry[3], geometry[4] * geometry[5]
     rows, depth = samples * positions, channels * taps
-    config = select("contract", _shape_class(tangents, rows, columns), x)
-    group = min(tangents, MAX_GROUP)
+    config = select("contract", _shape_class(tangents, rows, columns, depth, w_strides[0] == 1), x)
+    group = min(tangents, config.group)
     tiles = (cdiv(rows, config.block_m), cdiv(columns, config.block_n), cdiv(tangents, max(group, 1)))
     steps = cdiv(depth, config.block_k)
     parts = splits(x, tiles[0] * tiles[1] * tiles[2], steps)
@@ -227,6 +226,7 @@ def contract_into(
             "out": target,
             "samples": samples,
             "tangents": tangents,
+            "steps": cdiv(steps, parts),
             **dict(zip(("x_t", "x_n", "x_h", "x_w", "x_c"), x_strides, strict=True)),
             **dict(zip(("w_j", "w_c", "w_h", "w_w"), w_strides, strict=True)),
             "C": channels,
@@ -251,9 +251,14 @@ def contract_into(
         combine_parts(target, out, tangents=tangents, bias=bias, relu=relu, mask=mask)
 
 
-def _shape_class(tangents: int, rows: int, columns: int) -> str:
+def _shape_class(tangents: int, rows: int, columns: int, depth: int, by_columns: bool) -> str:
+    """The table's name for a shape; `by_columns`: the weight's columns are contiguous, as in a reverse pass."""
     if tangents > 1:
         return "tangents"
     if rows <= 64:
         return "few rows"
-    return "narrow" if columns <= 32 else "any"
+    if depth <= 32:
+        return "shallow"
+    if columns <= 32:
+        return "narrow"
+    return "by columns" if by_columns else "any"

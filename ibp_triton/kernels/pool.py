@@ -48,6 +48,8 @@ def max_pool(
     """
     OH: tl.constexpr = GEOMETRY[2]
     OW: tl.constexpr = GEOMETRY[3]
+    KH: tl.constexpr = GEOMETRY[4]
+    KW: tl.constexpr = GEOMETRY[5]
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
     c = i % C
@@ -57,8 +59,8 @@ def max_pool(
     best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
     where = tl.full((BLOCK,), 0, dtype=tl.int32)
     none = ok  # no pixel seen yet: a window of -inf still has a first maximum
-    for kh in tl.static_range(GEOMETRY[4]):
-        for kw in tl.static_range(GEOMETRY[5]):
+    for kh in tl.static_range(KH):
+        for kw in tl.static_range(KW):
             h = oh * GEOMETRY[6] - GEOMETRY[8] + kh
             w = ow * GEOMETRY[7] - GEOMETRY[9] + kw
             inside = ok & (h >= 0) & (h < GEOMETRY[0]) & (w >= 0) & (w < GEOMETRY[1])
@@ -106,6 +108,8 @@ def pool_gather(
     """
     OH: tl.constexpr = GEOMETRY[2]
     OW: tl.constexpr = GEOMETRY[3]
+    KH: tl.constexpr = GEOMETRY[4]
+    KW: tl.constexpr = GEOMETRY[5]
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
     c = i % C
@@ -125,8 +129,8 @@ def pool_gather(
         weight = 1.0 / (high * wide).to(tl.float32)
         for s in range(tangents):
             total = tl.zeros((BLOCK,), dtype=tl.float32)
-            for kh in tl.static_range(GEOMETRY[4]):
-                for kw in tl.static_range(GEOMETRY[5]):
+            for kh in tl.static_range(KH):
+                for kw in tl.static_range(KW):
                     h = top + kh
                     w = left + kw
                     inside = ok & (h >= 0) & (h < GEOMETRY[0]) & (w >= 0) & (w < GEOMETRY[1])
@@ -174,6 +178,8 @@ def pool_scatter(
     W: tl.constexpr = GEOMETRY[1]
     OH: tl.constexpr = GEOMETRY[2]
     OW: tl.constexpr = GEOMETRY[3]
+    BACK_H: tl.constexpr = REACH[0]
+    BACK_W: tl.constexpr = REACH[1]
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = i % C
     w = i // C % W + GEOMETRY[9]
@@ -181,8 +187,8 @@ def pool_scatter(
     n = i // (C * W * H)
     chosen = ()
     weights = ()
-    for back_h in tl.static_range(REACH[0]):
-        for back_w in tl.static_range(REACH[1]):
+    for back_h in tl.static_range(BACK_H):
+        for back_w in tl.static_range(BACK_W):
             oh = h // GEOMETRY[6] - back_h
             ow = w // GEOMETRY[7] - back_w
             dh = h - oh * GEOMETRY[6]
@@ -205,13 +211,12 @@ def pool_scatter(
             chosen = chosen + (holds,)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no unpacking
     for s in range(tangents):
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for back_h in tl.static_range(REACH[0]):
-            for back_w in tl.static_range(REACH[1]):
+        for back_h in tl.static_range(BACK_H):
+            for back_w in tl.static_range(BACK_W):
                 window = n * d_n + (h // GEOMETRY[6] - back_h) * d_h + (w // GEOMETRY[7] - back_w) * d_w + c * d_c
-                b: tl.constexpr = back_h * REACH[1] + back_w
-                v = tl.load(d + s * d_t + window, mask=chosen[b], other=0.0).to(tl.float32)
+                v = tl.load(d + s * d_t + window, mask=chosen[back_h * BACK_W + back_w], other=0.0).to(tl.float32)
                 if MEAN:
-                    v *= weights[b]
+                    v *= weights[back_h * BACK_W + back_w]
                 total += v
         tl.store(out + s * o_t + i, total, mask=i < size)
 

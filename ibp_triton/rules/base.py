@@ -131,7 +131,8 @@ class Bilinear(Layer):
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """f~ for the input; g and the bias's sum for the parameters."""
         out = {"input": self.input_vjp(d)} if "input" in wanted else {}
-        return out | self.param_vjp(self.input, d, wanted)
+        parameters = [name for name in wanted if name != "input"]
+        return out | (self.param_vjp(self.input, d, parameters) if parameters else {})
 
     def input_vjp(self, d: Tensor) -> Tensor:
         """f~ for the input alone."""

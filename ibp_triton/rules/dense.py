@@ -95,9 +95,9 @@ class _Conv(Bilinear):
         return F.pad(x, self.extra) if self.extra else x
 
     def _backward(self, d: Tensor, left: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        zeros = [0] * self.spatial
+        zeros, bias = [0] * self.spatial, [self.weight.shape[0]] if mask[2] else None
         return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
-            d, left, self.weight, None, self.stride, self.padding, self.dilation, False, zeros, self.groups, mask
+            d, left, self.weight, bias, self.stride, self.padding, self.dilation, False, zeros, self.groups, mask
         )
 
     def input_vjp(self, d: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ reverse is silently wrong for some normalisation layers and impossible for softm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from ibp_triton.randomness import RandomState
 from ibp_triton.rules.base import Layer, Names, Tangents
 from ibp_triton.rules.structural import Pieces
 
@@ -59,28 +60,25 @@ class Generic(Layer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate once for real: random numbers are drawn, module buffers updated."""
         self._bind(args, kwargs)
-        self.random_state = torch.get_rng_state()
-        self.device_state = _device_state(self.inputs)
+        before = RandomState.now(self.inputs)
         self.buffers = self.node.function.snapshot() if isinstance(self.node.function, ModuleCall) else {}
-        with SteadyDropout():
+        with SteadyDropout(), self._kernels():
             self.output = self.node.function(*args, **kwargs)
         if self.node.shares and getattr(self.node.function, "changed_input", False):
             raise RuntimeError(
                 f"{self.node.where}: this untraceable module changes its input in place, and the input is used "
                 "elsewhere too; work on a copy (x = x.clone()) in its forward"
             )
-        self.random = not torch.equal(self.random_state, torch.get_rng_state()) or bool(
-            self.device_state is not None and not torch.equal(self.device_state, _device_state(self.inputs))  # type: ignore[arg-type]
-        )
+        self.random = before if before.differs(RandomState.now(self.inputs)) else None
         return self.output
 
     def replay(self, first: Layer, *args: Any, **kwargs: Any) -> Any:
         """At other values, with the first evaluation's random numbers and buffers; changes neither."""
         assert isinstance(first, Generic)
         self._bind(args, kwargs)
-        self.random_state, self.device_state = first.random_state, first.device_state
         self.random, self.buffers = first.random, first.buffers
-        self.output = self._again(*self.inputs)
+        with self._kernels():
+            self.output = self._again(*self.inputs)
         return self.output
 
     def _bind(self, args: Any, kwargs: Any) -> None:
@@ -95,22 +93,15 @@ class Generic(Layer):
             leaves[slot] = value
         args, kwargs = tree_unflatten(leaves, self.spec)
         function = self.node.function
-        with self._same_random_numbers(), SteadyDropout():
+        with nullcontext() if self.random is None else self.random.again(), SteadyDropout():
             if isinstance(function, ModuleCall):
                 return function.pure(self.buffers, *args, **kwargs)
             return function(*args, **kwargs)
 
-    @contextmanager
-    def _same_random_numbers(self) -> Iterator[None]:
-        if not self.random:
-            yield
-            return
-        devices = [] if self.device_state is None else [torch.cuda.current_device()]
-        with torch.random.fork_rng(devices):
-            torch.set_rng_state(self.random_state)
-            if self.device_state is not None:
-                torch.cuda.set_rng_state(self.device_state)
-            yield
+    def _kernels(self) -> AbstractContextManager[None]:
+        """Any attention kernel, but under vmap the one with batching rules."""
+        wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in self.inputs if isinstance(x, Tensor))
+        return sdpa_kernel(SDPBackend.MATH) if wrapped else nullcontext()
 
     def _of(self, names: Names) -> tuple[Callable[..., Any], list[Tensor]]:
         """The function of the named operands alone, and their values."""
@@ -256,10 +247,6 @@ class ModuleCall:
 def _copies(args: Any) -> Any:
     """Copies of the tensors: an opaque module may work in place."""
     return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-
-
-def _device_state(inputs: list[Tensor]) -> Tensor | None:
-    return torch.cuda.get_rng_state() if any(x.is_cuda for x in inputs) else None
 
 
 def _batched(d: Any, output: Any) -> bool:

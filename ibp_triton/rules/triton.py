@@ -35,7 +35,6 @@ CHANNELS_FIRST = "channels first"  # a flatten follows: leave it nothing to copy
 class _Joint(Bilinear):
     """All terms of a weight gradient in one launch."""
 
-    joint = True
     geometry: tuple[list[int], list[int], list[int]] = ([1, 1], [0, 0], [1, 1])  # stride, padding, dilation
 
     @property
@@ -45,7 +44,7 @@ class _Joint(Bilinear):
     def joint_gradient(self, products: Sequence[Product], wanted: Names, batch: int) -> dict[str, Tensor]:
         """Σ coefficient · g(left, right) / N; in exact float32 one a + βt is formed on the way in."""
         if "weight" not in wanted or not products or len(products) > MAX_SEGMENTS:
-            return self._by_terms(products, wanted, batch)
+            return super().joint_gradient(products, wanted, batch)
         rows = [(p, self._samples(p.left, self.input.dim()), self._dense(p.right)) for p in products]
         push, beta = None, 1.0
         if rows[0][1].dtype == torch.float32 and precision(rows[0][1]) == "ieee":
@@ -67,16 +66,6 @@ class _Joint(Bilinear):
             beta=beta,
         )
         return {"weight": gradient, "bias": bias} if bias.numel() else {"weight": gradient}
-
-    def _by_terms(self, products: Sequence[Product], wanted: Names, batch: int) -> dict[str, Tensor]:
-        """Term by term through torch: more terms than one launch takes, or only a bias to be trained."""
-        total: dict[str, Tensor] = {}
-        for p in products:
-            names = [name for name in wanted if name == "weight" or p.bias]
-            for name, part in self.param_vjp(p.left, p.right, names).items():
-                scaled = part.float() * (float(p.coefficient) / batch)
-                total[name] = total[name] + scaled if name in total else scaled
-        return total
 
     def _samples(self, left: Tensor, rank: int) -> Tensor:
         """[T·N, ...] with the strides that all left sides share."""

@@ -1,0 +1,70 @@
+"""What a step costs: multiply-adds of the paper's networks, counted by hand, and the ratios predicted from them."""
+
+import pytest
+
+import ibp_triton as ibp
+from tests.library.networks import build
+
+CONV1, CONV2, FC1, FC2 = 25 * 25 * 4 * 16, 12 * 12 * 8 * 4 * 25, 8 * 36 * 16, 16 * 10
+ALL = CONV1 + CONV2 + FC1 + FC2
+SHAPE = [32, 1, 28, 28]
+
+
+@pytest.fixture
+def network():
+    return ibp.Network(build("paper_mnist")[0])
+
+
+def test_multiply_adds_of_the_paper_network(network):
+    work = network.multiply_adds(SHAPE)
+    assert work.forward == work.vjp == work.jvp == work.weights == 32 * ALL
+    assert work.vjp_inner == 32 * (ALL - CONV1)
+    assert work.jvp_inner == 32 * (ALL - FC2)
+
+
+def test_predicted_ratios_count_the_first_layer(network):
+    bp = 3 * ALL - CONV1
+    assert ibp.LossIBP(0.1).predicted_ratio(network, SHAPE) == pytest.approx((4 * ALL - FC2) / bp)
+    assert ibp.FastAdversarialTraining(0.1).predicted_ratio(network, SHAPE) == pytest.approx((5 * ALL - CONV1) / bp)
+    assert ibp.AdversarialTraining(0.1).predicted_ratio(network, SHAPE) == pytest.approx((6 * ALL - CONV1) / bp)
+    assert ibp.TangentBP(0.1).predicted_ratio(network, SHAPE) == pytest.approx(6)
+    assert ibp.FastTangentBP(0.1).predicted_ratio(network, SHAPE) == pytest.approx((4 * ALL - FC2) / bp)
+    assert ibp.BP().predicted_ratio(network, SHAPE) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "sweeps"),
+    [
+        (ibp.BP(), 3),
+        (ibp.LossIBP(0.1), 4),
+        (ibp.PredictionIBP(0.1), 6),
+        (ibp.AdversarialTraining(0.1), 6),
+        (ibp.FastAdversarialTraining(0.1), 5),
+        (ibp.TangentBP(0.1), 18),
+        (ibp.FastTangentBP(0.1), 4),
+        (ibp.LossIBP(0.1, semantics="exact"), 6),
+    ],
+)
+def test_a_method_knows_its_cost_in_sweeps(method, sweeps):
+    assert method.sweeps == sweeps
+
+
+def test_summary_names_nodes_rules_and_costs(network):
+    with pytest.raises(ValueError, match="no batch yet"):
+        network.summary()
+    text = network.summary(SHAPE)
+    assert f"{32 * CONV2:,}" in text
+    assert f"BP skips {32 * CONV1:,} of the vjp (first layer)" in text
+    assert [line.split()[1] for line in text.splitlines()[1:4]] == ["conv2d", "max_pool2d", "relu"]
+    assert "MaxPool2d" in text
+
+
+def test_summary_leaves_the_model_as_it_was():
+    model, x, labels, _ = build("vgg_train")
+    network = ibp.Network(model)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    network.summary([4, 1, 6, 6])
+    assert all((before[name] == b).all() for name, b in model.named_buffers())
+    ibp.LossIBP(0.1).gradients(network, x, labels)
+    assert "batch_norm (train)" in network.summary()
+    assert "generic" in network.summary()

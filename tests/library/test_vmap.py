@@ -1,0 +1,82 @@
+"""``gradients`` is a pure function of tensors: a grid of networks and strengths in one call equals a loop."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ibp_triton as ibp
+from tests.library.networks import build
+
+NETWORKS = ["paper_mnist", "sigmoid_mlp", "residual_eval", "attention"]
+
+
+def grid(model, count):
+    generator = torch.Generator().manual_seed(4)
+    return {
+        name: p.detach() + 0.1 * torch.randn(count, *p.shape, generator=generator, dtype=p.dtype)
+        for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("key", ibp.METHODS)
+def test_ten_networks_with_ten_strengths_in_one_call(name, key):
+    model, x, labels, tau = build(name, batch=2, tangents=2)
+    network, kind, count = ibp.Network(model), ibp.METHODS[key], 10 if name == "sigmoid_mlp" else 3
+    tangents = tau if kind.needs_tangents else None
+    parameters, strengths = grid(model, count), torch.linspace(0.01, 0.4, count, dtype=torch.float64)
+
+    def step(parameters, strength):
+        method = kind() if kind.parameter is None else kind(strength)
+        return method.gradients(network, x, labels, tangents, parameters)
+
+    losses, gradients = torch.func.vmap(step)(parameters, strengths)
+    for i in range(count):
+        loss, expected = step({k: v[i] for k, v in parameters.items()}, float(strengths[i]))
+        assert float(losses[i]) == pytest.approx(float(loss), rel=1e-12)
+        for k in expected:
+            assert torch.allclose(gradients[k][i], expected[k], rtol=1e-9, atol=1e-12), k
+
+
+def test_exact_semantics_under_vmap():
+    model, x, labels, _ = build("paper_mnist", batch=2)
+    network, parameters = ibp.Network(model), grid(model, 3)
+
+    def step(p):
+        return ibp.PredictionIBP(0.1, 2, "exact").gradients(network, x, labels, parameters=p)[1]
+
+    together = torch.func.vmap(step)(parameters)
+    alone = step({k: v[1] for k, v in parameters.items()})
+    assert all(torch.allclose(together[k][1], alone[k], rtol=1e-9, atol=1e-12) for k in alone)
+
+
+def test_batches_of_data_under_vmap():
+    model, x, labels, _ = build("paper_mnist", batch=4)
+    network, method = ibp.Network(model), ibp.FastAdversarialTraining(0.1)
+    together = torch.func.vmap(lambda x, y: method.gradients(network, x, y)[1])(
+        x.view(2, 2, *x.shape[1:]), labels.view(2, 2)
+    )
+    alone = method.gradients(network, x[2:], labels[2:])[1]
+    assert all(torch.allclose(together[k][1], alone[k], rtol=1e-9, atol=1e-12) for k in alone)
+
+
+def test_dropout_under_vmap_follows_its_randomness():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    network, x, labels = ibp.Network(model), torch.rand(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    parameters = {name: p.detach().expand(5, *p.shape) for name, p in model.named_parameters()}
+
+    def step(p):
+        return ibp.LossIBP(0.1).gradients(network, x, labels, parameters=p)[0]
+
+    assert len(set(torch.func.vmap(step, randomness="different")(parameters).tolist())) == 5
+    assert len(set(torch.func.vmap(step, randomness="same")(parameters).tolist())) == 1
+
+
+def test_fake_tensors_pass_through():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+        x, labels = torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
+        loss, gradients = ibp.LossIBP(0.1).gradients(ibp.Network(model), x, labels)
+    assert loss.shape == ()
+    assert gradients["0.weight"].shape == (4, 1, 3, 3)
