@@ -114,3 +114,15 @@ def _wait_for(folder: Path) -> None:
         if now != before or len(list(folder.glob("*/result.json"))) == 4:
             return
         time.sleep(0.1)
+
+
+def test_ctrl_c_keeps_what_is_done_and_says_so(tree: Tree, write: Write, tmp_path: Path) -> None:
+    tree["training"]["epochs"] = 2000
+    command = [sys.executable, "-m", "ibp_triton.harness.cli", "run", str(write(tree))]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        _wait_for(tmp_path / "out" / "runs")
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate(timeout=15)
+    assert process.returncode == 130
+    assert "the same command goes on" in message.replace("\n", " ")
+    assert list((tmp_path / "out" / "runs").glob("*/metrics.jsonl"))
