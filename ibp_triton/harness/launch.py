@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import traceback
@@ -71,11 +72,29 @@ def work(job: Job, listen: Listener) -> None:
     """Train each run of `job` that is neither finished nor locked by another process; one thread on the CPU."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    _keep_freed_memory()
     try:
         for run in job.runs:
             _one(run, job, listen)
     finally:
         torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next step, which otherwise faults every page of it in again.
+
+    Where there is no glibc nothing happens. Loss IBP's float32 step took 24 ms instead of 29 with it, BP's 17 instead
+    of 23 (MNIST network, batch 32, one AVX-512 core).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 1 << 30), (_M_TOP_PAD, 64 << 20)):
+        mallopt(option, value)
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 
 
 def _one(run: Run, job: Job, listen: Listener) -> None:
