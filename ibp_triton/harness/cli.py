@@ -20,7 +20,6 @@ from ibp_triton.harness.launch import Job, LaunchError, finished, launch
 from ibp_triton.harness.loading import ConfigError, Plan
 from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.progress import Progress, curve_table, result_table
-from ibp_triton.harness.report import write_report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
@@ -116,6 +115,8 @@ def evaluate(
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")]) -> None:
     """Write report.html, tables.md, results.csv and figures from what is finished so far."""
+    from ibp_triton.harness.report import write_report  # matplotlib and scipy double the time to start
+
     if not (directory / PLAN).exists():
         raise ConfigError(f"{directory}: no {PLAN}; give the folder that `ibp-triton run` writes to, like runs/NAME")
     plan = loading.load(directory / PLAN)
