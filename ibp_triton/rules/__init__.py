@@ -27,7 +27,7 @@ from ibp_triton.rules.pointwise import (
     Tanh,
 )
 from ibp_triton.rules.pooling import MaxPool1d, MaxPool2d
-from ibp_triton.rules.structural import Add, BatchedMap, Concatenate, Item, LinearMap, Pieces, Reshape, Subtract
+from ibp_triton.rules.structural import Add, BatchedMap, Concatenate, Item, LinearMap, Pad, Pieces, Reshape, Subtract
 
 __all__ = [
     "BatchNormTrain",
@@ -73,8 +73,9 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
         *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
         *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
     ),
+    Pad: (F.pad,),
     LinearMap: (
-        *(F.pad, torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.mean, torch.sum, torch.neg),
+        *(torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.mean, torch.sum, torch.neg),
         *(T.permute, T.transpose, T.swapaxes, T.movedim, T.mean, T.sum, T.neg, T.expand, T.expand_as, T.contiguous),
         *(operator.neg, torch.narrow, T.narrow, torch.select, T.select, torch.flip, T.flip, torch.roll, T.roll),
         *(torch.clone, T.clone, T.repeat, torch.t, T.t),
@@ -90,8 +91,8 @@ def rule_for(function: Callable[..., Any], kinds: Mapping[str, str], static: Map
         return None
     if rule is BatchNormEval and (static.get("training") is not False or "running_mean" not in kinds):
         return None
-    if static.get("rounding_mode") is not None or (function is F.pad and static.get("value")):
-        return None  # a rounded quotient, a padding that is affine rather than linear
+    if static.get("rounding_mode") is not None:
+        return None
     return rule
 
 

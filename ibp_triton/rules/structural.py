@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ibp_triton.rules.base import Layer, Names, Tangents, fold, lift, sum_to, unfold
@@ -129,6 +130,30 @@ class BatchedMap(LinearMap):
     def jvp(self, t: Tangents) -> Tensor:
         """The function at the folded batch."""
         return unfold(self.function(fold(t["input"], self.input)), t["input"], self.input)
+
+
+class Pad(BatchedMap):
+    """Padding by a constant, which drops out of every derivative, or by the image's own pixels."""
+
+    label = "pad"
+
+    def forward(self, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+        """Larger last axes (smaller where ``pad`` is negative)."""
+        self.pads = list(pad) if mode == "constant" else []
+        output: Tensor = super().forward(input, pad, mode, value)
+        return output
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """D without the margin."""
+        if not self.pads:
+            return super().vjp(d, wanted)
+        return {"input": unfold(F.pad(fold(d, self.output), [-p for p in self.pads]), d, self.output)}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """T with a margin of zeros."""
+        if not self.pads:
+            return super().jvp(t)
+        return unfold(F.pad(fold(t["input"], self.input), self.pads), t["input"], self.input)
 
 
 class Pieces(dict[int, Any]):
