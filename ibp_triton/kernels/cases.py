@@ -1,0 +1,105 @@
+"""One launch of each kind for every row of the table: what ahead-of-time checks and the kernel report go through.
+
+The shapes are the paper's networks' at batch 32, channels last: the ones the table was made for.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ibp_triton.kernels.config import on_chip
+from ibp_triton.kernels.conv import conv2d, conv2d_vjp
+from ibp_triton.kernels.gemm import linear, linear_vjp
+from ibp_triton.kernels.geometry import ONE, Geometry
+from ibp_triton.kernels.launch import Launch, recording
+from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
+from ibp_triton.kernels.pointwise import relu
+from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
+from ibp_triton.kernels.seeds import fast_tbp_seed, fgsm_step, norm_seed
+from ibp_triton.kernels.wgrad import Segment, weight_gradient
+
+FIRST = Geometry.conv((28, 28), (4, 4), (1, 1), (0, 0), (1, 1))
+SECOND = Geometry.conv((13, 13), (5, 5), (1, 1), (2, 2), (1, 1))
+POOL = Geometry.pool((25, 25), (3, 3), (2, 2), (0, 0), True, (1, 1))
+BATCH = 32
+
+Make = Callable[..., torch.Tensor]
+
+
+def matrix_cases(make: Make) -> None:
+    """Everything with a matrix product in it; `make` gives a tensor of a shape, the channels of an image last."""
+    x, w, b, d = make(1, BATCH, 3136), make(256, 3136), make(256), make(1, BATCH, 256)
+    linear(x, w, b, relu=True)  # split
+    linear_vjp(d, w, make(BATCH, 3136))
+    linear(make(5, BATCH, 3136), w, mask=make(BATCH, 256))
+    linear_vjp(make(5, BATCH, 256), w)
+    image, kernel = make(1, BATCH, 1, 28, 28), make(32, 1, 4, 4)
+    conv2d(image, kernel, FIRST, make(32))
+    conv2d(image, kernel, FIRST, sign=True)
+    conv2d_vjp(make(1, BATCH, 32, 25, 25), kernel, FIRST)
+    weight_gradient([Segment(1.0, image[0], make(BATCH, 32, 25, 25), bias=True)], kernel, FIRST)
+    for tangents in (1, 5):
+        conv2d(make(tangents, BATCH, 32, 13, 13), make(64, 32, 5, 5), SECOND)
+        conv2d_vjp(make(tangents, BATCH, 64, 13, 13), make(64, 32, 5, 5), SECOND, make(BATCH, 32, 13, 13))
+    conv2d_vjp(make(1, BATCH, 64, 13, 13), make(64, 64, 5, 5), SECOND)
+    a, t, right = make(BATCH, 32, 13, 13), make(BATCH, 32, 13, 13), make(BATCH, 64, 13, 13)
+    both = [Segment(1.0, a, right, bias=True), Segment(0.1, t, right)]
+    weight_gradient(both, make(64, 32, 5, 5), SECOND)
+    weight_gradient([Segment(1.0, x[0], d[0], bias=True), Segment(0.1, x[0], d[0])], w, ONE)
+
+
+def merged_cases(make: Make) -> None:
+    """The weight gradient that forms a + βt on the way in: exact float32 alone."""
+    a, right = make(BATCH, 32, 13, 13), make(BATCH, 64, 13, 13)
+    weight_gradient([Segment(1.0, a, right, bias=True, push=a)], make(64, 32, 5, 5), SECOND)
+    x, d = make(BATCH, 3136), make(BATCH, 256)
+    weight_gradient([Segment(1.0, x, d, bias=True, push=x, sign=True)], make(256, 3136), ONE)
+
+
+def other_cases(make: Make) -> None:
+    """Everything bound by bandwidth."""
+    x = make(BATCH, 32, 25, 25)
+    _, code = max_pool2d(x, POOL, relu=True)
+    for tangents in (1, 5):
+        for codes in (code, None):
+            pool2d_jvp(make(tangents, BATCH, 32, 25, 25), codes, POOL)
+            pool2d_vjp(make(tangents, BATCH, 32, 13, 13), codes, POOL)
+    relu(x)
+    relu(x, x)
+    z, pixels = make(BATCH, 10), make(BATCH, 1, 28, 28)
+    cross_entropy(z, torch.zeros(BATCH, dtype=torch.int64))
+    hessian_product(z, z)
+    objective(make(BATCH), make(BATCH), 1.0, 0.1)
+    norm_seed(pixels)
+    norm_seed(pixels, 1.5)
+    fgsm_step(pixels, pixels, 0.1)
+    fast_tbp_seed(pixels, make(5, BATCH, 1, 28, 28))
+
+
+def launches(family: str, dtype: torch.dtype, tf32: bool = False) -> list[Launch]:
+    """The launches of all cases on a chip family in a dtype, none of them run; float32 with or without tf32."""
+
+    def make(*shape: int) -> torch.Tensor:
+        if len(shape) < 4:
+            return torch.zeros(shape, dtype=dtype)
+        *lead, channels, height, width = shape
+        return torch.zeros((*lead, height, width, channels), dtype=dtype).movedim(-1, -3)
+
+    with on_chip(family), _tf32(tf32), recording(execute=False) as record:
+        matrix_cases(make)
+        if dtype == torch.float32 and not tf32:
+            merged_cases(make)
+        if not tf32 and dtype != torch.float16:  # as in bfloat16: they widen what they load
+            other_cases(make)
+    return record
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
