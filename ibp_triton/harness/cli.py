@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ibp_triton.harness import cost, grid, loading, store, summary
 from ibp_triton.harness import evaluate as measure
+from ibp_triton.harness.board import BoardError, with_board
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.launch import Job, LaunchError, finished, launch
@@ -48,6 +49,7 @@ def run(
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
     only: Annotated[list[str] | None, typer.Option(help="method=…, row=…, variant=…, seed=… or parameter=…")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="log every epoch for TensorBoard")] = False,
 ) -> None:
     """Train every run of an experiment that is not finished yet, then print the comparison."""
     plan = loading.load(config, override or [])
@@ -57,16 +59,16 @@ def run(
     if dry_run:
         return _list(job, count)
     store.write_bytes(output_of(plan) / PLAN, plan.text().encode())
-    _train(job, count, output_of(plan))
+    _train(job, count, output_of(plan), tensorboard)
 
 
-def _train(job: Job, workers: int, folder: Path) -> None:
+def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
     console = Console()
     done = {run.name for run in job.runs if finished(job, run)}
     console.print(f"{len(job.runs)} runs, {len(done)} finished before, in {job.root}", highlight=False)
     try:
         with Progress(console, job.runs, done, workers) as progress:
-            failures = launch(job, workers, progress)
+            failures = launch(job, workers, with_board(progress, job.root) if tensorboard else progress)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; finished runs and epochs are stored, the same command goes on")
         raise typer.Exit(130) from None
@@ -130,7 +132,7 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     try:
         app()
-    except (ConfigError, DataError, ModelError, LaunchError) as error:
+    except (BoardError, ConfigError, DataError, ModelError, LaunchError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
 

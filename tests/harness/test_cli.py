@@ -89,8 +89,7 @@ def test_run_evaluate_and_report(
 ) -> None:
     path = write(tree)
     assert ibp_triton(monkeypatch, "run", str(path), "--only", "method=bp", "--only", "seed=0") == 0
-    out = capsys.readouterr().out
-    assert "[1/1] bp seed 0: error" in out
+    assert "[1/1] bp seed 0: error" in capsys.readouterr().out
     folders = list((tmp_path / "out" / "runs").iterdir())
     assert len(folders) == 1
     assert ibp_triton(monkeypatch, "evaluate", str(folders[0]), "--set", "adversarial=[0.0, 0.1]") == 0
@@ -98,6 +97,16 @@ def test_run_evaluate_and_report(
     assert len(list(folders[0].glob("evaluation-*.json"))) == 2
     assert ibp_triton(monkeypatch, "report", str(tmp_path / "out")) == 0
     assert "1 of 4 runs are finished" in (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+
+
+def test_tensorboard_logs_every_epoch(
+    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    assert ibp_triton(monkeypatch, "run", str(write(tree)), "--only", "method=bp", "--tensorboard") == 0
+    files = list((tmp_path / "out" / "runs").glob("bp-*/tensorboard/events*"))
+    assert len(files) == 4
+    assert all(path.stat().st_size > 100 for path in files)
 
 
 @pytest.mark.parametrize(
