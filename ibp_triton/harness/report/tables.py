@@ -79,7 +79,10 @@ def ratios(findings: Findings) -> Table:
         measured = "" if row.measured is None else f"{row.measured:.2f}"
         cells.append([title(row), f"{row.seconds:.2f}", measured, f"{row.predicted:.2f}", paper])
     columns = ["method", "s/epoch", "× bp measured", "× bp predicted", "× bp in the paper"]
-    note = "Seconds are the median epoch of a run, mean over seeds, training alone. bp skips the first layer's vjp."
+    note = (
+        "Seconds are the median epoch of a run, mean over seeds, training alone: CPU seconds of its one thread, "
+        "wall-clock seconds on an accelerator. bp skips the first layer's vjp."
+    )
     return Table("Time of an epoch", columns, cells, note)
 
 
