@@ -1,0 +1,160 @@
+"""The custom operators: opcheck, first and second derivatives against torch's own, torch.compile."""
+
+import pytest
+import torch
+from torch._library.custom_ops import CustomOpDef
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from ibp_triton import ops
+from tests.kernels.support import last, randn
+
+CONV = ([2, 1], [1, 0], [1, 2])
+WINDOW = ([3, 3], [2, 2], [0, 0])
+
+
+def leaf(*shape):
+    return randn(*shape).requires_grad_()
+
+
+def images(*shape):
+    return last(randn(*shape)).requires_grad_()
+
+
+def samples():
+    """Arguments of every operator, by name."""
+    x, w, b, d = leaf(2, 3, 5), leaf(4, 5), leaf(4), leaf(2, 3, 4)
+    image, kernel, right = images(2, 3, 5, 6, 7), images(4, 5, 3, 2), images(2, 3, 4, 3, 5)
+    pixels = last(randn(3, 5, 7, 8)).requires_grad_()
+    code = ops.max_pool2d(pixels, *WINDOW, [1, 0], True, True)[1]
+    return {
+        "linear": (x, w, b, None, True),
+        "linear_vjp": (d, w, randn(3, 5)),
+        "conv2d": (image, kernel, *CONV, leaf(4), None, True),
+        "conv2d_vjp": (right, kernel, [6, 7], *CONV, last(randn(3, 5, 6, 7))),
+        "weight_gradient": (
+            *([images(3, 5, 6, 7), images(3, 5, 6, 7)], [images(3, 4, 3, 5), images(3, 4, 3, 5)]),
+            *([1.0, 0.5], [True, False], kernel.detach(), *CONV, 0.25),
+        ),
+        "max_pool2d": (pixels, *WINDOW, [1, 0], True, True),
+        "max_pool2d_jvp": (images(2, 3, 5, 7, 8), code, *WINDOW, [1, 0], True),
+        "max_pool2d_vjp": (images(2, 3, 5, 4, 4), code, [7, 8], *WINDOW, [1, 0], True),
+        "avg_pool2d": (images(2, 3, 5, 7, 8), *WINDOW),
+        "avg_pool2d_vjp": (images(2, 3, 5, 3, 3), [7, 8], *WINDOW),
+        "relu": (leaf(3, 4, 5), randn(4, 5)),
+        "cross_entropy": (leaf(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])),
+        "hessian_product": (randn(6, 4), leaf(6, 4)),
+        "objective": (leaf(6), leaf(6), 0.5, 0.25),
+        "norm_seed": (leaf(3, 7), 1.5),
+        "norm_value": (leaf(3, 7), 1.5),
+        "fgsm_step": (leaf(3, 7), randn(3, 7), 0.1),
+        "fast_tbp_seed": (randn(3, 7), randn(2, 3, 7), 1.0),
+    }
+
+
+NAMES = (
+    "linear", "linear_vjp", "conv2d", "conv2d_vjp", "weight_gradient",
+    "max_pool2d", "max_pool2d_jvp", "max_pool2d_vjp", "avg_pool2d", "avg_pool2d_vjp",
+    "relu", "cross_entropy", "hessian_product", "objective", "norm_seed",
+    "norm_value", "fgsm_step", "fast_tbp_seed",
+)  # fmt: skip
+
+
+def test_every_operator_is_here():
+    assert set(NAMES) == set(samples()) == {n for n, v in vars(ops).items() if isinstance(v, CustomOpDef)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name):
+    operator = getattr(torch.ops.ibp_triton, name).default
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    opcheck(operator, samples()[name], test_utils=checks)
+
+
+def twice(f, g, inputs):
+    """First and second derivatives of two scalar functions at the same place."""
+    results = []
+    for function, dtype in ((f, torch.float32), (g, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        first = torch.autograd.grad(function(*leaves), leaves, create_graph=True)
+        value = sum((d * d).sum() for d in first)
+        results.append((first, torch.autograd.grad(value, leaves, allow_unused=True)))
+    for ours, theirs in zip(*results, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            expected = torch.zeros_like(a, dtype=torch.float64) if b is None else b
+            torch.testing.assert_close(a.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_of_the_layers():
+    labels, window = torch.tensor([1, 0, 3]), dict(zip(("kernel_size", "stride", "padding"), (3, 2, 0), strict=True))
+
+    def ours(x, w, b, v):
+        y = ops.conv2d(x[None], w, *CONV, b, None, False)[0]
+        y, _ = ops.max_pool2d(y, *WINDOW, [0, 0], True, True, True)
+        y = ops.avg_pool2d(y[None], [1, 2], [1, 2], [0, 0])[0]
+        loss, _, _ = ops.cross_entropy(ops.linear(y.flatten(1)[None], v)[0], labels)
+        return ops.objective(loss, loss, 1.0, 0.5)
+
+    def theirs(x, w, b, v):
+        y = F.relu(F.max_pool2d(F.conv2d(x, w, b, *CONV), **window, ceil_mode=True))
+        y = F.avg_pool2d(y, (1, 2))
+        return 1.5 * F.cross_entropy(y.flatten(1) @ v.T, labels, reduction="sum")
+
+    x, w, b, v = last(randn(3, 2, 9, 10)), last(randn(4, 2, 3, 2)), randn(4), randn(4, 4 * 2 * 1 * 2)
+    height = F.max_pool2d(F.conv2d(x, w, b, *CONV), **window, ceil_mode=True).shape
+    v = randn(4, 4 * height[2] * (height[3] // 2))
+    twice(ours, theirs, (x, w, b, v))
+
+
+def test_second_derivatives_of_linear_layers_with_a_relu():
+    def ours(x, w, b, v):
+        hidden = ops.linear(x[None], w, b, None, True)
+        return (ops.linear(hidden, v)[0] ** 3).sum() + ops.norm_value(x, 3.0).sum()
+
+    def theirs(x, w, b, v):
+        return ((F.relu(x @ w.T + b) @ v.T) ** 3).sum() + (x.abs() ** 3).sum() / 3
+
+    twice(ours, theirs, (randn(4, 5), randn(6, 5), randn(6), randn(3, 6)))
+
+
+def test_loss_ibp_by_double_backward_through_the_operators():
+    """The exact objective's gradient, once by create_graph through the operators, once through torch's own."""
+
+    def ours(w, v, x=None):
+        return penalised(lambda u: ops.linear(ops.linear(u[None], w, None, None, True), v)[0], x)
+
+    def theirs(w, v, x=None):
+        return penalised(lambda u: F.relu(u @ w.T) @ v.T, x)
+
+    def penalised(model, x):
+        x = x.clone().requires_grad_()
+        loss = F.cross_entropy(model(x), torch.tensor([0, 1, 2]), reduction="sum")
+        (d,) = torch.autograd.grad(loss, x, create_graph=True)
+        return loss + 0.5 * d.abs().sum()
+
+    x, w, v = randn(3, 5), randn(6, 5), randn(4, 6)
+    results = []
+    for function, dtype in ((ours, torch.float32), (theirs, torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (w, v)]
+        results.append(torch.autograd.grad(function(*leaves, x.to(dtype)), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_derivative_says_so():
+    z, t = leaf(2, 3), leaf(2, 3)
+    with pytest.raises(NotImplementedError, match="logits"):
+        ops.hessian_product(z, t).sum().backward()
+    x, d, w = leaf(2, 3), leaf(2, 4), randn(4, 3)
+    geometry = ([1, 1], [0, 0], [1, 1])
+    with pytest.raises(NotImplementedError, match="push"):
+        ops.weight_gradient([x], [d], [1.0], [False], w, *geometry, push=randn(2, 3))[0].sum().backward()
+
+
+def test_fullgraph_compilation_knows_the_operators():
+    def f(x, w):
+        return ops.linear(ops.relu(x), w).sum()
+
+    x, w = randn(1, 3, 5), randn(4, 5)
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, w), f(x, w))
