@@ -6,6 +6,7 @@ moves. It has nothing to do with Interval Bound Propagation, which the literatur
 
 from ibp_triton import reference
 from ibp_triton.attacks import fgsm, gaussian_noise, pgd
+from ibp_triton.capture import CapturedStep
 from ibp_triton.methods import (
     BP,
     METHODS,
@@ -24,6 +25,7 @@ __all__ = [
     "BP",
     "METHODS",
     "AdversarialTraining",
+    "CapturedStep",
     "FastAdversarialTraining",
     "FastTangentBP",
     "LossIBP",

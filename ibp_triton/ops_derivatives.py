@@ -1,7 +1,8 @@
 """Derivatives of the operators in ``ibp_triton.ops``, in terms of one another.
 
 What is bilinear differentiates for ever: ``linear`` → ``linear_vjp`` and ``weight_gradient`` → ``linear`` …; a
-pooling's reverse and its linear sweep are each other's adjoints. A mask, the position of a maximum and a sign are constants. ``fast_tbp_seed`` has no derivative.
+pooling's reverse and its linear sweep are each other's adjoints. A mask, the position of a maximum and a sign are
+constants. ``fast_tbp_seed`` has no derivative.
 """
 
 from __future__ import annotations

@@ -197,13 +197,14 @@ def contract_into(
     parts = cdiv(steps, cdiv(steps, parts))  # no part is empty
     target = out if parts == 1 else out.new_empty((parts, tangents, rows * columns), dtype=torch.float32)
     size, loads = x.element_size(), (bias, mask) if parts == 1 else (None, None)
+    pointers = {
+        "x": size * tangents * tiles[1] * samples * inside * channels,
+        "w": size * tiles[0] * tiles[2] * depth * columns,
+        "bias": 0 if loads[0] is None else size * tiles[2] * tiles[0] * columns,
+        "mask": 0 if loads[1] is None else size * tiles[2] * rows * columns,
+    }
     cost = Cost(
-        loaded=size
-        * (
-            tangents * tiles[1] * samples * inside * channels
-            + tiles[0] * tiles[2] * depth * columns
-            + tiles[2] * ((0 if loads[0] is None else tiles[0] * columns) + (0 if loads[1] is None else rows * columns))
-        ),
+        loaded=sum(pointers.values()),
         stored=target.numel() * target.element_size(),
         flops=2 * tangents * samples * inside * channels * columns,
         padded_flops=2
@@ -214,6 +215,7 @@ def contract_into(
         * config.block_k
         * parts
         * cdiv(steps, parts),
+        pointers=pointers,
     )
     launch(
         contract,

@@ -8,7 +8,7 @@ chip that is not there, in the time that its Python takes.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Cost:
     stored: int  # bytes
     flops: int = 0  # multiplications and additions inside matrix products, without padding
     padded_flops: int = 0  # with the padding of the tiles
+    pointers: dict[str, int] = field(default_factory=dict)  # bytes loaded through some of the pointers
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,11 @@ def pool2d_jvp(
             "MEAN": code is None, "COUNT_PADDING": count_padding, "BLOCK": config.block_m,
         },
         config,
-        Cost(tangents * loaded * t.element_size() + (0 if code is None else size), out.numel() * t.element_size()),
+        Cost(
+            tangents * loaded * t.element_size() + (0 if code is None else size),
+            out.numel() * t.element_size(),
+            pointers={} if code is None else {"code": size},
+        ),
     )  # fmt: skip
     return out
 
@@ -320,6 +324,7 @@ def pool2d_vjp(d: Tensor, code: Tensor | None, geometry: Geometry, *, count_padd
         Cost(
             (tangents * seen * d.element_size()) if code is None else seen + d.numel() * d.element_size(),
             out.numel() * d.element_size(),
+            pointers={} if code is None else {"code": seen},
         ),
     )  # fmt: skip
     return out

@@ -59,6 +59,8 @@ def test_costs_are_what_the_interpreter_counts(instruments):
         assert asked.cost.stored == seen.total("stored"), asked
         assert asked.cost.padded_flops == seen.flops, asked
         assert asked.cost.flops <= seen.flops
+        for name, bytes_ in asked.cost.pointers.items():
+            assert name not in seen.traffic or seen.traffic[name].loaded == bytes_, (name, asked)
         unique = seen.total("unique_loaded") + seen.total("unique_stored")
         assert unique <= asked.unique_bytes, asked
 
