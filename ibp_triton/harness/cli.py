@@ -73,6 +73,9 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
         Console(stderr=True).print("stopped; finished runs and epochs are stored, the same command goes on")
         raise typer.Exit(130) from None
     console.print(result_table(summary.rows(job.runs, job.root)))
+    left = sum(not finished(job, run) for run in job.runs) - len(failures)
+    if left:
+        console.print(f"{left} runs are in the hands of another process", highlight=False)
     console.print(f"report: ibp-triton report {folder}", highlight=False, soft_wrap=True)
     if failures:
         raise LaunchError("some runs failed:\n" + "\n".join(failures))

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -151,9 +152,7 @@ def _collect(processes: Sequence[Any], events: Any, listen: Listener) -> None:
     while through < len(processes):
         try:
             event = events.get(timeout=0.5)
-        except Exception as error:
-            if type(error).__name__ != "Empty":
-                raise
+        except Empty:
             dead = [p for p in processes if p.exitcode not in (None, 0)]
             if dead:
                 raise LaunchError(

@@ -126,3 +126,15 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(tree: Tree, write: Write, tmp_pat
     assert process.returncode == 130
     assert "the same command goes on" in message.replace("\n", " ")
     assert list((tmp_path / "out" / "runs").glob("*/metrics.jsonl"))
+
+
+def test_two_commands_on_one_folder_share_the_work(tree: Tree, write: Write, tmp_path: Path) -> None:
+    tree["training"]["epochs"] = 20
+    command = [sys.executable, "-m", "ibp_triton.harness.cli", "run", str(write(tree))]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    closings = [line for output in outputs for line in output.splitlines() if line.startswith("[")]
+    assert len(closings) == 4, "each run is trained by one of the two"
+    assert len(list((tmp_path / "out" / "runs").glob("*/result.json"))) == 4
+    assert not list((tmp_path / "out" / "runs").glob("*/error.txt"))
