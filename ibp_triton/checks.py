@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 if TYPE_CHECKING:
     from ibp_triton.methods import Method
@@ -19,6 +20,8 @@ SEMANTICS = ("paper", "exact")
 def readable(tensor: Any) -> bool:
     """Whether the values of this tensor can be looked at without a transform, a trace or a device stall."""
     if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.device.type != "cpu":
+        return False
+    if get_proxy_mode() is not None:  # make_fx records operations: no value may steer it
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
