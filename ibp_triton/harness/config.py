@@ -132,7 +132,10 @@ Levels = list[NonNegative] | Span
 
 
 class Evaluate(Strict):
-    """Curves of error on the test set: against ε of FGSM and PGD, against σ of noise (pixel units, not clipped)."""
+    """Curves of error on the test set: against ε of FGSM and PGD, against σ of noise (pixel units, not clipped).
+
+    `pgd_step_size` is in units of ε; `masking` is the ε of the gradient-masking check; `examples` takes the first ones.
+    """
 
     adversarial: Levels = []
     gaussian: Levels = []

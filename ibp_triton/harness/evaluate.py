@@ -43,7 +43,10 @@ def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = No
     """
     dataset = data.load(run.data.model_copy(update={"dir": data_dir or run.data.dir}), run.seeds.subset)
     model = load_model(run, folder, dataset)
-    x, labels = dataset.test.images - dataset.mean, dataset.test.labels
+    layout = torch.channels_last if run.training.channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    x = (dataset.test.images - dataset.mean).contiguous(memory_format=layout)
+    labels = dataset.test.labels
     if choice.examples is not None:
         x, labels = x[: choice.examples], labels[: choice.examples]
     outcomes = {"clean": _outcomes(model, x, labels, choice, _clean)}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ibp_triton import METHODS, Method, Network, reference
+from ibp_triton import METHODS, Method, Network
+from ibp_triton.harness import eager
 from ibp_triton.harness.models import paper_cifar10, paper_mnist
 
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, int, int]]] = {
@@ -61,6 +62,7 @@ class Operators(TorchDispatchMode):
         super().__init__()
         self.count = self.bytes = self.flops = 0
         self.costs: list[tuple[int, int]] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -71,6 +73,7 @@ class Operators(TorchDispatchMode):
         if ours or func.is_view or not floats or any(word in str(func) for word in _FREE):
             return out
         self.count += 1
+        self.names.append(str(func))
         moved = sum(_size(t) for t in (*inputs, *outputs))
         self.bytes += moved
         flops = _flops(str(func), inputs, outputs)
@@ -79,7 +82,7 @@ class Operators(TorchDispatchMode):
         return out
 
 
-_FREE = ("empty", "detach", "alias", "_local_scalar_dense", "_unsafe_view", "lift_fresh", "new_zeros.default.meta")
+_FREE = ("empty", "detach", "alias", "_local_scalar_dense", "_unsafe_view", "lift_fresh")
 
 
 def _size(t: Tensor) -> int:
@@ -128,7 +131,7 @@ def count(network: str, method: Method, batch: int, tangents: int = 5) -> Step:
     """The counts of one step of a paper network; channels-last weights and images, float32 with ieee products."""
     launches, others = recorded(network, method, batch, tangents)
     costs = [(record.unique_bytes, record.cost.flops) for record in launches] + others.costs
-    eager = eager_counts(network, method, batch, tangents)
+    plain = eager_counts(network, method, batch, tangents)
     return Step(
         network=network,
         method=method.key,
@@ -139,9 +142,9 @@ def count(network: str, method: Method, batch: int, tangents: int = 5) -> Step:
         unique_bytes=sum(moved for moved, _ in costs),
         flops=sum(flops for _, flops in costs),
         floor_us=1e6 * sum(max(moved / BANDWIDTH, flops / PEAK) for moved, flops in costs),
-        eager_operators=eager.count,
-        eager_bytes=eager.bytes,
-        eager_flops=eager.flops,
+        eager_operators=plain.count,
+        eager_bytes=plain.bytes,
+        eager_flops=plain.flops,
     )
 
 
@@ -160,10 +163,10 @@ def recorded(network: str, method: Method, batch: int, tangents: int = 5) -> tup
 
 
 def eager_counts(network: str, method: Method, batch: int, tangents: int = 5) -> Operators:
-    """Eager autograd's operators for the same gradient: the oracle, on the meta device."""
+    """Operators of eager autograd for the same gradient, on the meta device: see ``harness.eager``."""
     model, x, labels, tau = _setting(network, method, batch, tangents, "meta")
     with Operators() as operators:
-        reference.gradients(model, method, x, labels, tau)
+        eager.gradients(model, method, x, labels, tau)
     return operators
 
 
