@@ -17,6 +17,7 @@ from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import BoardError, with_board
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
+from ibp_triton.harness.kernel_report import kernels
 from ibp_triton.harness.launch import Job, LaunchError, finished, launch
 from ibp_triton.harness.loading import ConfigError, Plan
 from ibp_triton.harness.models import ModelError
@@ -24,6 +25,9 @@ from ibp_triton.harness.progress import Progress, curve_table, result_table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
+
+
+app.command()(kernels)
 
 
 @app.callback()

@@ -67,7 +67,7 @@ def _loss_ibp(model: nn.Module, method: Any, x: Tensor, labels: Tensor, tangents
     if method.key == "fast_tbp":
         assert tangents is not None
         d = (tangents * d).flatten(2).sum(2)
-    return loss + method.beta * _norm(d, method)
+    return loss + method.beta * _norm(d, method)  # type: ignore[no-any-return]
 
 
 def _tangents(model: nn.Module, method: Any, x: Tensor, labels: Tensor, tangents: Tensor | None) -> Tensor:

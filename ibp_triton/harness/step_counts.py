@@ -59,7 +59,7 @@ class Operators(TorchDispatchMode):
     """Counts the operators that run on numbers: neither views nor allocations, nor checks of the labels."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = self.bytes = self.flops = 0
         self.costs: list[tuple[int, int]] = []
         self.names: list[str] = []
@@ -87,7 +87,9 @@ _FREE = ("empty", "detach", "alias", "_local_scalar_dense", "_unsafe_view", "lif
 
 def _size(t: Tensor) -> int:
     """Bytes of the distinct elements: an expanded axis is read once."""
-    return t.element_size() * (0 if t.numel() == 0 else _product(n for n, s in zip(t.shape, t.stride(), strict=True) if s))
+    return t.element_size() * (
+        0 if t.numel() == 0 else _product(n for n, s in zip(t.shape, t.stride(), strict=True) if s)
+    )
 
 
 def _product(numbers: Any) -> int:
@@ -112,9 +114,7 @@ def _flops(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
 
 def steps(batches: tuple[int, ...] = (32, 256), networks: tuple[str, ...] = tuple(NETWORKS)) -> list[Step]:
     """One row for each network, batch size, method and semantics."""
-    return [
-        count(network, method, batch) for network in networks for batch in batches for method in all_methods()
-    ]
+    return [count(network, method, batch) for network in networks for batch in batches for method in all_methods()]
 
 
 def all_methods() -> list[Method]:
@@ -153,7 +153,7 @@ def recorded(network: str, method: Method, batch: int, tangents: int = 5) -> tup
     from ibp_triton.kernels.launch import recording  # here, so that the harness does without triton
 
     model, x, labels, tau = _setting(network, method, batch, tangents, "cpu")
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     wrapped = Network(model, backend="triton")
     wrapped.graph()
@@ -167,7 +167,7 @@ def eager_counts(network: str, method: Method, batch: int, tangents: int = 5) ->
     model, x, labels, tau = _setting(network, method, batch, tangents, "meta")
     with Operators() as operators:
         eager.gradients(model, method, x, labels, tau)
-    return operators
+    return operators  # type: ignore[no-any-return]
 
 
 def _setting(network: str, method: Method, batch: int, tangents: int, device: str) -> Any:

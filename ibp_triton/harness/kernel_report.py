@@ -1,0 +1,205 @@
+"""`ibp-triton kernels`: what the compiler makes of every kernel, and what a training step launches, moves and computes.
+
+Static facts: registers, spills, shared memory and instructions are the compiler's, bytes and FLOPs are counts (the
+interpreter's, kernel by kernel, are equal to them in the tests), the floor is a model. Nothing is timed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ibp_triton.harness.step_counts import BANDWIDTH, PEAK, Step, steps
+
+DTYPES = ("float32", "tf32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel of the case list, compiled for one target."""
+
+    kernel: str
+    case: str
+    dtype: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    matrix: str
+    load_bits: int
+    loaded: int
+    stored: int
+    unique_bytes: int
+    flops: int
+    padded_flops: int
+
+
+def kernel_rows(target: str) -> list[KernelRow]:
+    """Every case of `kernels.cases`, compiled for a chip family; a kernel that compiles alike twice stands once."""
+    from ibp_triton.kernels import aot, cases  # here, so that the harness does without triton
+
+    rows, seen = [], set()
+    for dtype in DTYPES:
+        if dtype == "tf32" and target == "gfx1100":
+            continue
+        for record in cases.launches(target, getattr(torch, dtype.replace("tf32", "float32")), dtype == "tf32"):
+            signature = aot.signature(record)
+            if signature not in seen:
+                seen.add(signature)
+                rows.append(_row(record, dtype, target, aot.compile_launch(record, target)))
+    return rows
+
+
+def _row(record: Any, dtype: str, target: str, built: Any) -> KernelRow:
+    cost = record.cost
+    return KernelRow(
+        record.name, _case(record.arguments), dtype, target, built.registers, built.spills, built.shared,
+        round(built.occupancy, 3), built.matrix, built.load_bits, cost.loaded, cost.stored, record.unique_bytes,
+        cost.flops, cost.padded_flops,
+    )  # fmt: skip
+
+
+def _case(arguments: dict[str, Any]) -> str:
+    """The launch in a few words: sizes, direction, what is fused."""
+    words = []
+    if "J" in arguments:
+        kernel = arguments["GEOMETRY"][4:6]
+        words.append(f"{arguments['C']}→{arguments['J']}" + (f" {kernel[0]}×{kernel[1]}" if kernel != (1, 1) else ""))
+    for name, word in (
+        ("TRANSPOSED", "reverse"),
+        ("SIGN", "sign"),
+        ("RELU", "relu"),
+        ("MASK", "mask"),
+        ("MEAN", "mean"),
+    ):
+        if arguments.get(name):
+            words.append(word)
+    if arguments.get("AXPY"):
+        words.append("a + βt")
+    for name, word in (("GROUP", "tangents"), ("SEGMENTS", "terms"), ("SPLITS", "splits")):
+        if arguments.get(name, 1) > 1:
+            words.append(f"{arguments[name]} {word}")
+    if "GROUP" not in arguments and arguments.get("tangents", 1) > 1:
+        words.append(f"{arguments['tangents']} tangents")
+    return ", ".join(words)
+
+
+def kernels(
+    target: Annotated[list[str] | None, typer.Option(help="chip family; by default sm_90; may be repeated")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all rows to this file")] = None,
+    figure: Annotated[Path | None, typer.Option(help="draw launches and bytes of a step into this file")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
+) -> None:
+    """Compile every Triton kernel for chips that need not be there, and count what a training step needs."""
+    if find_spec("triton") is None:
+        raise typer.BadParameter("the kernel report needs triton: pip install triton")
+    from ibp_triton.kernels.aot import CHIPS
+
+    targets = target or ["sm_90"]
+    for name in targets:
+        if name not in CHIPS:
+            raise typer.BadParameter(f"unknown target {name!r}; choose from {', '.join(CHIPS)}", param_hint="--target")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=220)  # a file has room for every column
+    rows = [row for name in targets for row in kernel_rows(name)]
+    console.print(_table("Kernels, compiled ahead of time (static facts)", KERNEL_HEAD, map(kernel_cells, rows)))
+    counted = steps()
+    console.print(
+        _table("One training step before the optimizer (counted, not timed)", STEP_HEAD, map(step_cells, counted))
+    )
+    console.print(NOTE, highlight=False)
+    if json_file is not None:
+        content = {"kernels": [asdict(r) for r in rows], "steps": [asdict(s) for s in counted], "note": NOTE}
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if markdown is not None:
+        markdown.write_text(as_markdown(rows, counted), encoding="utf-8")
+    if figure is not None:
+        draw(counted, figure)
+
+
+NOTE = (
+    "Loaded and stored bytes count every lane that is not masked off; unique bytes count each address once a launch. "
+    "The floor is a roofline model of an H100 from its data sheet, the sum over launches of the larger of unique bytes "
+    f"at {BANDWIDTH / 1e12:g} TB/s and FLOPs at {PEAK / 1e12:g} TFLOP/s (float32 without matrix units): no measure. "
+    "Eager: the operators that PyTorch's autograd runs for the same gradient, the bytes of their inputs and outputs."
+)
+KERNEL_HEAD = (
+    *("kernel", "case", "dtype", "target", "regs", "spills", "shared", "occup.", "matrix", "load bits"),
+    *("loaded kB", "stored kB", "unique kB", "MFLOP", "padded"),
+)
+STEP_HEAD = (
+    *("network", "batch", "method", "semantics", "launches", "moved MB", "unique MB", "GFLOP", "floor µs"),
+    *("eager ops", "eager MB", "eager GFLOP", "launches/ops", "unique/eager"),
+)
+
+
+def kernel_cells(row: KernelRow) -> list[str]:
+    """A kernel as the text of a table's cells."""
+    return [
+        *(row.kernel, row.case, row.dtype, row.target, f"{row.registers}", f"{row.spills}", f"{row.shared}"),
+        *(f"{row.occupancy:.2f}", row.matrix or "–", f"{row.load_bits}"),
+        *(f"{n / 1e3:,.1f}" for n in (row.loaded, row.stored, row.unique_bytes)),
+        *(f"{n / 1e6:,.1f}" for n in (row.flops, row.padded_flops)),
+    ]
+
+
+def step_cells(step: Step) -> list[str]:
+    """A step as the text of a table's cells."""
+    return [
+        *(step.network, f"{step.batch}", step.method, step.semantics or "–", f"{step.launches}"),
+        *(f"{step.bytes / 1e6:,.1f}", f"{step.unique_bytes / 1e6:,.1f}", f"{step.flops / 1e9:,.2f}"),
+        *(f"{step.floor_us:,.0f}", f"{step.eager_operators}", f"{step.eager_bytes / 1e6:,.1f}"),
+        *(f"{step.eager_flops / 1e9:,.2f}", f"{step.fraction_of_operators:.2f}", f"{step.fraction_of_bytes:.2f}"),
+    ]
+
+
+def _table(title: str, head: tuple[str, ...], rows: Any) -> Table:
+    table = Table(title=title)
+    for name in head:
+        table.add_column(name, overflow="fold")
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def as_markdown(rows: list[KernelRow], counted: list[Step]) -> str:
+    """Both tables with the note, as Markdown."""
+    parts = ["### One training step before the optimizer\n", _pipes(STEP_HEAD, map(step_cells, counted)), NOTE + "\n"]
+    return "\n".join([*parts, "### Kernels\n", _pipes(KERNEL_HEAD, map(kernel_cells, rows))])
+
+
+def _pipes(head: tuple[str, ...], rows: Any) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def draw(counted: list[Step], path: Path) -> None:
+    """Launches against eager operators, and unique bytes against eager bytes, of the MNIST network at batch 32."""
+    from matplotlib.figure import Figure
+
+    chosen = [s for s in counted if (s.network, s.batch) == ("mnist", 32)]
+    labels = [s.method + (f"\n{s.semantics}" if s.semantics else "") for s in chosen]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    pairs = (
+        ("launches or operators a step", [s.launches for s in chosen], [s.eager_operators for s in chosen]),
+        ("unique MB a step", [s.unique_bytes / 1e6 for s in chosen], [s.eager_bytes / 1e6 for s in chosen]),
+    )
+    for axes, (title, ours, eager) in zip(figure.subplots(1, 2), pairs, strict=True):
+        places = range(len(chosen))
+        axes.bar([p - 0.2 for p in places], ours, 0.4, label="Triton kernels")
+        axes.bar([p + 0.2 for p in places], eager, 0.4, label="eager autograd")
+        axes.set_yscale("log")
+        axes.set_xticks(list(places), labels, rotation=60, ha="right", fontsize=7)
+        axes.set_title(f"{title} (counted, MNIST network, batch 32)", fontsize=9)
+        axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

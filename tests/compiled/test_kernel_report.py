@@ -1,0 +1,100 @@
+"""The figures of the kernel report: what the issue of launches and bytes asks for, and that they are counts."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import ibp_triton as ibp
+from ibp_triton.harness import eager, kernel_report, step_counts
+from ibp_triton.harness.cli import app
+from ibp_triton.kernels.launch import recording
+
+
+def test_loss_ibp_on_mnist():
+    step = step_counts.count("mnist", ibp.LossIBP(0.1), 32)
+    assert step.launches <= 28
+    assert step.fraction_of_bytes <= 0.4
+    assert step.flops < step.eager_flops
+    assert step.unique_bytes <= step.bytes
+
+
+def test_five_tangents_share_masks_offsets_and_weights():
+    """TBP at batch 32: loads of the linear sweep and the reverse sweep of tangents, by pointer."""
+    sums = {}
+    for tangents in (1, 5):
+        launches, others = step_counts.recorded("mnist", ibp.TangentBP(0.1), 32, tangents)
+        assert others.count == 0
+        extra = [
+            r for r in launches if "tangents" in r.arguments and r.name in ("contract", "pool_gather", "pool_scatter")
+        ]
+        sums[tangents] = {name: sum(r.cost.pointers.get(name, 0) for r in extra) for name in ("w", "mask", "code", "x")}
+    assert sums[1]["code"] == sums[5]["code"] > 0
+    assert sums[1]["mask"] == sums[5]["mask"] > 0
+    assert sums[5]["w"] <= 2 * sums[1]["w"]
+    assert sums[5]["x"] > 2 * sums[1]["x"]
+
+
+def test_a_step_adds_up():
+    """BP on one linear layer: forward, head, weight gradient and the value, each with the bytes of its tensors."""
+    model = nn.Sequential(nn.Linear(8, 4))
+    network = ibp.Network(model, backend="triton")
+    network.graph()
+    with recording(execute=False) as launches:
+        ibp.BP().gradients(network, torch.zeros(16, 8), torch.zeros(16, dtype=torch.int64))
+    x, w, b, z, rows = 16 * 8 * 4, 4 * 8 * 4, 4 * 4, 16 * 4 * 4, 16 * 4
+    expected = {
+        "contract": x + w + b + z,
+        "cross_entropy_head": z + 16 * 8 + rows + z + rows,
+        "weighted_sum": rows + 4,
+        "wgrad": x + z + w + b,
+    }
+    assert {r.name: r.unique_bytes for r in launches} == expected
+    assert {r.name: r.cost.flops for r in launches if r.cost.flops} == {"contract": 2 * 16 * 32, "wgrad": 2 * 16 * 32}
+
+
+@pytest.mark.parametrize("method", [m for m in step_counts.all_methods() if m.key != "bp"], ids=repr)
+def test_the_eager_baseline_computes_the_same_gradient(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 5)).double()
+    x, labels = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 3])
+    tau = torch.randn(2, 2, 1, 8, 8, dtype=torch.float64) if method.needs_tangents else None
+    found = eager.gradients(copy.deepcopy(model), method, x, labels, tau)
+    _, expected = ibp.reference.gradients(model, method, x, labels, tau)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_the_command(monkeypatch, tmp_path):
+    """One small table from end to end; the full one is compiled in test_table."""
+    from ibp_triton.kernels import cases
+
+    monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
+    monkeypatch.setattr(cases, "merged_cases", lambda make: None)
+    monkeypatch.setattr(kernel_report, "DTYPES", ("float32",))
+    monkeypatch.setattr(kernel_report, "steps", lambda: [step_counts.count("mnist", ibp.BP(), 32)])
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "md", "svg")}
+    result = CliRunner().invoke(
+        app,
+        [
+            *("kernels", "--target", "sm_90", "--json", str(files["json"])),
+            *("--markdown", str(files["md"]), "--figure", str(files["svg"])),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    content = json.loads(files["json"].read_text())
+    assert content["steps"][0]["method"] == "bp"
+    assert all(isinstance(row["spills"], int) and row["spills"] == 0 for row in content["kernels"])
+    assert {row["kernel"] for row in content["kernels"]} >= {"max_pool", "pool_gather", "pool_scatter", "seed", "gate"}
+    assert "max_pool" in result.output
+    assert files["md"].read_text().count("\n|") > 10
+    assert files["svg"].stat().st_size > 1000
+
+
+def test_an_unknown_target_is_refused():
+    result = CliRunner().invoke(app, ["kernels", "--target", "sm_12"])
+    assert result.exit_code != 0
+    assert "unknown target" in result.output
