@@ -53,15 +53,22 @@ def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = No
     for name in CURVES:
         if values(getattr(choice, name)):
             outcomes[name] = _outcomes(model, x, labels, choice, _perturbation(name, model, choice))
-    summary: store.Record = {"run": run.name, "examples": len(labels)}
-    for name, right in outcomes.items():
-        levels = values(getattr(choice, name)) if name in CURVES else [0.0]
-        summary[name] = {"levels": levels, "error": [100.0 * float((~row).float().mean()) for row in right]}
+    summary = {"run": run.name, "examples": len(labels), **_errors(outcomes, choice)}
     if choice.masking is not None:
         summary["masking"] = masking(model, x, labels, choice)
     store.write_tensors(folder / f"{file_stem(choice)}.safetensors", outcomes)
     store.write_json(folder / f"{file_stem(choice)}.json", summary)
     return summary
+
+
+def _errors(outcomes: dict[str, Tensor], choice: Evaluate) -> store.Record:
+    return {
+        name: {
+            "levels": values(getattr(choice, name)) if name in CURVES else [0.0],
+            "error": [100.0 * float((~row).float().mean()) for row in right],
+        }
+        for name, right in outcomes.items()
+    }
 
 
 def load_model(run: Run, folder: Path, dataset: data.Dataset) -> nn.Module:

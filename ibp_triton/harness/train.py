@@ -181,6 +181,7 @@ def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Reco
         "diverged": state.metrics[-1]["loss"] is None,
         **errors(state.model, dataset, run.training.channels_last),
         "seconds_per_epoch": statistics.median(record["seconds"] for record in state.metrics),
+        "clock": "cpu" if run.training.device == "cpu" else "wall",
         "predicted_ratio": methods.predicted_ratio(run.method, state.model, run.training.batch_size, dataset.shape),
         "train_examples": len(dataset.train.labels),
         "test_examples": len(dataset.test.labels),

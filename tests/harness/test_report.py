@@ -68,6 +68,11 @@ def test_partial_results_and_none(stored: Findings, tmp_path: Path) -> None:
         assert {"report.html", "tables.md", "results.csv"} <= {path.name for path in paths}
 
 
+def test_columns_without_content_are_left_out() -> None:
+    table = tables.Table("t", ["a", "b", "c"], [["1", "", ""], ["2", "", "3"]]).compact()
+    assert (table.columns, table.cells) == (["a", "c"], [["1", ""], ["2", "3"]])
+
+
 def test_order_of_pairs_leaves_the_papers_ties_out() -> None:
     published = TABLES["table1_mnist"]
     means = {"bp": 1.3, "at": 0.9, "fast_at": 1.0, "fast_tbp": 1.2, "loss_ibp": 1.4}

@@ -118,6 +118,11 @@ class Findings:
         stored = (store.read_json(self.folder(run) / name) for run in row.runs)
         return [one["masking"] for one in stored if one and "masking" in one]
 
+    def clocks(self) -> set[str]:
+        """What the seconds of the finished runs are: "cpu" (of the one thread) or "wall"."""
+        results = (store.read_json(self.folder(run) / store.RESULT) for row in self.rows for run in row.runs)
+        return {result.get("clock", "wall") for result in results if result}
+
     def environments(self) -> list[store.Record]:
         """The distinct environments that the finished runs were trained in."""
         found = (store.read_json(self.folder(run) / "environment.json") for row in self.rows for run in row.runs)

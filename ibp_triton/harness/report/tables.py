@@ -23,6 +23,12 @@ class Table:
     cells: list[list[str]]
     note: str = ""
 
+    def compact(self) -> Table:
+        """The same without the columns that are empty in every row."""
+        kept = [number for number, column in enumerate(zip(*self.cells, strict=True)) if any(column)]
+        cells = [[line[number] for number in kept] for line in self.cells]
+        return Table(self.heading, [self.columns[number] for number in kept], cells, self.note)
+
     def markdown(self) -> str:
         """A section of a Markdown file."""
         lines = [self.columns, ["---"] * len(self.columns), *self.cells]
@@ -33,7 +39,7 @@ class Table:
 def tables(findings: Findings) -> list[Table]:
     """Every table there is something to say in."""
     candidates = [comparison(findings), every_parameter(findings), ratios(findings), masking(findings)]
-    return [table for table in candidates if table and table.cells]
+    return [table.compact() for table in candidates if table and table.cells]
 
 
 def comparison(findings: Findings) -> Table:
@@ -79,10 +85,9 @@ def ratios(findings: Findings) -> Table:
         measured = "" if row.measured is None else f"{row.measured:.2f}"
         cells.append([title(row), f"{row.seconds:.2f}", measured, f"{row.predicted:.2f}", paper])
     columns = ["method", "s/epoch", "× bp measured", "× bp predicted", "× bp in the paper"]
-    note = (
-        "Seconds are the median epoch of a run, mean over seeds, training alone: CPU seconds of its one thread, "
-        "wall-clock seconds on an accelerator. bp skips the first layer's vjp."
-    )
+    kinds = {"cpu": "CPU seconds of the run's one thread", "wall": "wall-clock seconds"}
+    clock = ", or ".join(kinds[kind] for kind in sorted(findings.clocks()))
+    note = f"The median epoch of a run, mean over seeds, training alone; {clock}. bp skips the first layer's vjp."
     return Table("Time of an epoch", columns, cells, note)
 
 
