@@ -1,7 +1,7 @@
 """The loss head: softmax cross-entropy with its first and second derivative, and the seeds of the extra passes.
 
-A backend's head is a module with these functions: ``cross_entropy``, ``hessian_product``, ``seed``, ``tangent_seed``,
-``fgsm_step`` and ``objective``. This one is torch's; methods reach theirs through ``network.head``.
+A backend's head is a module with these functions: ``cross_entropy``, ``hessian_product``, ``seed``, ``input_seed``,
+``tangent_seed``, ``fgsm_step`` and ``objective``. This one is torch's; methods reach theirs through ``network.head``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from torch import Tensor
 
 from ibp_triton.attacks import fgsm_step
 
-__all__ = ["cross_entropy", "fgsm_step", "hessian_product", "objective", "penalty", "psi", "seed", "tangent_seed"]
+__all__ = [
+    "cross_entropy",
+    "fgsm_step",
+    "hessian_product",
+    "input_seed",
+    "objective",
+    "penalty",
+    "psi",
+    "seed",
+    "tangent_seed",
+]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,6 +65,11 @@ def penalty(u: Tensor, norm: float) -> Tensor:
 def seed(u: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
     """ψ(u) and ‖u‖_r^r / r, in numbers that ``objective`` adds up; without ``wanted`` the first is of no use."""
     return psi(u, norm) if wanted else u, penalty(u, norm)
+
+
+def input_seed(d_0: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    """``seed`` of the input's derivative, for the linear sweep: a backend may leave the sign to the first layer."""
+    return seed(d_0, norm, wanted)
 
 
 def tangent_seed(d_0: Tensor, tau: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:

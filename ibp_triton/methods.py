@@ -176,7 +176,7 @@ class LossIBP(Method):
         """g(a + βt, d) with t_0 = ψ(d_0); exact: and g(a, δ) with δ_K = H t_K."""
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
-        seed, penalty = step.head.seed(_input(run, d), self.norm, not step.value_only)
+        seed, penalty = step.head.input_seed(_input(run, d), self.norm, not step.value_only)
         value = step.objective((1, run.losses), (self.beta, penalty))
         return value, [] if step.value_only else _along_seed(run, d, seed, self.beta, self.semantics)
 

@@ -71,7 +71,9 @@ class Network:
     @property
     def head(self) -> Any:
         """The loss head of the backend in use: see ``ibp_triton.head``."""
-        return import_module("ibp_triton.rules.triton_head" if self.native else "ibp_triton.head")
+        if not self.native:
+            return import_module("ibp_triton.head")
+        return import_module("ibp_triton.rules.triton_head").Head(self.graph())
 
     def _trace(self) -> Graph:
         warn, self._warned = not self._warned, True

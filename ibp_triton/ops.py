@@ -106,6 +106,7 @@ def weight_gradient(
     rights: Sequence[Tensor],
     coefficients: Sequence[float],
     biased: Sequence[bool],
+    signs: Sequence[bool],
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -114,7 +115,6 @@ def weight_gradient(
     wide: bool = False,
     push: Tensor | None = None,
     beta: float = 1.0,
-    sign: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """scale · Σ_i coefficient_i · g(left_i, right_i) of a weight's shape, and the bias gradient of the biased terms.
 
@@ -123,12 +123,12 @@ def weight_gradient(
         rights: [n_i, O], or [n_i, O, OH, OW] with the channels contiguous.
         coefficients: one for each term.
         biased: whether a term counts in the bias gradient, one flag for each.
+        signs: whether a left side (of the first, its push if there is one) is read as its sign, one flag for each.
         weight: [O, I], or [O, C, KH, KW]; gives shape and strides.
         stride, padding, dilation: of the convolution; [1, 1], [0, 0], [1, 1] for a linear layer.
         scale: 1 / N.
         wide: a float32 result whatever the dtype of the weight.
         push: like the first left side, which is then read as left + beta · push (float32, not tf32).
-        sign: read ``push`` as its sign.
 
     Returns: the gradient, and the bias gradient [O], [0] when no term has one.
     """
@@ -136,8 +136,8 @@ def weight_gradient(
     if lefts[0].dim() == 4:
         geometry = _geometry(lefts[0].shape[2:], weight.shape[2:], stride, padding, dilation)
     segments = [
-        _wgrad.Segment(c, left, right, bias, push if i == 0 else None, sign and i == 0)
-        for i, (left, right, c, bias) in enumerate(zip(lefts, rights, coefficients, biased, strict=True))
+        _wgrad.Segment(c, left, right, bias, push if i == 0 else None, sign)
+        for i, (left, right, c, bias, sign) in enumerate(zip(lefts, rights, coefficients, biased, signs, strict=True))
     ]
     dtype = torch.float32 if wide else weight.dtype
     gradient, bias = _wgrad.weight_gradient(segments, weight, geometry, beta=beta, scale=scale, dtype=dtype)
@@ -242,9 +242,9 @@ def hessian_product(z: Tensor, t: Tensor) -> Tensor:
 
 
 @custom_op("ibp_triton::objective", mutates_args=())
-def objective(losses: Tensor, penalties: Tensor, a: float, b: float) -> Tensor:
-    """a Σ losses + b Σ penalties, 0-d float32."""
-    return _loss.objective(losses, penalties, a, b)
+def objective(losses: Tensor, penalties: Tensor, a: float, b: float, absolute: bool = False) -> Tensor:
+    """a Σ losses + b Σ penalties (Σ |penalties| if ``absolute``), 0-d float32."""
+    return _loss.objective(losses, penalties, a, b, absolute=absolute)
 
 
 @custom_op("ibp_triton::norm_seed", mutates_args=())
@@ -283,8 +283,10 @@ def _register_shapes() -> None:
     def conv_back(d: Tensor, weight: Tensor, size: Any, *_: Any, **__: Any) -> Tensor:
         return channels_last(d, (d.shape[0], d.shape[1], weight.shape[1], *size))
 
-    def gradient(lefts: Any, rights: Any, coefficients: Any, biased: Any, weight: Tensor, stride: Any, padding: Any,
-                 dilation: Any, scale: float = 1.0, wide: bool = False, *_: Any, **__: Any) -> Any:  # fmt: skip
+    def gradient(
+        lefts: Any, rights: Any, coefficients: Any, biased: Any, signs: Any, weight: Tensor, *more: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        wide = more[4] if len(more) > 4 else named.get("wide", False)  # behind stride, padding, dilation, scale
         dtype = torch.float32 if wide else weight.dtype
         bias = weight.shape[0] if any(biased) else 0
         return torch.empty_like(weight, dtype=dtype), weight.new_empty((bias,), dtype=dtype)

@@ -57,7 +57,7 @@ def _parameters(ctx: Any, at: int, left: Tensor, right: Tensor, weight: Tensor, 
     """The gradients of weight and bias where they are wanted: inputs `at` and, with `bias`, one more."""
     if not (ctx.needs_input_grad[at] or bias):
         return None, None
-    gradient, shift = ops.weight_gradient([_rows(left)], [_rows(right)], [1.0], [bias], weight, *geometry)
+    gradient, shift = ops.weight_gradient([_rows(left)], [_rows(right)], [1.0], [bias], [False], weight, *geometry)
     return gradient, shift if bias else None
 
 
@@ -93,9 +93,11 @@ def _conv2d_vjp(ctx: Any, g: Tensor) -> Any:
 
 
 def _weight_gradient(ctx: Any, g: Tensor, g_bias: Tensor) -> Any:
-    lefts, rights, coefficients, biased, _, *geometry, scale, _, push, _, sign, _, _ = _kept(ctx)
-    if push is not None or sign:
-        raise NotImplementedError("a weight gradient with a push has no derivative: give its terms one by one")
+    lefts, rights, coefficients, biased, signs, _, *geometry, scale, _, push, _, _, _ = _kept(ctx)
+    if push is not None or any(signs):
+        raise NotImplementedError(
+            "a weight gradient with a push or a sign has no derivative: give its terms one by one"
+        )
     back_lefts, back_rights = [], []
     for left, right, coefficient, bias in zip(lefts, rights, coefficients, biased, strict=True):
         w, factor = g.to(left.dtype), scale * coefficient
@@ -164,8 +166,9 @@ def _hessian_product(ctx: Any, g: Tensor) -> Any:
 
 
 def _objective(ctx: Any, g: Tensor) -> Any:
-    losses, penalties, a, b, _ = _kept(ctx)
-    return (a * g).to(losses.dtype).expand_as(losses), (b * g).to(penalties.dtype).expand_as(penalties), None, None
+    losses, penalties, a, b, absolute, _ = _kept(ctx)
+    back = (b * g).to(penalties.dtype) * (penalties.sign() if absolute else torch.ones_like(penalties))
+    return (a * g).to(losses.dtype).expand_as(losses), back, None, None, None
 
 
 def _norm_seed(ctx: Any, g_seed: Tensor, g_value: Tensor) -> Any:

@@ -88,6 +88,7 @@ TABLE = (
     Row("pool", "any", FAMILIES, FLOATS, Config(512, warps=4), "one element a lane, four a thread; bound by bandwidth"),
     Row("pointwise", "any", FAMILIES, FLOATS, Config(1024, warps=4), "128-bit loads, two a thread; bandwidth"),
     Row("sample", "any", FAMILIES, FLOATS, Config(1024, warps=4), "one program a sample walks its features in blocks"),
+    Row("objective", "any", FAMILIES, FLOATS, Config(4096, warps=8), "one program: wide loads, few steps"),
     Row("combine", "any", FAMILIES, FLOATS, Config(256, warps=2), "small outputs: many programs hide the S loads"),
     Row("loss", "any", FAMILIES, FLOATS, Config(1024, warps=4), "4096 logits a program would take 201 registers"),
 )  # fmt: skip

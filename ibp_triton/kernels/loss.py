@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ibp_triton.kernels.config import Config, select
 from ibp_triton.kernels.launch import Cost, cdiv, launch
+from ibp_triton.kernels.pointwise import is_dense
 
 MAX_CLASSES = 8192  # one row of logits must fit a program
 
@@ -70,8 +71,8 @@ def softmax_hessian(z, t, out, samples, tangents, z_n, M: tl.constexpr, WIDE: tl
 
 
 @triton.jit
-def weighted_sum(u, v, out, u_size, v_size, a, b, BLOCK: tl.constexpr):
-    """out = a * sum u + b * sum v, in a fixed order; one program.
+def weighted_sum(u, v, out, u_size, v_size, a, b, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """out = a * sum u + b * sum v (of |v| if ABSOLUTE), in a fixed order; one program.
 
     Pointers:
         u: [u_size], v: [v_size], any float type.
@@ -83,24 +84,28 @@ def weighted_sum(u, v, out, u_size, v_size, a, b, BLOCK: tl.constexpr):
         total += a * tl.load(u + i, mask=i < u_size, other=0.0).to(tl.float32)
     for start in range(0, v_size, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        total += b * tl.load(v + i, mask=i < v_size, other=0.0).to(tl.float32)
+        w = tl.load(v + i, mask=i < v_size, other=0.0).to(tl.float32)
+        if ABSOLUTE:
+            w = tl.abs(w)
+        total += b * w
     tl.store(out, tl.sum(total, 0))
 
 
-def objective(u: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+def objective(u: Tensor, v: Tensor, a: float, b: float, *, absolute: bool = False) -> Tensor:
     """a Σ u + b Σ v, 0-d float32: the objective's value from per-sample losses and penalties, in one launch.
 
+    With `absolute` Σ |v|: the penalty of norm 1 straight from d_0, for tensors that one program walks in no time.
     Raises: ValueError where u or v has gaps.
     """
-    if not (u.is_contiguous() and v.is_contiguous()):
-        raise ValueError("losses and penalties must be contiguous")
-    out, config = u.new_empty((), dtype=torch.float32), select("sample", "any", u)
+    if not (is_dense(u) and is_dense(v)):
+        raise ValueError("losses and penalties must be dense")
+    out, config = u.new_empty((), dtype=torch.float32), select("objective", "any", u)
     launch(
         weighted_sum,
         (1, 1, 1),
         {
             "u": u, "v": v, "out": out, "u_size": u.numel(), "v_size": v.numel(), "a": float(a), "b": float(b),
-            "BLOCK": config.block_m,
+            "ABSOLUTE": absolute, "BLOCK": config.block_m,
         },
         config,
         Cost(u.numel() * u.element_size() + v.numel() * v.element_size(), 4),

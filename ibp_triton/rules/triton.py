@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,20 +45,24 @@ class _Joint(Bilinear):
     def joint_gradient(self, products: Sequence[Product], wanted: Names, batch: int) -> dict[str, Tensor]:
         """Σ coefficient · g(left, right) / N; in exact float32 one a + βt is formed on the way in."""
         if "weight" not in wanted or not products or len(products) > MAX_SEGMENTS:
+            products = [replace(p, left=p.left.sign()) if is_signed(p.left) else p for p in products]
             return super().joint_gradient(products, wanted, batch)
         rows = [(p, self._samples(p.left, self.input.dim()), self._dense(p.right)) for p in products]
+        signs = [is_signed(p.left) for p in products]
         push, beta = None, 1.0
         if rows[0][1].dtype == torch.float32 and precision(rows[0][1]) == "ieee":
-            for row in rows[1:]:
-                if row[0].right is rows[0][0].right and not row[0].bias and float(rows[0][0].coefficient):
-                    push, beta = row[1], float(row[0].coefficient) / float(rows[0][0].coefficient)
-                    rows.remove(row)
+            first = rows[0][0]
+            for i, (p, left, _) in enumerate(rows[1:], 1):
+                if p.right is first.right and not p.bias and float(first.coefficient):
+                    push, beta, signs[0] = left, float(p.coefficient) / float(first.coefficient), signs[i]
+                    del rows[i], signs[i]
                     break
         gradient, bias = ops.weight_gradient(
             [left for _, left, _ in rows],
             [right for _, _, right in rows],
             [float(p.coefficient) for p, _, _ in rows],
             [p.bias and "bias" in wanted for p, _, _ in rows],
+            signs,
             self.weight,
             *self.geometry,
             scale=1 / batch,
@@ -91,7 +96,7 @@ class TritonLinear(_Joint, dense.Linear):
         """T Wᵀ, masked by the ReLU that the layer applies."""
         tangent = t["input"]
         mask = self.output.reshape(-1, self.output.shape[-1]) if RELU in self.node.fused else None
-        out = ops.linear(self._tangents(tangent), self.weight, None, mask)
+        out = ops.linear(self._tangents(tangent), self.weight, None, mask, False, is_signed(tangent))
         return out.view(*tangent.shape[:-1], self.weight.shape[0])  # type: ignore[no-any-return]
 
     def input_vjp(self, d: Tensor) -> Tensor:
@@ -129,7 +134,7 @@ class TritonConv2d(_Joint, dense.Conv2d):
         """The convolution without bias, masked by the ReLU that the layer applies."""
         tangent = t["input"]
         mask = self.output if self._relu else None
-        out = ops.conv2d(_tangents(tangent, 4), self.weight, *self.geometry, None, mask)
+        out = ops.conv2d(_tangents(tangent, 4), self.weight, *self.geometry, None, mask, False, is_signed(tangent))
         return _like(out, tangent, 4)
 
     def input_vjp(self, d: Tensor) -> Tensor:
@@ -246,6 +251,23 @@ class TritonReLU(pointwise.ReLU):
         axes = [*range(extra), *(i + extra for i in order)]
         back = sorted(range(t.dim()), key=lambda i: axes[i])
         return ops.relu(t.permute(axes).contiguous(), self.output.permute(order)).permute(back)  # type: ignore[no-any-return]
+
+
+def signed(u: Tensor) -> Tensor:
+    """U itself, marked to be read as sign(u) by the layers that ``reads_signs`` speaks of."""
+    view = u.view_as(u)
+    view.signed = True  # type: ignore[attr-defined]
+    return view
+
+
+def is_signed(u: Tensor) -> bool:
+    """Whether u stands for its sign."""
+    return getattr(u, "signed", False)
+
+
+def reads_signs(graph: Graph) -> bool:
+    """Whether x goes into linear and convolution kernels alone, which take a sign on the way in."""
+    return all(graph.nodes[i].rule in (TritonLinear, TritonConv2d) for i in graph.nodes[graph.input].consumers)
 
 
 def _packed(x: Tensor) -> Tensor:

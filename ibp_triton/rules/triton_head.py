@@ -5,59 +5,71 @@ Coefficients (β, ε) are numbers here, not tensors that a gradient or a vmap ru
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ibp_triton import ops
+from ibp_triton.graph import Graph
+from ibp_triton.rules.triton import is_signed, reads_signs, signed
+
+ONE_PROGRAM = 1 << 16  # elements that the objective's one program adds up itself: a dozen steps
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-sample loss [N], c = softmax(z) − onehot(l) [N, M], and the logits, which ``hessian_product`` reads."""
-    logits = logits.contiguous()
-    losses, c, _ = ops.cross_entropy(logits, labels.contiguous())
-    return losses, c, logits
+@dataclass(frozen=True)
+class Head:
+    """The head for one lowered graph."""
 
+    graph: Graph
 
-def hessian_product(logits: Tensor, t: Tensor) -> Tensor:
-    """H t for H = diag(p) − p pᵀ, [N, M]."""
-    return ops.hessian_product(logits, t.contiguous())  # type: ignore[no-any-return]
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-sample loss [N], c = softmax(z) − onehot(l) [N, M], and the logits, which ``hessian_product`` reads."""
+        logits = logits.contiguous()
+        losses, c, _ = ops.cross_entropy(logits, labels.contiguous())
+        return losses, c, logits
 
+    def hessian_product(self, logits: Tensor, t: Tensor) -> Tensor:
+        """H t for H = diag(p) − p pᵀ, [N, M]."""
+        return ops.hessian_product(logits, t.contiguous())  # type: ignore[no-any-return]
 
-def seed(u: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
-    """ψ(u), and ‖u‖_r^r / r in parts; u [N, ...] or [T, N, ...]. For norm 2 the seed is u itself."""
-    rows = _rows(u)
-    if not wanted or norm == 2:
-        return u, ops.norm_value(rows, norm)
-    psi, penalties = ops.norm_seed(rows, norm)
-    return psi.view(u.shape) if rows.dim() != u.dim() else psi, penalties
+    def seed(self, u: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+        """ψ(u), and ‖u‖_r^r / r in parts; u [N, ...] or [T, N, M]. For norm 2 the seed is u itself."""
+        rows = _rows(u)
+        if not wanted or norm == 2:
+            return u, ops.norm_value(rows, norm)
+        psi, penalties = ops.norm_seed(rows, norm)
+        return psi.view(u.shape) if rows.dim() != u.dim() else psi, penalties
 
+    def input_seed(self, d_0: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+        """``seed`` of the input's derivative; where its readers take a sign on the way in, no tensor is made for it.
 
-def tangent_seed(d_0: Tensor, tau: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
-    """Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j |⟨d_0, τ_j⟩|^r / r, for tangents [T, N, ...]."""
-    return ops.fast_tbp_seed(_ordered(d_0), tau.contiguous(), norm)  # type: ignore[no-any-return]
+        The penalty of a small batch is then d_0 itself, marked: ``objective`` adds its absolute values up.
+        """
+        if norm != 1 or not reads_signs(self.graph):
+            return self.seed(d_0, norm, wanted)
+        d_0 = _rows(d_0).view(d_0.shape)
+        return signed(d_0), signed(d_0) if d_0.numel() <= ONE_PROGRAM else ops.norm_value(_rows(d_0), norm)
 
+    def tangent_seed(self, d_0: Tensor, tau: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+        """Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j |⟨d_0, τ_j⟩|^r / r, for tangents [T, N, ...]."""
+        return ops.fast_tbp_seed(d_0.contiguous(), tau.contiguous(), norm)  # type: ignore[no-any-return]
 
-def fgsm_step(x: Tensor, d: Tensor, epsilon: float) -> Tensor:
-    """x + ε sign(d)."""
-    x = x.contiguous()
-    return ops.fgsm_step(x, _ordered(d.to(x.dtype)), float(epsilon))  # type: ignore[no-any-return]
+    def fgsm_step(self, x: Tensor, d: Tensor, epsilon: float) -> Tensor:
+        """x + ε sign(d)."""
+        x = x.contiguous()
+        return ops.fgsm_step(x, d.to(x.dtype).contiguous(), float(epsilon))  # type: ignore[no-any-return]
 
-
-def objective(batch: int, *parts: tuple[Any, Tensor]) -> Tensor:
-    """Σ coefficient · Σ numbers, over the batch size; one or two parts."""
-    (a, losses), (b, penalties) = (*parts, (0.0, parts[0][1].new_empty((0,))))[:2]
-    return ops.objective(losses, penalties, float(a) / batch, float(b) / batch)  # type: ignore[no-any-return]
+    def objective(self, batch: int, *parts: tuple[Any, Tensor]) -> Tensor:
+        """Σ coefficient · Σ numbers, over the batch size; one or two parts."""
+        (a, losses), (b, penalties) = (*parts, (0.0, parts[0][1].new_empty((0,))))[:2]
+        scale = (float(a) / batch, float(b) / batch)
+        return ops.objective(losses, penalties, *scale, is_signed(penalties))  # type: ignore[no-any-return]
 
 
 def _rows(u: Tensor) -> Tensor:
-    """[N, ...], or a small [T, N, M] as [T · N, M]; dense."""
+    """[N, ...] dense, or a small [T, N, M] as [T · N, M]."""
     if u.dim() == 3:
         return u.contiguous().flatten(0, 1)
-    return u if u.dim() != 4 or u.is_contiguous(memory_format=torch.channels_last) else u.contiguous()
-
-
-def _ordered(d: Tensor) -> Tensor:
-    """D in the order of its axes: a copy only for images of several channels, which the sweeps keep channels last."""
-    return d.contiguous()
+    return u if u.dim() == 4 and u.is_contiguous(memory_format=torch.channels_last) else u.contiguous()

@@ -34,7 +34,7 @@ def samples():
         "conv2d_vjp": (right, kernel, [6, 7], *CONV, last(randn(3, 5, 6, 7))),
         "weight_gradient": (
             *([images(3, 5, 6, 7), images(3, 5, 6, 7)], [images(3, 4, 3, 5), images(3, 4, 3, 5)]),
-            *([1.0, 0.5], [True, False], kernel.detach(), *CONV, 0.25),
+            *([1.0, 0.5], [True, False], [False, False], kernel.detach(), *CONV, 0.25),
         ),
         "max_pool2d": (pixels, *WINDOW, [1, 0], True, True),
         "max_pool2d_jvp": (images(2, 3, 5, 7, 8), code, *WINDOW, [1, 0], True),
@@ -148,7 +148,7 @@ def test_what_has_no_derivative_says_so():
     x, d, w = leaf(2, 3), leaf(2, 4), randn(4, 3)
     geometry = ([1, 1], [0, 0], [1, 1])
     with pytest.raises(NotImplementedError, match="push"):
-        ops.weight_gradient([x], [d], [1.0], [False], w, *geometry, push=randn(2, 3))[0].sum().backward()
+        ops.weight_gradient([x], [d], [1.0], [False], [False], w, *geometry, push=randn(2, 3))[0].sum().backward()
 
 
 def test_fullgraph_compilation_knows_the_operators():

@@ -34,6 +34,8 @@ def test_the_objective_is_one_launch(instruments):
     assert_close(value, 0.5 * u.double().sum() + 0.25 * v.double().sum(), torch.float32)
     assert (value.shape, len(instruments)) == ((), 1)
     assert_close(objective(u, u[:0], 1.0, 1.0), u.double().sum(), torch.float32)
+    exact = u.double().sum() + v.double().abs().sum()
+    assert_close(objective(u, v, 1.0, 1.0, absolute=True), exact, torch.float32)
 
 
 def test_large_logits_do_not_overflow():
