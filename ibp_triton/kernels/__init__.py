@@ -5,7 +5,8 @@
     combine    second stage of a split reduction
     pool       max- and mean-pooling, pointwise the ReLU alone, loss the head, seeds what starts the extra passes
     geometry   sizes of windows; config the table of tiles; launch the one door to the device
-    lab        an instrumented interpreter; aot the compiler for chips that are not there
+    lab        an instrumented interpreter; aot the compiler for chips that are not there, cases what goes through it
+    autotune   better tiles than the table's, measured on a device, opt-in
 
 Triton is imported here and nowhere else, and nothing queries a device at import.
 """

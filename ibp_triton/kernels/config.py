@@ -94,7 +94,9 @@ TABLE = (
 )  # fmt: skip
 
 _forced: list[str] = []
-_tuned: dict[tuple[str, str, str, str], Config] = {}
+Key = tuple[str, str, str, str]  # operation, shape class, chip family, dtype
+tuned: dict[Key, Config] = {}  # what `autotune` found stands above the table
+watchers: list[set[Key]] = []
 
 
 def select(operation: str, shape: str, tensor: Tensor) -> Config:
@@ -105,8 +107,11 @@ def select(operation: str, shape: str, tensor: Tensor) -> Config:
     family, dtype = chip(tensor.device), str(tensor.dtype).removeprefix("torch.")
     if precision(tensor) == "tf32":
         dtype = "tf32"
-    if (operation, shape, family, dtype) in _tuned:
-        return _tuned[operation, shape, family, dtype]
+    key = (operation, shape, family, dtype)
+    for watcher in watchers:
+        watcher.add(key)
+    if key in tuned:
+        return tuned[key]
     for row in TABLE:
         if (
             row.operation == operation

@@ -1,0 +1,101 @@
+"""Opt-in tuning on the device at hand: better tiles than the table's, kept in a file of the user's.
+
+    autotune.tune(step, "tiles.json")     # once, on the chip and the shapes that matter
+    autotune.load("tiles.json")           # in later runs, before the first step
+
+Nothing is tuned unless asked for, and nothing but the operations with matrix products: the rest is bound by bandwidth.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from ibp_triton.kernels import config
+from ibp_triton.kernels.config import Config, Key
+
+CANDIDATES = {
+    "contract": [
+        Config(*tile, warps=warps, stages=stages)
+        for tile in ((32, 32, 32), (32, 32, 64), (32, 64, 32), (64, 32, 32), (64, 64, 32), (128, 64, 32))
+        for warps, stages in ((4, 2), (4, 3), (8, 3))
+    ],
+    "wgrad": [
+        Config(*tile, warps=warps, stages=2)
+        for tile in ((32, 32, 32), (32, 32, 64), (32, 64, 32), (64, 64, 16), (64, 64, 32))
+        for warps in (4, 8)
+    ],
+}
+
+
+def tune(
+    step: Callable[[], Any],
+    path: str | Path | None = None,
+    *,
+    candidates: Mapping[str, Sequence[Config]] | None = None,
+    clock: Callable[[Callable[[], Any]], float] | None = None,
+) -> dict[Key, Config]:
+    """Time `step` with each candidate for each operation and shape class in it; keep the fastest of all.
+
+    Args:
+        step: runs the work to be tuned for, without changing what it works on (`method.gradients`, say).
+        path: a JSON file to keep the result in, for `load`.
+        candidates: tiles to try, by operation.
+        clock: milliseconds of one call; by default `triton.testing.do_bench`, which needs a device.
+
+    Returns: the tile chosen for each key; it is in force from now on, the table's where nothing was faster.
+    Raises: RuntimeError without a CUDA device, unless a clock is given.
+    """
+    if clock is None and not torch.cuda.is_available():
+        raise RuntimeError("autotune.tune needs a CUDA device; without one the table of kernels.config stands")
+    clock = clock or triton.testing.do_bench
+    tiles: Mapping[str, Sequence[Config]] = candidates or CANDIDATES
+    seen: set[Key] = set()
+    config.watchers.append(seen)
+    try:
+        best = clock(step)
+    finally:
+        config.watchers.remove(seen)
+    for key in sorted(seen):
+        best = _tune_one(key, tiles.get(key[0], ()), step, clock, best)
+    chosen = {key: config.tuned[key] for key in sorted(seen) if key in config.tuned}
+    if path is not None:
+        entries = [{"key": list(key), "config": asdict(tile)} for key, tile in chosen.items()]
+        Path(path).write_text(json.dumps({"version": 1, "entries": entries}, indent=1) + "\n", encoding="utf-8")
+    return chosen
+
+
+def _tune_one(
+    key: Key, tiles: Sequence[Config], step: Callable[[], Any], clock: Callable[[Callable[[], Any]], float], best: float
+) -> float:
+    """Leave the fastest tile in force for `key`; the milliseconds that the step then takes."""
+    kept = config.tuned.get(key)
+    for tile in tiles:
+        config.tuned[key] = tile
+        try:
+            time = clock(step)
+        except OutOfResources:  # more shared memory or registers than the chip has
+            continue
+        if time < best:
+            kept, best = tile, time
+    if kept is None:
+        config.tuned.pop(key, None)
+    else:
+        config.tuned[key] = kept
+    return best
+
+
+def load(path: str | Path) -> int:
+    """Put the tiles of a file of `tune` in force; returns how many. Raises ValueError for another kind of file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = {tuple(e["key"]): Config(**e["config"]) for e in content["entries"] if content["version"] == 1}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of autotune.tune: {error!r}") from error
+    config.tuned.update(entries)
+    return len(entries)

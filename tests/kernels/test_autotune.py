@@ -1,0 +1,54 @@
+"""The autotuner, with a clock that prefers what a test wants it to."""
+
+import pytest
+
+from ibp_triton.kernels import autotune, config
+from ibp_triton.kernels.config import Config
+from ibp_triton.kernels.gemm import linear
+from ibp_triton.kernels.launch import recording
+from tests.kernels.support import randn
+
+FAST, SLOW = Config(16, 16, 32), Config(64, 32, 32)
+KEY = ("contract", "few rows", "sm_90", "float32")
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    monkeypatch.setattr(config, "tuned", {})
+
+
+def test_the_fastest_tile_is_kept_and_loaded_again(tmp_path):
+    x, weight = randn(1, 3, 5), randn(4, 5)
+
+    def clock(step):
+        with recording() as launches:
+            step()
+        return float(launches[0].config.block_m)
+
+    before = linear(x, weight)
+    tiles = {"contract": [SLOW, FAST]}
+    chosen = autotune.tune(lambda: linear(x, weight), tmp_path / "tiles.json", candidates=tiles, clock=clock)
+    assert chosen == {KEY: FAST}
+    assert (linear(x, weight) - before).abs().max() < 1e-5
+    config.tuned.clear()
+    assert autotune.load(tmp_path / "tiles.json") == 1
+    assert config.tuned == {KEY: FAST}
+
+
+def test_the_table_stands_where_nothing_is_faster():
+    x, weight = randn(1, 3, 5), randn(4, 5)
+    times = iter([1.0, 2.0, 3.0])
+    tiles = {"contract": [SLOW, FAST]}
+    assert (
+        autotune.tune(lambda: linear(x, weight), candidates=tiles, clock=lambda step: step() is None or next(times))
+        == {}
+    )
+    assert config.tuned == {}
+
+
+def test_what_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        autotune.tune(lambda: None)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="no file of autotune"):
+        autotune.load(tmp_path / "other.json")
