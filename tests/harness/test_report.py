@@ -111,6 +111,7 @@ def test_report_of_a_trained_grid(tree: Tree, write: Write, tmp_path: Path) -> N
     assert not re.search(r'(?:src|href)="(?!#)', page.replace("xlink:href", "href").replace('href="#', ""))
     assert "<script" not in page
     assert "prefers-color-scheme: dark" in page
+    assert "crop: null" not in page
     text = (tmp_path / "report" / "tables.md").read_text(encoding="utf-8")
     assert "Gradient-masking check" in text
     assert re.search(r"n=32: loss_ibp \| 0.03 \| 2/2 \|.*p = ", text)

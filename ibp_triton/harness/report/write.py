@@ -53,11 +53,9 @@ def page(findings: Findings, sketches: list[Sketch]) -> str:
 
 def protocols(findings: Findings) -> list[tuple[str, str]]:
     """Each variant's protocol, its preset filled in, as YAML."""
+    hidden = {*LABELS_ONLY, "variants"}
     return [
-        (
-            label or "Resolved configuration",
-            _yaml(variant.model_dump(by_alias=True, exclude={*LABELS_ONLY, "variants"})),
-        )
+        (label or "Resolved configuration", _yaml(variant.model_dump(by_alias=True, exclude=hidden, exclude_none=True)))
         for label, variant in findings.plan.variants()
     ]
 
