@@ -6,6 +6,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,6 +68,21 @@ class Graph:
     input: int
     output: int
     parameters: dict[int, str]
+
+    @cached_property
+    def last_uses(self) -> list[list[int]]:
+        """For each node the active nodes whose value no later node reads (x and the logits are kept)."""
+        last: dict[int, int] = {}
+        for node in self.nodes:
+            for leaf in tree_flatten((node.args, node.kwargs))[0]:
+                for ref in (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else (leaf,):
+                    if isinstance(ref, Ref):
+                        last[ref.index] = node.index
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for index, user in last.items():
+            if self.nodes[index].kind == "active" and index not in (self.input, self.output):
+                found[user].append(index)
+        return found
 
 
 class Builder:

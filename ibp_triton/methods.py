@@ -38,6 +38,7 @@ class Step:
     tangents: Tensor | None
     parameters: Mapping[str, Tensor]
     value_only: bool = False
+    frugal: bool = False  # whether sweeps may let go of what only exact semantics would read again
 
     @property
     def head(self) -> Any:
@@ -51,7 +52,7 @@ class Step:
     def first_pass(self, x: Tensor | None = None, first: Pass | None = None) -> Pass:
         """Forward at x; with ``first``, its dropout masks and no second update of running statistics."""
         earlier = None if first is None else first.trace
-        trace = self.network.forward(self.x if x is None else x, self.parameters, earlier)
+        trace = self.network.forward(self.x if x is None else x, self.parameters, earlier, self.frugal)
         check_labels(self.labels, trace.logits)
         return Pass(self.head, trace, *self.head.cross_entropy(trace.logits, self.labels))
 
@@ -104,9 +105,10 @@ class Method:
         """
         self._check(network, x, labels, tangents, parameters)
         with torch.no_grad():
-            step = Step(network, x.detach(), labels, tangents, parameters or {})
+            exact = getattr(self, "semantics", "paper") == "exact"
+            step = Step(network, x.detach(), labels, tangents, parameters or {}, frugal=not exact)
             value, terms = self.recipe(step)
-            gradients = weight_gradients(terms, x.shape[0], getattr(self, "semantics", "") == "exact")
+            gradients = weight_gradients(terms, x.shape[0], exact)
             return value, _complete(gradients, network, parameters or {})
 
     def value(self, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None = None) -> Tensor:

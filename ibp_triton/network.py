@@ -84,10 +84,12 @@ class Network:
         """The model's parameters by name, each once."""
         return dict(self.model.named_parameters())
 
-    def forward(self, x: Tensor, parameters: Mapping[str, Tensor], first: Trace | None = None) -> Trace:
+    def forward(
+        self, x: Tensor, parameters: Mapping[str, Tensor], first: Trace | None = None, frugal: bool = False
+    ) -> Trace:
         """The first sweep at x [N, ...]; see ``ibp_triton.trace.run``."""
         self._shape = tuple(x.shape)
-        return run(self.graph(), self.model, x, parameters, self.dtype, first)
+        return run(self.graph(), self.model, x, parameters, self.dtype, first, frugal)
 
     def summary(self, input_shape: Sequence[int] | None = None) -> str:
         """The nodes, the rule each uses and the multiply-adds of every sweep, as text to print.

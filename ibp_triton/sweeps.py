@@ -46,6 +46,8 @@ def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[t
             tangents = _tangents_of(node, t)
             if r[node.index] is not None and tangents:
                 _receive(trace, node, sweep, layer.curvature(r[node.index], tangents, wanted))
+        if trace.frugal and not trace.takes[node.index]:
+            sweep[node.index] = None
     return sweep
 
 
@@ -89,6 +91,9 @@ def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
         tangents = _tangents_of(node, sweep)
         if tangents and _differentiable(trace.values[node.index]):
             sweep[node.index] = layer.jvp(tangents)
+        for index in graph.last_uses[node.index] if trace.frugal else ():
+            if not any(trace.takes[user] for user in graph.nodes[index].consumers):
+                sweep[index] = None
     return sweep
 
 
@@ -131,8 +136,18 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
                 _collect(means, node, _part(term, node, wanted, exact), term.coefficient / batch)
         elif node.index in means:
             _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
+        for term in terms if trace.frugal else ():
+            _let_go(term, node)
     means |= {i: torch.zeros_like(trace.values[i]) for i in trace.trainable if i not in means}
     return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}
+
+
+def _let_go(term: Term, node: Node) -> None:
+    """Forget what no earlier node's weight gradient reads."""
+    term.right[node.index] = None
+    for index in node.operands.values() if term.tangents is not None else ():
+        if term.trace.graph.nodes[index].consumers[0] == node.index:
+            term.tangents[index] = None  # type: ignore[index]
 
 
 def _part(term: Term, node: Node, wanted: list[str], exact: bool) -> dict[str, Any]:

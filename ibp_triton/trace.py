@@ -23,6 +23,8 @@ class Trace:
     layers: list[Layer | None]
     trainable: frozenset[int]  # parameter nodes that need a gradient
     moves: list[bool]  # whether a node depends on a trainable parameter
+    takes: list[bool]  # whether a node has a trainable operand, so that its sides enter a weight gradient
+    frugal: bool = False  # whether sweeps let go of what only curvature would read again
 
     @property
     def logits(self) -> Tensor:
@@ -40,8 +42,7 @@ class Trace:
         needed = [False] * len(nodes)
         needed[self.graph.output] = to_output
         for node in reversed(nodes):
-            takes = any(nodes[i].kind == "parametric" and self.moves[i] for i in node.operands.values())
-            if node.kind == "active" and (takes or needed[node.index]):
+            if node.kind == "active" and (self.takes[node.index] or needed[node.index]):
                 for index in node.operands.values():
                     needed[index] = True
         return needed
@@ -54,14 +55,17 @@ def run(
     parameters: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     first: Trace | None = None,
+    frugal: bool = False,
 ) -> Trace:
     """First pass at x with ``parameters`` (the model's own where absent), computed in ``dtype``.
 
-    With ``first``, dropout masks and batch statistics' bookkeeping are those of that pass.
+    With ``first``, dropout masks and batch statistics' bookkeeping are those of that pass. ``frugal`` keeps of the
+    values only what layers save for themselves; curvature sweeps are not possible then.
     """
     own = dict(model.named_parameters())
     trainable = frozenset(i for i, name in graph.parameters.items() if own[name].requires_grad)
-    trace = Trace(graph, [], [], trainable, _moving(graph, trainable))
+    moves = _moving(graph, trainable)
+    trace = Trace(graph, [], [], trainable, moves, _taking(graph, moves), frugal)
     for node in graph.nodes:
         layer = None
         if node.index == graph.input:
@@ -75,6 +79,9 @@ def run(
             value, layer = _evaluate(node, trace.values, first)
         trace.values.append(value)
         trace.layers.append(layer)
+        for index in graph.last_uses[node.index] if frugal else ():
+            if isinstance(trace.values[index], Tensor) and trace.values[index].is_floating_point():
+                trace.values[index] = None
     return trace
 
 
@@ -113,3 +120,8 @@ def _moving(graph: Graph, trainable: frozenset[int]) -> list[bool]:
     for node in graph.nodes:
         moves.append(node.index in trainable or any(moves[i] for i in node.operands.values()))
     return moves
+
+
+def _taking(graph: Graph, moves: list[bool]) -> list[bool]:
+    nodes = graph.nodes
+    return [any(nodes[i].kind == "parametric" and moves[i] for i in node.operands.values()) for node in nodes]
