@@ -7,7 +7,7 @@ CPUS ?= 2
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test lint format bench clean
+.PHONY: setup quickstart test lint format bench bench-ratios clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,7 @@ quickstart: setup
 test: setup
 	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled -n $(CPUS)
 	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled; fi
+	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
 
 lint: setup
 	$(RUN) ruff check .
@@ -34,7 +35,11 @@ format: setup
 	$(RUN) ruff check --fix . && ruff format .
 
 bench: setup
-	$(RUN) pytest benchmarks --benchmark-only
+	$(RUN) OMP_NUM_THREADS=1 pytest benchmarks --benchmark-only --benchmark-json=benchmarks/latest.json
+	$(RUN) ibp-triton bench-report benchmarks/latest.json --plot benchmarks/latest.svg
+
+bench-ratios: setup
+	$(RUN) OMP_NUM_THREADS=1 python -m benchmarks.ratios --json benchmarks/ratios.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

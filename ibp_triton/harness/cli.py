@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ibp_triton.harness import bench_report as bench
 from ibp_triton.harness import cost, grid, loading, store, summary
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import BoardError, with_board
@@ -134,12 +135,31 @@ def report(directory: Annotated[Path, typer.Argument(help="folder of an experime
         Console().print(str(path), highlight=False, soft_wrap=True)
 
 
+@app.command("bench-report")
+def bench_report(
+    file: Annotated[Path, typer.Argument(help="JSON of pytest benchmarks --benchmark-json=FILE")],
+    compare: Annotated[Path | None, typer.Option(help="an older file; exit 1 on a regression beyond the noise")] = None,
+    plot: Annotated[Path | None, typer.Option(help="also draw the bars to this SVG file")] = None,
+) -> None:
+    """Ratio tables of a benchmark file, against BP and against the baselines of each group."""
+    rows, console = bench.read(file), Console()
+    for table in bench.tables(rows):
+        console.print(table)
+    if plot:
+        console.print(str(bench.plot(rows, plot)), highlight=False)
+    changes = bench.compare(rows, bench.read(compare)) if compare else []
+    if compare:
+        console.print(bench.comparison_table(changes))
+    if any(change.regression for change in changes):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: errors a user can cure are one message, without a traceback."""
     sys.path.insert(0, os.getcwd())
     try:
         app()
-    except (BoardError, ConfigError, DataError, ModelError, LaunchError) as error:
+    except (bench.BenchError, BoardError, ConfigError, DataError, ModelError, LaunchError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
 

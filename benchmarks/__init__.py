@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks`, `python -m benchmarks.ratios`, `python -m benchmarks.scaling`."""

@@ -1,0 +1,129 @@
+"""Timing that can be believed: candidates in turn, A B A B …, CPU time beside wall time, ratios round by round."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each round."""
+
+    cpu: list[float]
+    wall: list[float]
+
+    @property
+    def median(self) -> float:
+        """Of CPU time on a CPU, of device time on CUDA."""
+        return statistics.median(self.cpu)
+
+
+def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, Times]:
+    """Every candidate once a round, after ``warmup`` rounds off the clock."""
+    times: dict[str, Times] = {name: Times([], []) for name in candidates}
+    for number in range(warmup + rounds):
+        for name, run in candidates.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            if number >= warmup:
+                times[name].cpu.append(time.process_time() - cpu)
+                times[name].wall.append(time.perf_counter() - wall)
+    return times
+
+
+def ratio(a: Times, b: Times) -> float:
+    """The median over rounds of a / b: a drift of the machine's speed cancels."""
+    return statistics.median(x / y for x, y in zip(a.cpu, b.cpu, strict=True))
+
+
+def device_time(run: Callable[[], Any], rounds: int = 20, flush_bytes: int = 256 << 20) -> list[float]:
+    """Seconds of each call on CUDA: warm-up, L2 flushed before each call, events around it."""
+    flush = torch.empty(flush_bytes, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        run()
+    seconds = []
+    for _ in range(rounds):
+        flush.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        seconds.append(start.elapsed_time(stop) / 1e3)
+    return seconds
+
+
+class PeakMemory(TorchDispatchMode):
+    """The largest number of bytes alive at once in tensors made inside (parameters and inputs not counted)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {id_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id_of(tensor) not in given:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = (StorageWeakRef(storage), tensor.numel() * tensor.element_size())
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def id_of(tensor: torch.Tensor) -> int:
+    """What tells a tensor's storage from others."""
+    return tensor.untyped_storage()._cdata
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """Bytes."""
+    run()
+    with PeakMemory() as mode:
+        kept = run()
+    del kept
+    return mode.peak
+
+
+def machine() -> dict[str, Any]:
+    """What figures are measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton") if platform.system() == "Linux" else None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def best_rate(dtype: torch.dtype) -> float:
+    """Multiply-adds a second of the fastest of a large matrix product and the MNIST network's second convolution."""
+    a = torch.randn(1024, 1024).to(dtype)
+    x = torch.randn(32, 32, 12, 12).to(dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(64, 32, 5, 5).to(dtype).contiguous(memory_format=torch.channels_last)
+    convolution = 32 * 144 * 64 * 32 * 25
+    found = interleave({"gemm": lambda: a @ a, "conv": lambda: torch.conv2d(x, w, padding=2)}, rounds=15)
+    return max(1024**3 / min(found["gemm"].cpu), convolution / min(found["conv"].cpu))
