@@ -77,6 +77,18 @@ def max_pool(
 
 
 @triton.jit
+def window_weight(top, left, GEOMETRY: tl.constexpr, COUNT_PADDING: tl.constexpr):
+    """One over the pixels of the windows that begin at top, left: with the padding on the far side, as torch counts."""
+    if COUNT_PADDING:
+        high = tl.minimum(top + GEOMETRY[4], GEOMETRY[0] + GEOMETRY[8]) - top
+        wide = tl.minimum(left + GEOMETRY[5], GEOMETRY[1] + GEOMETRY[9]) - left
+    else:
+        high = tl.minimum(top + GEOMETRY[4], GEOMETRY[0]) - tl.maximum(top, 0)
+        wide = tl.minimum(left + GEOMETRY[5], GEOMETRY[1]) - tl.maximum(left, 0)
+    return 1.0 / tl.maximum(high * wide, 1).to(tl.float32)
+
+
+@triton.jit
 def pool_gather(
     t,
     code,
@@ -120,13 +132,7 @@ def pool_gather(
     top = oh * GEOMETRY[6] - GEOMETRY[8]
     left = ow * GEOMETRY[7] - GEOMETRY[9]
     if MEAN:
-        if COUNT_PADDING:  # up to the padding on the far side, as torch counts
-            high = tl.minimum(top + GEOMETRY[4], GEOMETRY[0] + GEOMETRY[8]) - top
-            wide = tl.minimum(left + GEOMETRY[5], GEOMETRY[1] + GEOMETRY[9]) - left
-        else:
-            high = tl.minimum(top + GEOMETRY[4], GEOMETRY[0]) - tl.maximum(top, 0)
-            wide = tl.minimum(left + GEOMETRY[5], GEOMETRY[1]) - tl.maximum(left, 0)
-        weight = 1.0 / (high * wide).to(tl.float32)
+        weight = window_weight(top, left, GEOMETRY, COUNT_PADDING)
         for s in range(tangents):
             total = tl.zeros((BLOCK,), dtype=tl.float32)
             for kh in tl.static_range(KH):
@@ -198,13 +204,7 @@ def pool_scatter(
             if MEAN:
                 top = oh * GEOMETRY[6] - GEOMETRY[8]
                 left = ow * GEOMETRY[7] - GEOMETRY[9]
-                if COUNT_PADDING:
-                    high = tl.minimum(top + GEOMETRY[4], H + GEOMETRY[8]) - top
-                    wide = tl.minimum(left + GEOMETRY[5], W + GEOMETRY[9]) - left
-                else:
-                    high = tl.minimum(top + GEOMETRY[4], H) - tl.maximum(top, 0)
-                    wide = tl.minimum(left + GEOMETRY[5], W) - tl.maximum(left, 0)
-                weights = weights + (1.0 / tl.maximum(high * wide, 1).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+                weights = weights + (window_weight(top, left, GEOMETRY, COUNT_PADDING),)  # type: ignore[assignment]  # noqa: RUF005
             else:
                 offset = tl.load(code + ((n * OH + oh) * OW + ow) * C + c, mask=holds, other=255).to(tl.int32)
                 holds &= offset == dh * GEOMETRY[5] + dw

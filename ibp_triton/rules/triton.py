@@ -163,7 +163,7 @@ class TritonMaxPool2d(pooling.MaxPool2d):
         return_indices: bool = False,
     ) -> Tensor:
         """[N, C, H, W] → [N, C, OH, OW]."""
-        self.input = input
+        self.size = input.shape[2:]  # the image itself need not be kept
         margin = list(self.node.settings.get("margin", (0, 0)))
         self.sizes = (_pair(kernel_size), _pair(stride or kernel_size), _pair(padding), margin, ceil_mode)
         self.first = CHANNELS_FIRST in self.node.fused
@@ -172,7 +172,7 @@ class TritonMaxPool2d(pooling.MaxPool2d):
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """D summed at the stored offsets."""
-        out = ops.max_pool2d_vjp(_tangents(d, 4), self.code, self.input.shape[2:], *self.sizes)
+        out = ops.max_pool2d_vjp(_tangents(d, 4), self.code, self.size, *self.sizes)
         return {"input": _like(out, d, 4)}
 
     def jvp(self, t: Tangents) -> Tensor:
@@ -214,13 +214,13 @@ class TritonAvgPool2d(Layer):
         divisor_override: int | None = None,
     ) -> Tensor:
         """[N, C, H, W] → [N, C, OH, OW]."""
-        self.input = input
+        self.size = input.shape[2:]  # the image itself need not be kept
         self.sizes = (_pair(kernel_size), _pair(stride or kernel_size), _pair(padding), ceil_mode, count_include_pad)
         return self.jvp({"input": input})
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """D shared out over each window."""
-        return {"input": _like(ops.avg_pool2d_vjp(_tangents(d, 4), self.input.shape[2:], *self.sizes), d, 4)}
+        return {"input": _like(ops.avg_pool2d_vjp(_tangents(d, 4), self.size, *self.sizes), d, 4)}
 
     def jvp(self, t: Tangents) -> Tensor:
         """The mean of each window."""
