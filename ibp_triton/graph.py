@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -49,6 +49,23 @@ class Node:
     fused: set[str] = field(default_factory=set)  # what a backend's lowering makes this node do besides, or leave out
     settings: dict[str, Any] = field(default_factory=dict)  # and with which numbers
 
+    @cached_property
+    def _template(self) -> tuple[list[Any], list[tuple[int, int]]] | None:
+        """The positional arguments and which of them are values of other nodes; None where references lie deeper."""
+        refs = [(position, arg.index) for position, arg in enumerate(self.args) if isinstance(arg, Ref)]
+        deep = tree_flatten((self.args, self.kwargs))[0]
+        slices = any(isinstance(leaf, slice) for leaf in deep)
+        return None if slices or sum(isinstance(leaf, Ref) for leaf in deep) > len(refs) else (list(self.args), refs)
+
+    def arguments(self, values: list[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """The arguments of the call, with the values of the nodes they refer to."""
+        if self._template is None:
+            return _resolve(self.args, values), _resolve(self.kwargs, values)
+        args, refs = list(self._template[0]), self._template[1]
+        for position, index in refs:
+            args[position] = values[index]
+        return args, self.kwargs
+
     @property
     def label(self) -> str:
         """What the node does, for people."""
@@ -58,6 +75,18 @@ class Node:
         if isinstance(function, ModuleCall):
             return type(function.module).__name__
         return getattr(function, "__name__", str(function)) if function is not None else self.kind
+
+
+def _resolve(arguments: Any, values: list[Any]) -> Any:
+    if isinstance(arguments, Ref):
+        return values[arguments.index]
+    if isinstance(arguments, slice):
+        return slice(*(_resolve(part, values) for part in (arguments.start, arguments.stop, arguments.step)))
+    if isinstance(arguments, dict):
+        return {key: _resolve(value, values) for key, value in arguments.items()}
+    if isinstance(arguments, (tuple, list)):
+        return type(arguments)(_resolve(part, values) for part in arguments)
+    return arguments
 
 
 @dataclass(eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class Step:
     value_only: bool = False
     frugal: bool = False  # whether sweeps may let go of what only exact semantics would read again
 
-    @property
+    @cached_property
     def head(self) -> Any:
         """The loss head of the network's backend."""
         return self.network.head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,8 +45,9 @@ class _Objective(torch.autograd.Function):
 
 def objective(method: Method, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None) -> Tensor:
     """The loss as a 0-d tensor with history; its value alone where gradients are off or nothing is trainable."""
-    used = set(network.graph().parameters.values())  # a parameter without part in the model keeps .grad as it is
-    named = [(name, p) for name, p in network.model.named_parameters() if p.requires_grad and name in used]
+    # a parameter without part in the model keeps .grad as it is
+    used = [(name, attrgetter(name)(network.model)) for name in network.graph().parameters.values()]
+    named = [(name, p) for name, p in used if p.requires_grad]
     if not torch.is_grad_enabled() or not named:
         return method.value(network, x, labels, tangents)
     if x.requires_grad:

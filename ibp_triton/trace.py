@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibp_triton.graph import Graph, Node, Ref
+from ibp_triton.graph import Graph, Node
 from ibp_triton.rules import Layer
 
 
@@ -62,7 +62,7 @@ def run(
     With ``first``, dropout masks and batch statistics' bookkeeping are those of that pass. ``frugal`` keeps of the
     values only what layers save for themselves; curvature sweeps are not possible then.
     """
-    own = dict(model.named_parameters())
+    own = {name: attrgetter(name)(model) for name in graph.parameters.values()}
     trainable = frozenset(i for i, name in graph.parameters.items() if own[name].requires_grad)
     moves = _moving(graph, trainable)
     trace = Trace(graph, [], [], trainable, moves, _taking(graph, moves), frugal)
@@ -86,8 +86,7 @@ def run(
 
 
 def _evaluate(node: Node, values: list[Any], first: Trace | None) -> tuple[Any, Layer | None]:
-    args = _resolve(node.args, values)
-    kwargs = _resolve(node.kwargs, values)
+    args, kwargs = node.arguments(values)
     if node.rule is None:
         return node.function(*args, **kwargs), None
     layer = node.rule(node)
@@ -95,18 +94,6 @@ def _evaluate(node: Node, values: list[Any], first: Trace | None) -> tuple[Any, 
     if earlier is not None:
         return layer.replay(earlier, *args, **kwargs), layer
     return layer.forward(*args, **kwargs), layer
-
-
-def _resolve(arguments: Any, values: list[Any]) -> Any:
-    if isinstance(arguments, Ref):
-        return values[arguments.index]
-    if isinstance(arguments, slice):
-        return slice(*(_resolve(part, values) for part in (arguments.start, arguments.stop, arguments.step)))
-    if isinstance(arguments, dict):
-        return {key: _resolve(value, values) for key, value in arguments.items()}
-    if isinstance(arguments, (tuple, list)):
-        return type(arguments)(_resolve(part, values) for part in arguments)
-    return arguments
 
 
 def _cast(value: Any, dtype: torch.dtype | None) -> Any:
