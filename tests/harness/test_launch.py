@@ -119,7 +119,10 @@ def _wait_for(folder: Path) -> None:
 def test_ctrl_c_keeps_what_is_done_and_says_so(tree: Tree, write: Write, tmp_path: Path) -> None:
     tree["training"]["epochs"] = 2000
     command = [sys.executable, "-m", "ibp_triton.harness.cli", "run", str(write(tree))]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a background job ignores it
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **listening
+    ) as process:
         _wait_for(tmp_path / "out" / "runs")
         process.send_signal(signal.SIGINT)
         _, message = process.communicate(timeout=60)
