@@ -23,7 +23,7 @@ quickstart: setup
 # tests/compiled needs Triton's CPU compiler in a process of its own.
 test: setup
 	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled -n $(CPUS)
-	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled; fi
+	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled -n $(CPUS); fi
 	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
 
 lint: setup
