@@ -13,6 +13,7 @@ import torch
 import ibp_triton as ibp
 from benchmarks import baselines, cases, timing
 from benchmarks.cases import METHODS, PRECISIONS, Case
+from ibp_triton.harness.launch import keep_freed_memory
 
 # (what, over what): upper bound in float32, in bfloat16
 TARGETS: dict[str, tuple[float, float]] = {
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--only", help="a network: mnist or cifar10")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the harness does, for every candidate alike
     start, cells = time.perf_counter(), []
     for network in [arguments.only] if arguments.only else list(cases.NETWORKS):
         for batch in (32, 256):
