@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -126,6 +128,42 @@ def vgg() -> nn.Module:
         *(nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2)),
         *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(24, 12), nn.ReLU(True), nn.Linear(12, 10)),
     )
+
+
+class BasicBlock(nn.Module):
+    """ResNet's block of two 3×3 convolutions."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        plain = stride == 1 and channels == width
+        short = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        self.downsample = None if plain else short
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += identity
+        return self.relu(out)
+
+
+def resnet18(width: int = 4) -> nn.Module:
+    """ResNet-18 as published, but narrow."""
+    stem = [
+        nn.Conv2d(1, width, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    widths = [width, width, 2 * width, 4 * width, 8 * width]
+    stages = [
+        nn.Sequential(BasicBlock(before, after, 1 if i == 0 else 2), BasicBlock(after, after, 1))
+        for i, (before, after) in enumerate(itertools.pairwise(widths))
+    ]
+    return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(8 * width, 10))
 
 
 class Branching(nn.Module):

@@ -8,7 +8,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 
 import ibp_triton as ibp
-from tests.library.networks import build
+from tests.library.networks import build, resnet18
 
 METHOD = ibp.LossIBP(0.1)
 
@@ -68,6 +68,27 @@ def test_optimizers_reduce_the_objective(case, make):
         losses[-1].backward()
         optimizer.step()
     assert float(losses[-1].detach()) < float(losses[0].detach())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg", "dense_block", "squeeze_excitation", "attention"])
+@pytest.mark.parametrize("key", ibp.METHODS)
+def test_well_known_networks_train_with_every_method(name, key):
+    torch.manual_seed(0)
+    model = resnet18() if name == "resnet18" else build({"vgg": "vgg_train"}.get(name, name))[0].float()
+    shape = (8, 1, 32, 32) if name == "resnet18" else (8, 1, 6, 6)
+    labels = torch.arange(8)
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * (labels[:, None, None, None] + 1) / 8
+    kind, network = ibp.METHODS[key], ibp.Network(model.train())
+    method = kind() if kind.parameter is None else kind(0.01)
+    tangents = ibp.lie_tangents(x)[:2] if kind.needs_tangents else None
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.05), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        torch.manual_seed(1)  # the same dropout mask, so that losses compare
+        losses.append(method(network, x, labels, tangents))
+        losses[-1].backward()
+        optimizer.step()
+    assert float(losses[-1].detach()) < 0.9 * float(losses[0].detach())
 
 
 def test_without_grad_only_the_value(case):
