@@ -118,9 +118,8 @@ class Term:
 def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> dict[str, Tensor]:
     """Sum of the terms divided by ``batch``: {parameter name: gradient}, of each trainable parameter in the graph.
 
-    An ordinary and a tangent term of one trace that share their right side merge into g(a + βt, d) where a layer is
-    bilinear and computes in float32 or float64; in lower precision a + βt would round the penalty away, and the two
-    products are added in float32.
+    Bilinear layers get all their products at once and merge those that share a right side (see ``Bilinear.merged``).
+    A frugal trace's sweeps are used up: what no earlier layer reads is released on the way.
     """
     trace = terms[0].trace
     means: dict[int, Any] = {}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, lift, product, sum_to, without_tangents
+from ibp_triton.rules.base import Layer, Names, Tangents, lift, sum_to, without_tangents
 
 
 class Pointwise(Layer):
@@ -379,8 +379,3 @@ class BatchNormEval(Layer):
 
     def _channels(self, d: Tensor) -> Tensor:
         return d.sum([0, *range(2, d.dim())])
-
-
-def elements(value: Tensor) -> int:
-    """The number of elements."""
-    return product(value.shape)
