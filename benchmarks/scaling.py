@@ -20,7 +20,7 @@ from ibp_triton.harness.launch import keep_freed_memory
 
 SWEPT = ("bp", "loss_ibp", "fast_tbp", "prediction_ibp", "tbp")
 AXES: dict[str, tuple[int, ...]] = {
-    "batch": (32, 128, 512, 2048, 4096),
+    "batch": (32, 64, 128, 256, 512),
     "width": (64, 128, 256, 512, 1024),
     "depth": (2, 4, 8, 16),
     "tangents": (1, 2, 4, 8, 16, 32),
