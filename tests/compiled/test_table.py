@@ -6,11 +6,7 @@ import torch
 from ibp_triton.kernels import aot, cases, config
 
 KINDS = [("float32", False), ("float32", True), ("bfloat16", False), ("float16", False)]
-SKIPPED = {
-    ("gfx1100", "float32", True),  # no tf32 on RDNA3
-    ("sm_80", "float16", False),  # the same code as bfloat16, with another type in the matrix instruction
-    ("sm_100", "float16", False),
-}
+SKIPPED = {("gfx1100", "float32", True)}  # no tf32 on RDNA3
 PAIRS = [(f, d, tf32) for f in aot.CHIPS for d, tf32 in KINDS if (f, d, tf32) not in SKIPPED]
 
 
