@@ -2,7 +2,7 @@
 
 What is bilinear differentiates for ever: ``linear`` → ``linear_vjp`` and ``weight_gradient`` → ``linear`` …; a
 pooling's reverse and its linear sweep are each other's adjoints. A mask, the position of a maximum and a sign are
-constants. ``fast_tbp_seed`` has no derivative.
+constants.
 """
 
 from __future__ import annotations
@@ -176,8 +176,7 @@ def _norm_seed(ctx: Any, g_seed: Tensor, g_value: Tensor) -> Any:
     wide = g_value.view(-1, *[1] * (u.dim() - 1)).to(u.dtype) * seed
     if norm == 1:  # the sign is constant almost everywhere
         return wide, None
-    bend = torch.where(u == 0, 1.0 if norm == 2 else 0.0, (norm - 1) * u.abs() ** (norm - 2))
-    return wide + bend * g_seed, None
+    return wide + _bend(u, norm) * g_seed, None
 
 
 def _norm_value(ctx: Any, g: Tensor) -> Any:
@@ -187,6 +186,25 @@ def _norm_value(ctx: Any, g: Tensor) -> Any:
 
 def _fgsm_step(ctx: Any, g: Tensor) -> Any:
     return g.clone(), None, None
+
+
+def _fast_tbp_seed(ctx: Any, g_seed: Tensor, g_value: Tensor) -> Any:
+    """Σ_j u_j τ_j for d, ψ(s_j) g_seed + u_j d for τ_j; s_j = ⟨d, τ_j⟩, u_j = ψ'(s_j)⟨g_seed, τ_j⟩ + ψ(s_j) g_value."""
+    d, tangents, norm, *_ = _kept(ctx)
+    samples = [1] * (d.dim() - 1)
+    slopes = torch.linalg.vecdot(tangents.flatten(2), d.flatten(1))
+    psi = slopes.sign() * slopes.abs() ** (norm - 1)
+    bend = _bend(slopes, norm) * torch.linalg.vecdot(tangents.flatten(2), g_seed.flatten(1))
+    weight = (bend + psi * g_value.to(d.dtype)).view(*slopes.shape, *samples)
+    back = psi.view(*slopes.shape, *samples) * g_seed + weight * d
+    return (weight * tangents).sum(0), back, None
+
+
+def _bend(u: Tensor, norm: float) -> Tensor:
+    """ψ'(u), almost everywhere: 0 for norm 1."""
+    if norm == 1:
+        return torch.zeros_like(u)
+    return torch.where(u == 0, 1.0 if norm == 2 else 0.0, (norm - 1) * u.abs() ** (norm - 2))
 
 
 for _name, _backward in {
@@ -207,5 +225,6 @@ for _name, _backward in {
     "norm_seed": _norm_seed,
     "norm_value": _norm_value,
     "fgsm_step": _fgsm_step,
+    "fast_tbp_seed": _fast_tbp_seed,
 }.items():
     getattr(ops, _name).register_autograd(_backward, setup_context=_keep_sparse if _name == "cross_entropy" else _keep)

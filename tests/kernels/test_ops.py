@@ -141,6 +141,25 @@ def test_loss_ibp_by_double_backward_through_the_operators():
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", [1.0, 2.0, 1.5, 3.0])
+def test_derivatives_of_the_collapsed_seed(norm):
+    d, tau, weights, values = randn(3, 7), randn(2, 3, 7), randn(3, 7), randn(3)
+
+    def plain(d, tau):
+        slopes = (d * tau).sum(-1)
+        psi = slopes.sign() * slopes.abs() ** (norm - 1)
+        return (psi[..., None] * tau).sum(0), (slopes.abs() ** norm / norm).sum(0)
+
+    gradients = []
+    for function, dtype in ((lambda *a: ops.fast_tbp_seed(*a, norm), torch.float32), (plain, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (d, tau)]
+        seed, value = function(*leaves)
+        scalar = (seed * weights.to(dtype)).sum() + (value * values.to(dtype)).sum()
+        gradients.append(torch.autograd.grad(scalar, leaves))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_what_has_no_derivative_says_so():
     z, t = leaf(2, 3), leaf(2, 3)
     with pytest.raises(NotImplementedError, match="logits"):
