@@ -14,7 +14,7 @@ from ibp_triton.checks import check_batch, check_hyperparameters, check_labels, 
 from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.network import Network
 from ibp_triton.objective import objective
-from ibp_triton.sweeps import Sweep, Term, linear_sweep, reverse, weight_gradients
+from ibp_triton.sweeps import Linear, Reverse, Sweep, Term, linear_sweep, reverse, weight_gradients
 from ibp_triton.trace import Trace
 
 
@@ -58,8 +58,9 @@ class Step:
         return Pass(self.head, trace, *self.head.cross_entropy(trace.logits, self.labels))
 
     def second_pass(self, run: Pass, *, to_input: bool) -> Sweep:
-        """The reverse sweep from c."""
-        return reverse(run.trace, run.c, to_input=to_input)
+        """The reverse sweep from c; one that stops short of the input runs along with the weight gradient it is for."""
+        sweep = Reverse(run.trace, run.c, to_input=to_input)
+        return sweep.run() if to_input else sweep
 
 
 Recipe = tuple[Tensor, Sequence[Term]]  # the objective [], mean over the batch, and the terms of its gradient
@@ -209,12 +210,12 @@ class PredictionIBP(Method):
         if step.value_only:
             return value, []
         exact = self.semantics == "exact"
-        e = reverse(run.trace, e_K, to_input=exact)
+        e = reverse(run.trace, e_K, to_input=True) if exact else Reverse(run.trace, e_K, to_input=False)
         terms = [Term(1, run.trace, d), Term(self.beta, run.trace, e, t)]
         if exact:
             s = linear_sweep(run.trace, _input(run, e), to_output=True)
             delta = run.head.hessian_product(run.p, _output(run, s))
-            back = reverse(run.trace, delta, to_input=False, bends=[(d, s), (e, t)])
+            back = Reverse(run.trace, delta, to_input=False, bends=[(d, s), (e, t)])
             terms += [Term(self.beta, run.trace, d, s), Term(self.beta, run.trace, back)]
         return value, terms
 
@@ -287,10 +288,10 @@ class TangentBP(Method):
         if step.value_only:
             return value, []
         d = step.second_pass(run, to_input=False)
-        e = reverse(run.trace, e_K, to_input=False)
+        e = Reverse(run.trace, e_K, to_input=False)
         terms = [Term(1, run.trace, d), Term(self.beta, run.trace, e, t)]
         if self.semantics == "exact":
-            terms.append(Term(self.beta, run.trace, reverse(run.trace, None, to_input=False, bends=[(e, t)])))
+            terms.append(Term(self.beta, run.trace, Reverse(run.trace, None, to_input=False, bends=[(e, t)])))
         return value, terms
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:
@@ -324,11 +325,11 @@ class FastTangentBP(Method):
 def _along_seed(run: Pass, d: Sweep, seed: Tensor, beta: Any, semantics: str) -> list[Term]:
     """Terms of L + β ⟨d_0, seed⟩: paper g(a + βt, d); exact also g(a, δ), the change of d along the seed."""
     exact = semantics == "exact"
-    t = linear_sweep(run.trace, seed, to_output=exact)
+    t = linear_sweep(run.trace, seed, to_output=True) if exact else Linear(run.trace, seed, to_output=False)
     terms = [Term(1, run.trace, d), Term(beta, run.trace, d, t)]
     if exact:
         delta = run.head.hessian_product(run.p, _output(run, t))
-        terms.append(Term(beta, run.trace, reverse(run.trace, delta, to_input=False, bends=[(d, t)])))
+        terms.append(Term(beta, run.trace, Reverse(run.trace, delta, to_input=False, bends=[(d, t)])))
     return terms
 
 

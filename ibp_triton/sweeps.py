@@ -17,10 +17,35 @@ from ibp_triton.rules import Bilinear, Pieces, Product
 from ibp_triton.rules.base import wide
 from ibp_triton.trace import Trace
 
-Sweep = list[Any]  # a derivative or tangent for each node, None where there is none
+
+class Sweep(list[Any]):
+    """A derivative or tangent for each node, None where there is none.
+
+    ``run()`` fills it. One that has not run yet may enter the terms of a weight gradient: it then runs along with it,
+    each node's sides being used while they are in the cache, and let go of before the next node's are made.
+    """
+
+    trace: Trace
+    forward = False  # the order of nodes in which it runs
+    done = False
+
+    def advance(self, node: Node) -> None:
+        """Pass one node."""
+        raise NotImplementedError
+
+    def run(self) -> Sweep:
+        """Pass all nodes."""
+        self.done = True
+        for node in self.trace.graph.nodes if self.forward else reversed(self.trace.graph.nodes):
+            self.advance(node)
+        return self
+
+    def _keeps(self, index: int) -> bool:
+        """Whether a weight gradient will read this node's side after the sweep has passed it."""
+        return self.done and self.trace.takes[index]
 
 
-def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[tuple[Sweep, Sweep]] = ()) -> Sweep:
+class Reverse(Sweep):
     """Second pass: δ_{i−1} = f~_i(δ_i) from δ_K = ``d`` [N, M] or [T, N, M].
 
     Args:
@@ -28,27 +53,71 @@ def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[t
         d: the derivative of the output.
         to_input: whether the input's own derivative is wanted; without it the first layer's vjp is skipped.
         bends: pairs (reverse sweep r, linear sweep t); each adds curvature_i(r_i, t_{i−1}) to δ_{i−1}.
-
-    Returns:
-        A derivative for each active node, None where none is needed.
     """
-    graph = trace.graph
-    sweep: Sweep = [None] * len(graph.nodes)
-    sweep[graph.output] = d
-    for node in reversed(graph.nodes):
-        layer = trace.layers[node.index]
+
+    def __init__(
+        self, trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[tuple[Sweep, Sweep]] = ()
+    ) -> None:
+        super().__init__([None] * len(trace.graph.nodes))
+        self.trace, self.to_input, self.bends = trace, to_input, bends
+        self[trace.graph.output] = d
+
+    def advance(self, node: Node) -> None:
+        """The node's vjp, added to the derivatives of its operands."""
+        trace, layer = self.trace, self.trace.layers[node.index]
         if layer is None or node.kind != "active":
-            continue
-        wanted = [n for n, i in node.operands.items() if _wants(trace, i, to_input)]
-        if wanted and sweep[node.index] is not None:
-            _receive(trace, node, sweep, layer.vjp(sweep[node.index], wanted))
-        for r, t in bends if wanted else ():
+            return
+        wanted = [n for n, i in node.operands.items() if _wants(trace, i, self.to_input)]
+        if wanted and self[node.index] is not None:
+            self._receive(node, layer.vjp(self[node.index], wanted))
+        for r, t in self.bends if wanted else ():
             tangents = _tangents_of(node, t)
             if r[node.index] is not None and tangents:
-                _receive(trace, node, sweep, layer.curvature(r[node.index], tangents, wanted))
-        if trace.frugal and not trace.takes[node.index]:
-            sweep[node.index] = None
-    return sweep
+                self._receive(node, layer.curvature(r[node.index], tangents, wanted))
+        if trace.frugal and not self._keeps(node.index):
+            self[node.index] = None
+
+    def _receive(self, node: Node, parts: Mapping[str, Any]) -> None:
+        for name, part in parts.items():
+            index = node.operands[name]
+            self[index] = _sum(self[index], part)
+
+
+class Linear(Sweep):
+    """Third pass: t_i = f~~_i(t_{i−1}) from t_0 = ``t`` [N, ...] or [T, N, ...], no biases, the first pass's masks.
+
+    Without ``to_output`` layers after the last trainable one are skipped, and the last one's own jvp is.
+    """
+
+    forward = True
+
+    def __init__(self, trace: Trace, t: Tensor, *, to_output: bool) -> None:
+        super().__init__([None] * len(trace.graph.nodes))
+        self.trace, self.needed = trace, trace.tangents_needed(to_output)
+        self[trace.graph.input] = t
+
+    def advance(self, node: Node) -> None:
+        """The node's jvp of its operands' tangents."""
+        trace, layer = self.trace, self.trace.layers[node.index]
+        if layer is None or node.kind != "active":
+            return
+        if self.needed[node.index]:
+            tangents = _tangents_of(node, self)
+            if tangents and _differentiable(trace.values[node.index]):
+                self[node.index] = layer.jvp(tangents)
+        for index in trace.graph.last_uses[node.index] if trace.frugal else ():
+            if not any(self._keeps(user) for user in trace.graph.nodes[index].consumers):
+                self[index] = None
+
+
+def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[tuple[Sweep, Sweep]] = ()) -> Sweep:
+    """The second pass, run: see ``Reverse``."""
+    return Reverse(trace, d, to_input=to_input, bends=bends).run()
+
+
+def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
+    """The third pass, run: see ``Linear``."""
+    return Linear(trace, t, to_output=to_output).run()
 
 
 def _wants(trace: Trace, index: int, to_input: bool) -> bool:
@@ -61,40 +130,12 @@ def _differentiable(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.is_floating_point()
 
 
-def _receive(trace: Trace, node: Node, sweep: Sweep, parts: Mapping[str, Any]) -> None:
-    for name, part in parts.items():
-        index = node.operands[name]
-        sweep[index] = _sum(sweep[index], part)
-
-
 def _sum(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
     if isinstance(a, Pieces):
         return Pieces({k: _sum(a.get(k), b.get(k)) for k in {**a, **b}})
     return a + b
-
-
-def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
-    """Third pass: t_i = f~~_i(t_{i−1}) from t_0 = ``t`` [N, ...] or [T, N, ...], no biases, the first pass's masks.
-
-    Without ``to_output`` layers after the last trainable one are skipped, and the last one's own jvp is.
-    """
-    graph = trace.graph
-    needed = trace.tangents_needed(to_output)
-    sweep: Sweep = [None] * len(graph.nodes)
-    sweep[graph.input] = t
-    for node in graph.nodes:
-        layer = trace.layers[node.index]
-        if layer is None or node.kind != "active" or not needed[node.index]:
-            continue
-        tangents = _tangents_of(node, sweep)
-        if tangents and _differentiable(trace.values[node.index]):
-            sweep[node.index] = layer.jvp(tangents)
-        for index in graph.last_uses[node.index] if trace.frugal else ():
-            if not any(trace.takes[user] for user in graph.nodes[index].consumers):
-                sweep[index] = None
-    return sweep
 
 
 def _tangents_of(node: Node, sweep: Sweep) -> dict[str, Any]:
@@ -118,35 +159,49 @@ class Term:
 def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> dict[str, Tensor]:
     """Sum of the terms divided by ``batch``: {parameter name: gradient}, of each trainable parameter in the graph.
 
-    Bilinear layers get all their products at once and merge those that share a right side (see ``Bilinear.merged``).
-    A frugal trace's sweeps are used up: what no earlier layer reads is released on the way.
+    Sweeps that have not run do so here, in one order. Bilinear layers get all their products at once and merge those
+    that share a right side (see ``Bilinear.merged``). Frugal traces and their sweeps are used up.
     """
     trace = terms[0].trace
-    means: dict[int, Any] = {}
-    for node in reversed(trace.graph.nodes):
-        layer = trace.layers[node.index]
-        wanted = [n for n, i in node.operands.items() if trace.graph.nodes[i].kind == "parametric" and trace.moves[i]]
-        if layer is None or not wanted:
+    nodes, means = trace.graph.nodes, dict[int, Any]()
+    running = {id(s): s for term in terms for s in (term.right, term.tangents) if s is not None and not s.done}
+    forward = any(sweep.forward for sweep in running.values())
+    assert all(sweep.forward == forward for sweep in running.values())
+    for node in nodes if forward else reversed(nodes):
+        if node.kind != "active":
             continue
-        if isinstance(layer, Bilinear):
+        wanted, layer = _trainable_operands(trace, node), trace.layers[node.index]
+        if isinstance(layer, Bilinear) and wanted:
             _collect(means, node, layer.joint_gradient(_products(terms, node), wanted, batch))
-        elif node.kind == "active":
+        elif wanted:
             for term in terms:
                 _collect(means, node, _part(term, node, wanted, exact), term.coefficient / batch)
-        elif node.index in means:
-            _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
         for term in terms if trace.frugal else ():
-            _let_go(term, node)
+            _let_go(term, node, forward)
+        for sweep in running.values():
+            sweep.advance(node)
+        for term in terms if trace.frugal else ():
+            term.trace.layers[node.index] = None
+    for node in reversed(nodes):
+        wanted, layer = _trainable_operands(trace, node), trace.layers[node.index]
+        if node.kind == "parametric" and layer is not None and wanted and node.index in means:
+            _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
     means |= {i: torch.zeros_like(trace.values[i]) for i in trace.trainable if i not in means}
     return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}
 
 
-def _let_go(term: Term, node: Node) -> None:
-    """Forget what no earlier node's weight gradient reads."""
-    term.right[node.index] = None
-    for index in node.operands.values() if term.tangents is not None else ():
-        if term.trace.graph.nodes[index].consumers[0] == node.index:
-            term.tangents[index] = None  # type: ignore[index]
+def _trainable_operands(trace: Trace, node: Node) -> list[str]:
+    return [n for n, i in node.operands.items() if trace.graph.nodes[i].kind == "parametric" and trace.moves[i]]
+
+
+def _let_go(term: Term, node: Node, forward: bool) -> None:
+    """Forget of the sweeps that have run what no later node's weight gradient reads."""
+    if term.right.done:
+        term.right[node.index] = None
+    if term.tangents is not None and term.tangents.done:
+        for index in node.operands.values():
+            if term.trace.graph.nodes[index].consumers[-1 if forward else 0] == node.index:
+                term.tangents[index] = None
 
 
 def _part(term: Term, node: Node, wanted: list[str], exact: bool) -> dict[str, Any]:

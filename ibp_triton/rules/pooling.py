@@ -34,7 +34,7 @@ class _MaxPool(Layer):
         return_indices: bool = False,
     ) -> Any:
         """[N, C, ...] → [N, C, ...]."""
-        self.input = input
+        self.shape, self.layout = input.shape, _layout(input)  # the values themselves are not read again
         self.window = (kernel_size, stride or kernel_size, padding, dilation, ceil_mode)
         output, self.index = self.pool(input, *self.window, True)
         return (output, self.index) if return_indices else output
@@ -49,7 +49,7 @@ class _MaxPool(Layer):
     def jvp(self, t: Tangents) -> Tensor:
         """T gathered at the chosen positions."""
         tangent = t["input"]
-        extra = tangent.shape[: tangent.dim() - self.input.dim()]
+        extra = tangent.shape[: tangent.dim() - len(self.shape)]
         flat, index = _rows(tangent, len(extra)), _rows(self.index, 0)
         channels_last = flat.stride(-1) != 1 and flat.stride(-2) == 1
         if channels_last:  # gather rows of channels as they lie in memory
@@ -59,8 +59,8 @@ class _MaxPool(Layer):
         return out.unflatten(-1, self.index.shape[2:])  # type: ignore[no-any-return]
 
     def _scatter(self, d: Tensor) -> Tensor:
-        flat = d.new_zeros(*d.shape[:2], product(self.input.shape[2:]))
-        return flat.scatter_add(2, self.index.flatten(2), d.flatten(2)).unflatten(2, self.input.shape[2:])  # type: ignore[no-any-return]
+        flat = d.new_zeros(*d.shape[:2], product(self.shape[2:]))
+        return flat.scatter_add(2, self.index.flatten(2), d.flatten(2)).unflatten(2, self.shape[2:])  # type: ignore[no-any-return]
 
 
 class MaxPool1d(_MaxPool):
@@ -77,9 +77,17 @@ class MaxPool2d(_MaxPool):
     def _scatter(self, d: Tensor) -> Tensor:
         kernel, stride, padding, dilation, ceil = self.window
         pair = [list(v) if isinstance(v, (tuple, list)) else [v, v] for v in (kernel, stride, padding, dilation)]
+        # of the input torch reads but shape and layout: the pages of this stay untouched
+        like = torch.empty(self.shape, dtype=d.dtype, device=d.device, memory_format=self.layout)
         return torch.ops.aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
-            d, self.input, *pair, ceil, self.index
+            d, like, *pair, ceil, self.index
         )
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """In which the derivative shall lie."""
+    last = x.dim() == 4 and x.stride(1) == 1 and x.shape[1] > 1
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _rows(x: Tensor, extra: int) -> Tensor:
