@@ -62,18 +62,13 @@ class Compiled:
     occupancy: float  # resident threads over what the chip holds, an upper bound from registers and shared memory
     matrix: str  # the matrix instruction, "" for none
     loads: dict[int, int]  # width in bits of the global loads: how many stand in the code
+    by_pointer: dict[str, dict[int, int]]  # the same through each pointer argument, in the LLVM code
     fits: bool  # shared memory is within what a program may use
 
     @property
     def load_bits(self) -> int:
         """Width of the widest global load."""
         return max(self.loads, default=0)
-
-    @property
-    def wide_share(self) -> float:
-        """Share of the loaded bytes, as they stand in the code, that comes in 128-bit loads."""
-        total = sum(bits * count for bits, count in self.loads.items())
-        return 128 * self.loads.get(128, 0) / total if total else 0.0
 
 
 def compile_launch(launch: Launch, family: str) -> Compiled:
@@ -85,13 +80,51 @@ def compile_launch(launch: Launch, family: str) -> Compiled:
         raise RuntimeError("this process interprets kernels (TRITON_INTERPRET=1): compile in another one")
     chip = CHIPS[family]
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    kernel = triton.compile(_source(launch), target=chip.target, options=options)
+    source = _source(launch)
+    kernel = triton.compile(source, target=chip.target, options=options)
     read = _read_nvidia if chip.target.backend == "cuda" else _read_amd
     registers, spills, assembly, loads = read(kernel)
     shared, threads = int(kernel.metadata.shared), launch.config.warps * chip.target.warp_size
     matrix = next((name for sign, name in _MATRIX.items() if sign in assembly), "")
     occupancy = _occupancy(chip, registers, shared, threads)
-    return Compiled(registers, spills, shared, occupancy, matrix, loads, shared <= chip.shared)
+    names = [name for name, kind in source.signature.items() if kind != "constexpr"]
+    by_pointer = _loads_by_pointer(kernel.asm["llir"], names)
+    return Compiled(registers, spills, shared, occupancy, matrix, loads, by_pointer, shared <= chip.shared)
+
+
+def wide_operands(launch: Launch) -> dict[str, bool]:
+    """The operands of a `contract` or `wgrad`, and whether alignment allows 128-bit loads of each.
+
+    It does where the tensor, every run of contiguous elements that the kernel walks along and every step between two
+    runs are multiples of 16 bytes. A run is the channels of an image, or the weight's axis of stride 1, with the taps
+    where they follow without a gap. The bias is no operand of the product: one vector a program.
+    """
+    a = launch.arguments
+    channels, columns, geometry = a["C"], a["J"], a["GEOMETRY"]
+    image = [channels if a["x_c"] == 1 else 1, a["x_n"], a["x_h"], a["x_w"]]
+    runs: dict[str, list[int]] = {}
+    if launch.name == "wgrad":
+        for i in range(a["SEGMENTS"]):
+            runs |= {f"x{i}": image, f"d{i}": [columns]}
+            if a["AXPY"] >> i & 1:
+                runs[f"y{i}"] = image
+    else:
+        along, across, by_row, by_tap = (a[name] for name in ("w_c", "w_j", "w_h", "w_w"))
+        height, width = geometry[4:6]
+        dense = (by_tap == channels or width == 1) and (by_row == channels * width or height == 1)
+        if across == 1:
+            weight = [columns, along, by_row, by_tap]
+        elif dense and 1 in (along, channels):
+            weight = [channels * height * width, across]
+        else:
+            weight = [channels if along == 1 else 1, across, by_row, by_tap]
+        runs = {"x": [*image, a["x_t"] * a["UNIT"]], "w": weight}
+        if a["MASK"]:
+            runs["mask"] = [columns]
+    return {
+        name: a[name].data_ptr() % 16 == 0 and all(n * a[name].element_size() % 16 == 0 for n in lengths)
+        for name, lengths in runs.items()
+    }
 
 
 def signature(launch: Launch) -> tuple[Any, ...]:
@@ -130,12 +163,14 @@ def _read_nvidia(kernel: Any) -> tuple[int, int, str, dict[int, int]]:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     number = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    loads: Counter[int] = Counter()
-    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)", ptx):
-        loads[8 * int(size, 0)] += 1
-    for vector, bits in re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
-        loads[int(vector or 1) * int(bits)] += 1
-    return number["REG"], number["STACK"] + number["LOCAL"], ptx, dict(loads)
+    return number["REG"], number["STACK"] + number["LOCAL"], ptx, dict(Counter(_ptx_loads(ptx)))
+
+
+def _ptx_loads(ptx: str) -> list[int]:
+    """Bits of each global load in the text."""
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)", ptx)
+    plain = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+    return [8 * int(size, 0) for size in copies] + [int(vector or 1) * int(bits) for vector, bits in plain]
 
 
 _AMD_BITS = {"ubyte": 8, "u8": 8, "sbyte": 8, "ushort": 16, "short": 16, "u16": 16, "d16": 16, "dword": 32, "b32": 32}
@@ -150,6 +185,46 @@ def _read_amd(kernel: Any) -> tuple[int, int, str, dict[int, int]]:
         size = next((s for s in reversed(width.split("_")) if s in _AMD_BITS), None)
         loads[_AMD_BITS.get(size or width, 32)] += 1
     return number["vgpr_count"], number["vgpr_spill_count"], text, dict(loads)
+
+
+_POINTER = re.compile(r"ptr addrspace\(1\) (?:nonnull )?(%[\w.]+)")
+_LLVM_LOAD = re.compile(r" = load (?:volatile )?(?:<(\d+) x )?(?:[if]?(\d+)|(\w+))>?, ptr addrspace\(1\)")
+_LLVM_BITS = {"float": 32, "bfloat": 16, "half": 16}
+
+
+def _loads_by_pointer(llir: str, arguments: list[str]) -> dict[str, dict[int, int]]:
+    """Widths of the global loads through each argument, from the LLVM code, the last to know the arguments.
+
+    Raises RuntimeError for a load whose address is no argument's.
+    """
+    sources: dict[str, list[str]] = {}  # the pointers that a pointer is made of
+    loads: list[tuple[str, int]] = []
+    for line in llir.splitlines():
+        made = re.match(r"\s+(%[\w.]+) = (getelementptr|phi ptr|select|freeze)\b", line)
+        pointers = _POINTER.findall(line)
+        if made:
+            phi = re.findall(r"\[ (%[\w.]+), %", line) if made[2] == "phi ptr" else []
+            sources[made[1]] = pointers + phi
+        elif widths := _ptx_loads(line):
+            loads += [(pointers[-1], bits) for bits in widths]
+        elif load := _LLVM_LOAD.search(line):
+            loads.append((pointers[0], int(load[1] or 1) * (int(load[2] or 0) or _LLVM_BITS[load[3]])))
+    found: dict[str, Counter[int]] = {}
+    for pointer, bits in loads:
+        found.setdefault(_argument(pointer, sources, arguments), Counter())[bits] += 1
+    return {name: dict(widths) for name, widths in found.items()}
+
+
+def _argument(pointer: str, sources: dict[str, list[str]], arguments: list[str]) -> str:
+    seen, open_ends = {pointer}, [pointer]
+    while open_ends:
+        name = open_ends.pop()
+        if name not in sources and name.removeprefix("%").isdigit() and int(name[1:]) < len(arguments):
+            return arguments[int(name[1:])]
+        fresh = [source for source in sources.get(name, ()) if source not in seen]
+        seen.update(fresh)
+        open_ends += fresh
+    raise RuntimeError(f"the load through {pointer} leads to no argument")
 
 
 def _occupancy(chip: Chip, registers: int, shared: int, threads: int) -> float:

@@ -77,8 +77,8 @@ def other_cases(make: Make) -> None:
     fast_tbp_seed(pixels, make(5, BATCH, 1, 28, 28))
 
 
-def launches(family: str, dtype: torch.dtype, tf32: bool = False) -> list[Launch]:
-    """The launches of all cases on a chip family in a dtype, none of them run; float32 with or without tf32."""
+def zeros(dtype: torch.dtype) -> Make:
+    """Tensors of zeros in a dtype, images with their channels last."""
 
     def make(*shape: int) -> torch.Tensor:
         if len(shape) < 4:
@@ -86,7 +86,13 @@ def launches(family: str, dtype: torch.dtype, tf32: bool = False) -> list[Launch
         *lead, channels, height, width = shape
         return torch.zeros((*lead, height, width, channels), dtype=dtype).movedim(-1, -3)
 
-    with on_chip(family), _tf32(tf32), recording(execute=False) as record:
+    return make
+
+
+def launches(family: str, dtype: torch.dtype, tf32: bool = False) -> list[Launch]:
+    """The launches of all cases on a chip family in a dtype, none of them run; float32 with or without tf32."""
+    make = zeros(dtype)
+    with on_chip(family), allowing_tf32(tf32), recording(execute=False) as record:
         matrix_cases(make)
         if dtype == torch.float32 and not tf32:
             merged_cases(make)
@@ -96,7 +102,8 @@ def launches(family: str, dtype: torch.dtype, tf32: bool = False) -> list[Launch
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def allowing_tf32(allowed: bool) -> Iterator[None]:
+    """torch's setting for float32 matrix products, for a block."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:

@@ -32,16 +32,17 @@ def contract(
     tangents,
     steps,
     x_t,
-    x_n,
-    x_h,
-    x_w,
-    x_c,
-    w_j,
-    w_c,
-    w_h,
-    w_w,
+    x_n: tl.constexpr,
+    x_h: tl.constexpr,
+    x_w: tl.constexpr,
+    x_c: tl.constexpr,
+    w_j: tl.constexpr,
+    w_c: tl.constexpr,
+    w_h: tl.constexpr,
+    w_w: tl.constexpr,
     C: tl.constexpr,
     J: tl.constexpr,
+    UNIT: tl.constexpr,
     GEOMETRY: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SIGN: tl.constexpr,
@@ -58,13 +59,15 @@ def contract(
     """Contract channels and taps of x with w; grid (row tiles, column tiles, SPLITS * tangent groups).
 
     Pointers:
-        x: [T, samples, C, H, W] by the strides x_t, x_n, x_c, x_h, x_w; any float type.
+        x: [T, samples, C, H, W] by the strides x_t * UNIT, x_n, x_c, x_h, x_w; any float type.
         w: [J, C, KH, KW] by the strides w_j, w_c, w_h, w_w; of x's type.
         bias: [J]; read when BIAS.
         mask: [rows, J], contiguous, shared by the tangents; the result is kept where mask > 0; read when MASK.
         out: [T, rows, J], contiguous, rows = samples * OH * OW; with SPLITS > 1 a float32 [SPLITS, T, rows, J]
             workspace of partial sums, and BIAS, RELU and MASK are left to `combine`.
 
+    All strides but that of tangents are constants, and that one has the constant factor UNIT: so the compiler knows
+    their alignment at any number of channels and samples.
     `steps` is the length of the loop over the depth, for one split; not a constant, or compilers unroll it and spill.
     GEOMETRY is (H, W, OH, OW, KH, KW, stride h, w, padding h, w, dilation h, w): H, W the extent of x, OH, OW that of
     out. SIGN replaces x by its sign on the fly (the norm-1 seed).
@@ -77,6 +80,8 @@ def contract(
     KW: tl.constexpr = GEOMETRY[5]
     TAPPED: tl.constexpr = H * W * OH * OW * KH * KW > 1
     K: tl.constexpr = C * KH * KW
+    # the weight's depth lies as `k` counts it: one run of K, also where C alone is shorter than a 128-bit load
+    FLAT: tl.constexpr = w_j > 1 and (w_c == 1 or C == 1) and (w_w == C or KW == 1) and (w_h == C * KW or KH == 1)
 
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -128,10 +133,12 @@ def contract(
         else:
             x_at = sample[:, None] * x_n + (k * x_c)[None, :]
             w_at = k * w_c
+        if FLAT:
+            w_at = k
         w_tile = tl.load(w + w_at[:, None] + (col * w_j)[None, :], mask=(k < K)[:, None] & col_ok[None, :], other=0.0)
         grown = ()
         for t in tl.static_range(GROUP):
-            x_tile = tl.load(x + (first + t) * x_t + x_at, mask=ok & (first + t < tangents), other=0.0)
+            x_tile = tl.load(x + (first + t) * x_t * UNIT + x_at, mask=ok & (first + t < tangents), other=0.0)
             if SIGN:
                 x_tile = ((x_tile > 0).to(tl.float32) - (x_tile < 0).to(tl.float32)).to(w_tile.dtype)
             grown = grown + (tl.dot(x_tile, w_tile, sums[t], input_precision=PRECISION),)  # type: ignore[assignment]  # noqa: RUF005
@@ -197,6 +204,7 @@ def contract_into(
     parts = cdiv(steps, cdiv(steps, parts))  # no part is empty
     target = out if parts == 1 else out.new_empty((parts, tangents, rows * columns), dtype=torch.float32)
     size, loads = x.element_size(), (bias, mask) if parts == 1 else (None, None)
+    unit = math.gcd(x_strides[0], 16) if tangents > 1 else 16  # 16 is what Triton looks for
     pointers = {
         "x": size * tangents * tiles[1] * samples * inside * channels,
         "w": size * tiles[0] * tiles[2] * depth * columns,
@@ -229,10 +237,12 @@ def contract_into(
             "samples": samples,
             "tangents": tangents,
             "steps": cdiv(steps, parts),
-            **dict(zip(("x_t", "x_n", "x_h", "x_w", "x_c"), x_strides, strict=True)),
+            "x_t": x_strides[0] // unit if tangents > 1 else 0,
+            **dict(zip(("x_n", "x_h", "x_w", "x_c"), x_strides[1:], strict=True)),
             **dict(zip(("w_j", "w_c", "w_h", "w_w"), w_strides, strict=True)),
             "C": channels,
             "J": columns,
+            "UNIT": unit,
             "GEOMETRY": geometry,
             "TRANSPOSED": transposed,
             "SIGN": sign,

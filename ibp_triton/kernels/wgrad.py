@@ -51,14 +51,14 @@ def wgrad(
     n1,
     n2,
     n3,
-    x_n,
-    x_h,
-    x_w,
-    x_c,
-    w_j,
-    w_c,
-    w_h,
-    w_w,
+    x_n: tl.constexpr,
+    x_h: tl.constexpr,
+    x_w: tl.constexpr,
+    x_c: tl.constexpr,
+    w_j: tl.constexpr,
+    w_c: tl.constexpr,
+    w_h: tl.constexpr,
+    w_w: tl.constexpr,
     size,
     C: tl.constexpr,
     J: tl.constexpr,
@@ -129,7 +129,8 @@ def wgrad(
             else:
                 at = r[:, None] * x_n + (k * x_c)[None, :]
             left = tl.load(xs[i] + at, mask=ok, other=0.0)
-            right = tl.load(ds[i] + r[:, None] * J + j[None, :], mask=r_ok[:, None] & j_ok[None, :], other=0.0)
+            # as [j, r]: tl.trans of a tile [r, j] is transposed while it is copied, in tf32 by 32-bit copies
+            right = tl.load(ds[i] + j[:, None] + (r * J)[None, :], mask=j_ok[:, None] & r_ok[None, :], other=0.0)
             if (AXPY >> i) % 2 == 1:
                 push = tl.load(ys[i] + at, mask=ok, other=0.0)
                 if (SIGN >> i) % 2 == 1:
@@ -137,9 +138,9 @@ def wgrad(
                 left = left + beta * push
             elif (SIGN >> i) % 2 == 1:
                 left = ((left > 0).to(tl.float32) - (left < 0).to(tl.float32)).to(right.dtype)
-            part = tl.dot(tl.trans(right), left, part, input_precision=PRECISION)
+            part = tl.dot(right, left, part, input_precision=PRECISION)
             if (BIAS >> i) % 2 == 1:
-                shift += cs[i] * tl.sum(right.to(tl.float32), 0)
+                shift += cs[i] * tl.sum(right.to(tl.float32), 1)
         total += cs[i] * part
 
     at = (j * w_j)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
