@@ -78,7 +78,10 @@ class Augment(Strict):
 
 
 class Training(Strict):
-    """Stochastic gradient descent as in section 5 of the paper; `learning_rate` decays by `decay` an epoch."""
+    """Stochastic gradient descent as in section 5 of the paper; `learning_rate` decays by `decay` an epoch.
+
+    `compile` trains by one compiled graph a step, on the CPU, after comparing it with the eager step.
+    """
 
     epochs: Count = 80
     batch_size: Count = 32
@@ -94,6 +97,13 @@ class Training(Strict):
     channels_last: bool = True
     test_every: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Training:
+        if self.compile and self.device != "cpu":
+            raise ValueError(f"compile: true is for device: cpu, not {self.device}; leave one of the two out")
+        return self
 
 
 class Tangents(Strict):

@@ -44,12 +44,16 @@ class Run:
         return {
             "data": self.data.model_dump(exclude={"dir"}),
             "network": self.network.model_dump(by_alias=True),
-            "training": self.training.model_dump(exclude={"device"}),
+            "training": self._training(),
             "method": vars(self.method),
             "tangents": self.tangents.model_dump() if self.method.key in ("tbp", "fast_tbp") else None,
             "seeds": self.seeds.model_dump(),
             "track_cosine": self.track_cosine,
         }
+
+    def _training(self) -> dict[str, Any]:
+        # an option younger than stored runs counts only where it is set: they keep their names
+        return self.training.model_dump(exclude={"device"} if self.training.compile else {"device", "compile"})
 
     @classmethod
     def from_config(cls, stored: dict[str, Any]) -> Run:

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
 from ibp_triton.harness import data, methods, models, store
-from ibp_triton.harness.batches import Batch, Batches
+from ibp_triton.harness.batches import Batches
+from ibp_triton.harness.compiled import EagerStep, compiled
 from ibp_triton.harness.data import Dataset
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.probe import semantics_gap
@@ -46,9 +46,9 @@ def train(run: Run, folder: Path, report: Report, data_dir: str | None = None) -
     store.write_json(folder / "config.json", run.config())
     store.write_json(folder / "environment.json", store.environment())
     batches = Batches(dataset, run.training, run.seeds, run.tangents if methods.needs_tangents(run.method) else None)
-    network = ibp.Network(state.model, dtype=methods.PRECISIONS[run.training.precision])
+    step = _step(run, state, batches)
     for epoch in range(len(state.metrics), run.training.epochs):
-        record = _epoch(run, network, state, batches, epoch)
+        record = _epoch(run, step, state, batches, epoch)
         if _is_test_epoch(run, epoch):
             record |= errors(state.model, dataset, run.training.channels_last)
         if run.track_cosine and run.method.semantics:
@@ -84,20 +84,29 @@ def _optimizer(run: Run, model: nn.Module) -> torch.optim.SGD:
     return optimizer
 
 
-def _epoch(run: Run, network: Any, state: State, batches: Batches, epoch: int) -> store.Record:
+def _step(run: Run, state: State, batches: Batches) -> EagerStep:
+    network = ibp.Network(state.model, dtype=methods.PRECISIONS[run.training.precision])
+    doubled = run.method.key == "at" and run.training.at_gradient == "sum"
+    eager = EagerStep(network, state.optimizer, 2.0 if doubled else 1.0)
+    if not run.training.compile:
+        return eager
+    state.model.train()
+    return compiled(eager, methods.build(run.method), batches.first(run.training.batch_size), run.training.precision)
+
+
+def _epoch(run: Run, step: EagerStep, state: State, batches: Batches, epoch: int) -> store.Record:
     decay = run.training.decay**epoch
     rate = run.training.learning_rate * decay
     method = methods.build(run.method, decay if run.training.beta_decay else 1.0)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    doubled = run.method.key == "at" and run.training.at_gradient == "sum"
     torch.manual_seed(derive(run.seeds.order, "step", epoch))
     state.model.train()
     clock = _clock(run)
     begin, wall = clock(), time.perf_counter()
     total = torch.zeros((), device=next(state.model.parameters()).device)
     for batch in batches.epoch(epoch):
-        total += len(batch.labels) * _step(network, method, state.optimizer, batch, 2.0 if doubled else 1.0)
+        total += len(batch.labels) * step(method, batch)
     loss = float(total) / len(batches)
     shown = loss if math.isfinite(loss) else None
     seconds, wall = clock() - begin, time.perf_counter() - wall
@@ -107,14 +116,6 @@ def _epoch(run: Run, network: Any, state: State, batches: Batches, epoch: int) -
 def _clock(run: Run) -> Callable[[], float]:
     """CPU seconds of the process, which a busy machine does not stretch; wall-clock seconds on an accelerator."""
     return time.process_time if run.training.device == "cpu" else time.perf_counter
-
-
-def _step(network: Any, method: Any, optimizer: torch.optim.SGD, batch: Batch, factor: float) -> Tensor:
-    optimizer.zero_grad()
-    loss: Tensor = method(network, batch.x, batch.labels, tangents=batch.tangents)
-    (loss if factor == 1.0 else loss * factor).backward()
-    optimizer.step()
-    return loss.detach()
 
 
 def _is_test_epoch(run: Run, epoch: int) -> bool:
