@@ -21,9 +21,9 @@ from benchmarks.cases import METHODS, PRECISIONS, Case, Step
 Function = Callable[[Tensor], Tensor]
 
 
-def autograd(case: Case, key: str, method: Any = None) -> Step:
+def autograd(case: Case, key: str, method: Any = None, model: torch.nn.Module | None = None) -> Step:
     """A step of one of ``METHODS`` (or of ``method``, of the same kind) by autograd: objective and {name: gradient}."""
-    model, (x, labels, tau) = case.model(), case.data()
+    model, (x, labels, tau) = model or case.model(), case.data()
     method = METHODS[key] if method is None else method
     dtype, named = PRECISIONS[case.precision], dict(model.named_parameters())
 

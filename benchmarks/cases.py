@@ -78,9 +78,11 @@ class Case:
 Step = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 
 
-def ours(case: Case, key: str, method: ibp.Method | None = None, backend: str = "torch") -> Step:
+def ours(
+    case: Case, key: str, method: ibp.Method | None = None, backend: str = "torch", model: nn.Module | None = None
+) -> Step:
     """A step of one of ``METHODS`` (or of ``method``, of the same kind): objective and gradients."""
-    network = ibp.Network(case.model(), backend=backend, dtype=PRECISIONS[case.precision])
+    network = ibp.Network(model or case.model(), backend=backend, dtype=PRECISIONS[case.precision])
     x, labels, tau = case.data()
     method = METHODS[key] if method is None else method
     tangents = tau if method.needs_tangents else None

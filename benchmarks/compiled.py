@@ -1,0 +1,184 @@
+"""Whole training steps under torch.compile beside the same steps eager: `python -m benchmarks.compiled [--json FILE]`.
+
+A step is the gradient and the optimizer's update. Autograd's is compiled as it stands, with
+``torch._dynamo.config.trace_autograd_ops``; ours is the harness's `training.compile`. Each compiled step is compared
+with its eager twin, parameters and momenta after every one of four steps, before anything is timed. Needs g++.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._inductor.config
+from torch import Tensor
+from torch._inductor.utils import fresh_cache
+
+import ibp_triton as ibp
+from benchmarks import baselines, cases, timing
+from benchmarks.cases import METHODS, PRECISIONS, Case
+from ibp_triton.harness.batches import Batch
+from ibp_triton.harness.compiled import CompiledStep, EagerStep, momenta
+from ibp_triton.harness.launch import keep_freed_memory
+
+CHECKED = 4  # steps
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A step that updates ``parameters`` and ``momenta`` in place and returns the objective, 0-d."""
+
+    step: Callable[[], Tensor]
+    parameters: State
+    momenta: State
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.SGD:
+    """As the harness trains, momenta from 0."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.9, foreach=False)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def autograd(case: Case, key: str, compiled: bool) -> Training:
+    """Gradients by autograd, then SGD; compiled as one function in which a graph break is an error."""
+    model = case.model()
+    optimizer, gradients = optimizer_of(model), baselines.autograd(case, key, model=model)
+    parameters: State = dict(model.named_parameters())
+    buffers = momenta(model, optimizer)
+
+    def step() -> Tensor:
+        value, found = gradients()
+        for name, parameter in parameters.items():
+            parameter.grad = found[name]
+        optimizer.step()
+        return value
+
+    def whole() -> Tensor:
+        value, found = gradients()
+        with torch.no_grad():
+            for name, parameter in parameters.items():  # the product stands alone: inductor would lose an alpha
+                parameter.sub_(0.1 * buffers[name].mul_(0.9).add_(found[name] * (1 - 0.9)))
+        return value
+
+    return Training(torch.compile(whole, fullgraph=True) if compiled else step, parameters, buffers)
+
+
+def ours(case: Case, key: str, compiled: bool) -> Training:
+    """The harness's step."""
+    model, method, (x, labels, tau) = case.model(), METHODS[key], case.data()
+    batch = Batch(x, labels, tau if method.needs_tangents else None)
+    network = ibp.Network(model, backend="torch", dtype=PRECISIONS[case.precision])
+    step = EagerStep(network, optimizer_of(model))
+    if compiled:
+        step = CompiledStep(step, method, batch)
+    return Training(lambda: step(method, batch), dict(model.named_parameters()), momenta(model, step.optimizer))
+
+
+STEPS = {"autograd": autograd, "ours": ours}
+
+
+def parity(found: Training, expected: Training) -> float:
+    """How far parameters and momenta are apart after each of a few steps, relative to the largest entry of each."""
+    worst = 0.0
+    for _ in range(CHECKED):
+        found.step()
+        expected.step()
+        for a, b in ((found.parameters, expected.parameters), (found.momenta, expected.momenta)):
+            worst = max(worst, *(baselines.largest({n: (a[n] - b[n]).detach()}) / float(b[n].abs().max()) for n in b))
+    return worst
+
+
+def measure(case: Case, key: str, rounds: int) -> dict[str, Any]:
+    """One method: seconds to compile, parity, milliseconds a step; instead of those, the error of what fails."""
+    steps = {name: make(case, key, False) for name, make in STEPS.items()}
+    row: dict[str, Any] = {"network": case.network, "precision": case.precision, "method": key}
+    row |= {"compile_seconds": {}, "parity": {}, "error": {}}
+    for name, make in STEPS.items():
+        start = cpu_seconds()
+        try:
+            found = make(case, key, True)
+            found.step()  # compiles
+            row["compile_seconds"][name] = cpu_seconds() - start
+            steps[name].step()
+            off = row["parity"][name] = parity(found, steps[name])
+        except Exception as error:  # whatever the compiler raises is the result
+            row["error"][name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        if off < baselines.PARITY[case.precision]:
+            steps[f"compiled {name}"] = found
+        else:
+            row["error"][name] = f"off its eager twin by {off:.2g}"
+    times = timing.interleave({name: training.step for name, training in steps.items()}, rounds)
+    row["milliseconds"] = {name: 1e3 * found.median for name, found in times.items()}
+    row["ratios"] = {
+        f"{a} / {b}": timing.ratio(times[a], times[b])
+        for a, b in (("compiled autograd", "autograd"), ("compiled ours", "ours"), ("ours", "compiled autograd"))
+        if a in times and b in times
+    }
+    torch._dynamo.reset()
+    return row
+
+
+def cpu_seconds() -> float:
+    """Of this process and of the C++ compilers that it ran."""
+    return sum(os.times()[:4])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: milliseconds, ratios in brackets to the eager twin."""
+    lines = [
+        "| network | method | precision | compile autograd, ours (s) | autograd (ms) | compiled | ours (ms) |"
+        " compiled | ours / fastest autograd |",
+        "|---" * 9 + "|",
+    ]
+    for row in rows:
+        took = ", ".join(f"{row['compile_seconds'].get(name, float('nan')):.0f}" for name in ("autograd", "ours"))
+        shown, cells = row["milliseconds"], []
+        for name in ("autograd", "ours"):
+            ratio = row["ratios"].get(f"compiled {name} / {name}")
+            cells.append(f"{shown[name]:.1f}")
+            cells.append("failed" if ratio is None else f"{shown[f'compiled {name}']:.1f} ({ratio:.2f})")
+        best = shown["ours"] / min(shown["autograd"], shown.get("compiled autograd", float("inf")))
+        name = f"{row['network']} | {row['method']} | {row['precision']}"
+        lines.append(f"| {name} | {took} | {' | '.join(cells)} | {best:.2f} |")
+    errors = [f"{r['method']} {r['precision']} {name}: {text}" for r in rows for name, text in r["error"].items()]
+    return "\n".join([*lines, "", *errors])
+
+
+def main() -> None:
+    """Compile, compare, measure; print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="also write every figure to this file")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (15)")
+    parser.add_argument("--network", default="mnist", choices=list(cases.NETWORKS))
+    parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    torch._dynamo.config.trace_autograd_ops = True
+    torch._inductor.config.compile_threads = 1  # compilers as children of this process, so that their time counts
+    rows = []
+    with fresh_cache():
+        for precision in arguments.precision:
+            for key in arguments.only:
+                rows.append(measure(Case(arguments.network, 32, precision), key, arguments.rounds))
+                print(json.dumps(rows[-1]), flush=True)
+    results = {"machine": timing.machine(), "rounds": arguments.rounds, "rows": rows}
+    print(f"\n{results['machine']}\n\n{table(rows)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
