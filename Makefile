@@ -4,6 +4,8 @@ VENV ?= .venv
 RUN = . $(VENV)/bin/activate &&
 STAMP = $(VENV)/.complete
 CPUS ?= 2
+# A test reads a checkpoint with it. It asks for a torchvision, tied to one torch, which that test does without.
+PEER = torchattacks==3.5.1
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
@@ -15,6 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,tensorboard,dev]' -c constraints.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEER)
 	touch $@
 
 quickstart: setup

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,35 +84,49 @@ def test_unfit_data_stop_everything_with_one_message(tree: Tree, write: Write, t
 
 @pytest.mark.slow
 def test_killed_at_random_moments_every_run_ends_with_the_same_bits(tree: Tree, write: Write, tmp_path: Path) -> None:
-    """Twice kill -9 of the command and its workers; slow because nine processes import torch."""
-    tree["training"]["epochs"] = 12
+    """Twenty kill -9 of the command with its two workers: a minute, since each of its starts imports torch three times."""
+    tree["data"]["examples"], tree["training"]["epochs"], tree["seeds"] = 256, 40, [0, 1, 2, 3]
     path = write(tree)
-    launch(job(path, tmp_path / "calm"), 1, lambda _: None)
+    calm, killed = tmp_path / "calm", tmp_path / "out" / "runs"
+    launch(job(path, calm), 1, lambda _: None)
     command = [sys.executable, "-m", "ibp_triton.harness.cli", "run", str(path), "--workers", "2"]
-    moments = random.Random(0)
+    moments, half_way = random.Random(0), 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for _ in range(2):
+    for _ in range(20):
+        if len(list(killed.glob(f"*/{store.RESULT}"))) == 8:  # a fast machine: check, and begin anew
+            _same_bits(calm, killed, command, environment)
+            shutil.rmtree(killed)
         with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, env=environment) as process:
-            _wait_for(tmp_path / "out" / "runs")
+            _wait_for(killed, 8)
             time.sleep(moments.uniform(0, 0.4))
             os.killpg(process.pid, signal.SIGKILL)
-    last = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert "bp" in last.stdout
-    for folder in (tmp_path / "calm").iterdir():
-        calm, killed = (root / folder.name for root in (tmp_path / "calm", tmp_path / "out" / "runs"))
-        assert (calm / store.CHECKPOINT).read_bytes() == (killed / store.CHECKPOINT).read_bytes()
-        results = [json.loads((where / store.RESULT).read_text(encoding="utf-8")) for where in (calm, killed)]
-        for key in ("test_error", "final_loss", "epochs"):
-            assert results[0][key] == results[1][key]
-        assert sorted(entry.name for entry in calm.iterdir()) == sorted(entry.name for entry in killed.iterdir())
+        half_way += len(list(killed.glob(f"*/{store.RESUME}")))
+    assert half_way >= 10
+    _same_bits(calm, killed, command, environment)
 
 
-def _wait_for(folder: Path) -> None:
+def _same_bits(calm: Path, killed: Path, command: list[str], environment: dict[str, str]) -> None:
+    """Let the command finish, and compare everything but the time it took."""
+    subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=True)
+    for folder in calm.iterdir():
+        other = killed / folder.name
+        names = sorted(entry.name for entry in folder.iterdir())
+        assert names == sorted(entry.name for entry in other.iterdir())
+        for name in names:
+            if name.endswith(".safetensors") or name.startswith("evaluation-"):
+                assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+        results = [json.loads((where / store.RESULT).read_text(encoding="utf-8")) for where in (folder, other)]
+        assert {k: v for k, v in results[0].items() if k != "seconds_per_epoch"} == {
+            k: v for k, v in results[1].items() if k != "seconds_per_epoch"
+        }
+
+
+def _wait_for(folder: Path, runs: int = 4) -> None:
     """Until training writes into `folder`: start-up of the processes is not worth killing."""
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")} if folder.exists() else {}
     for _ in range(600):
         now = {p: p.stat().st_mtime_ns for p in folder.rglob("*.jsonl")} if folder.exists() else {}
-        if now != before or len(list(folder.glob("*/result.json"))) == 4:
+        if now != before or len(list(folder.glob("*/result.json"))) == runs:
             return
         time.sleep(0.1)
 
