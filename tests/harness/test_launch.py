@@ -84,7 +84,7 @@ def test_unfit_data_stop_everything_with_one_message(tree: Tree, write: Write, t
 
 @pytest.mark.slow
 def test_killed_at_random_moments_every_run_ends_with_the_same_bits(tree: Tree, write: Write, tmp_path: Path) -> None:
-    """Twenty kill -9 of the command with its two workers: a minute, since each of its starts imports torch three times."""
+    """Twenty kill -9 of the command and its two workers: a minute, as each of its starts imports torch three times."""
     tree["data"]["examples"], tree["training"]["epochs"], tree["seeds"] = 256, 40, [0, 1, 2, 3]
     path = write(tree)
     calm, killed = tmp_path / "calm", tmp_path / "out" / "runs"
