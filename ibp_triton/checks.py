@@ -56,13 +56,14 @@ def _number(method: Method, name: str, least: float) -> None:
         raise ValueError(f"{type(method).__name__}: {name} must be finite and at least {least}, not {value}")
 
 
-def check_batch(network: Network, x: Tensor, labels: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """Shapes, dtypes, devices and, where they can be read, labels' values are checked against the network.
+def check_batch(
+    network: Network, own: Mapping[str, Tensor], x: Tensor, labels: Tensor, parameters: Mapping[str, Tensor]
+) -> None:
+    """Shapes, dtypes and devices are checked against the network and its model's own parameters.
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the cause and the cure.
     """
-    own = network.parameters()
     unknown = sorted(set(parameters) - set(own))
     if unknown:
         raise ValueError(f"parameters has names the model lacks: {unknown}; the model's are {sorted(own)}")

@@ -89,6 +89,36 @@ def _resolve(arguments: Any, values: list[Any]) -> Any:
     return arguments
 
 
+class Plan:
+    """What the sweeps do at each node when these parameter nodes are trainable."""
+
+    def __init__(self, nodes: list[Node], trainable: frozenset[int], output: int) -> None:
+        self.trainable = trainable
+        self.moves: list[bool] = []  # whether a node depends on a trainable parameter
+        for node in nodes:
+            self.moves.append(node.index in trainable or any(self.moves[i] for i in node.operands.values()))
+        # operands that enter the node's weight gradient, and whether there are any
+        self.trains = [self._operands(nodes, node, "parametric", True) for node in nodes]
+        self.takes = [bool(names) for names in self.trains]
+        # active operands that get a derivative: without and with the input's own
+        self.wants = {w: [self._operands(nodes, node, "active", not w) for node in nodes] for w in (False, True)}
+        # whether a node's tangent reaches a layer that takes it: without and with the output
+        self.needs = {to_output: self._needed(nodes, output, to_output) for to_output in (False, True)}
+
+    def _operands(self, nodes: list[Node], node: Node, kind: str, moving: bool) -> list[str]:
+        found = [(name, i) for name, i in node.operands.items() if nodes[i].kind == kind]
+        return [name for name, i in found if self.moves[i] or not moving]
+
+    def _needed(self, nodes: list[Node], output: int, to_output: bool) -> list[bool]:
+        needed = [False] * len(nodes)
+        needed[output] = to_output
+        for node in reversed(nodes):
+            if node.kind == "active" and (self.takes[node.index] or needed[node.index]):
+                for index in node.operands.values():
+                    needed[index] = True
+        return needed
+
+
 @dataclass(eq=False)
 class Graph:
     """A model as nodes in order; ``input`` and ``output`` are positions, ``parameters`` maps position to name."""
@@ -97,6 +127,13 @@ class Graph:
     input: int
     output: int
     parameters: dict[int, str]
+    _plans: dict[frozenset[int], Plan] = field(default_factory=dict)
+
+    def plan(self, trainable: frozenset[int]) -> Plan:
+        """Made once for each set of trainable parameter nodes."""
+        if trainable not in self._plans:
+            self._plans[trainable] = Plan(self.nodes, trainable, self.output)
+        return self._plans[trainable]
 
     @cached_property
     def last_uses(self) -> list[list[int]]:

@@ -7,7 +7,6 @@ from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
-from ibp_triton.graph import Node
 from ibp_triton.rules import Generic
 from ibp_triton.trace import Trace
 
@@ -38,23 +37,17 @@ class Row:
 
 def rows(trace: Trace) -> list[Row]:
     """The nodes of one forward pass that depend on x."""
-    inner, outer = trace.tangents_needed(False), trace.tangents_needed(True)
-    result = []
+    plan, result = trace.plan, []
     for node, layer, value in zip(trace.graph.nodes, trace.layers, trace.values, strict=True):
         if layer is None or node.kind != "active":
             continue
         macs, index = layer.multiply_adds(), node.index
-        moves, trains = _reaches(trace, node, "active"), _reaches(trace, node, "parametric")
-        work = MultiplyAdds(macs, macs, macs * moves, macs * outer[index], macs * inner[index], macs * trains)
+        moves, outer, inner = bool(plan.wants[False][index]), plan.needs[True][index], plan.needs[False][index]
+        work = MultiplyAdds(macs, macs, macs * moves, macs * outer, macs * inner, macs * plan.takes[index])
         rule = "generic" if isinstance(layer, Generic) else type(layer).__name__
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
         result.append(Row(node.where or "(root)", node.label, rule, shape, work))
     return result
-
-
-def _reaches(trace: Trace, node: Node, kind: str) -> bool:
-    """Whether an operand of this kind depends on a trainable parameter."""
-    return any(trace.moves[i] for i in node.operands.values() if trace.graph.nodes[i].kind == kind)
 
 
 def total(table: Iterable[Row]) -> MultiplyAdds:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ibp_triton.checks import check_batch, check_hyperparameters, check_labels, check_tangents
 from ibp_triton.ledger import MultiplyAdds
@@ -105,13 +105,13 @@ class Method:
         A pure function of tensors (but for the running statistics of BatchNorm in train mode): it runs under
         torch.func.vmap over stacked ``parameters`` ({name: tensor}, the rest is the model's own), x, β and ε.
         """
-        self._check(network, x, labels, tangents, parameters)
+        own = self._check(network, x, labels, tangents, parameters)
         with torch.no_grad():
             exact = getattr(self, "semantics", "paper") == "exact"
             step = Step(network, x.detach(), labels, tangents, parameters or {}, frugal=not exact)
             value, terms = self.recipe(step)
             gradients = weight_gradients(terms, x.shape[0], exact)
-            return value, _complete(gradients, network, parameters or {})
+            return value, _complete(gradients, own, parameters or {})
 
     def value(self, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None = None) -> Tensor:
         """The objective alone, 0-d, without the passes that only its gradient needs."""
@@ -142,9 +142,14 @@ class Method:
         """Cost in sweeps over the network (BP: 3), for five tangents where there are tangents."""
         return self.multiply_adds(MultiplyAdds(1, 1, 1, 1, 1, 1), 5)
 
-    def _check(self, network: Network, x: Tensor, labels: Tensor, tangents: Any, parameters: Any) -> None:
-        check_batch(network, x, labels, parameters or {})
+    def _check(
+        self, network: Network, x: Tensor, labels: Tensor, tangents: Any, parameters: Any
+    ) -> dict[str, nn.Parameter]:
+        """The model's parameters, if everything fits them."""
+        own = network.parameters()
+        check_batch(network, own, x, labels, parameters or {})
         check_tangents(self.key, self.needs_tangents, x, tangents)
+        return own
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self))})"
@@ -350,10 +355,12 @@ def _output(run: Pass, sweep: Sweep) -> Tensor:
     return torch.zeros_like(run.trace.logits) if t_K is None else t_K
 
 
-def _complete(gradients: dict[str, Tensor], network: Network, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _complete(
+    gradients: dict[str, Tensor], own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """A gradient for every trainable parameter, in its dtype; zeros for those that the model does not use."""
-    own = {name: given.get(name, p) for name, p in network.model.named_parameters() if p.requires_grad}
-    return {n: gradients[n].to(p.dtype) if n in gradients else torch.zeros_like(p) for n, p in own.items()}
+    trainable = {name: given.get(name, p) for name, p in own.items() if p.requires_grad}
+    return {n: gradients[n].to(p.dtype) if n in gradients else torch.zeros_like(p) for n, p in trainable.items()}
 
 
 METHODS: dict[str, type[Method]] = {

@@ -42,7 +42,7 @@ class Sweep(list[Any]):
 
     def _keeps(self, index: int) -> bool:
         """Whether a weight gradient will read this node's side after the sweep has passed it."""
-        return self.done and self.trace.takes[index]
+        return self.done and self.trace.plan.takes[index]
 
 
 class Reverse(Sweep):
@@ -67,7 +67,8 @@ class Reverse(Sweep):
         trace, layer = self.trace, self.trace.layers[node.index]
         if layer is None or node.kind != "active":
             return
-        wanted = [n for n, i in node.operands.items() if _wants(trace, i, self.to_input)]
+        candidates = trace.plan.wants[self.to_input][node.index]
+        wanted = [name for name in candidates if _differentiable(trace.values[node.operands[name]])]
         if wanted and self[node.index] is not None:
             self._receive(node, layer.vjp(self[node.index], wanted))
         for r, t in self.bends if wanted else ():
@@ -93,7 +94,7 @@ class Linear(Sweep):
 
     def __init__(self, trace: Trace, t: Tensor, *, to_output: bool) -> None:
         super().__init__([None] * len(trace.graph.nodes))
-        self.trace, self.needed = trace, trace.tangents_needed(to_output)
+        self.trace, self.needed = trace, trace.plan.needs[to_output]
         self[trace.graph.input] = t
 
     def advance(self, node: Node) -> None:
@@ -118,12 +119,6 @@ def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[t
 def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
     """The third pass, run: see ``Linear``."""
     return Linear(trace, t, to_output=to_output).run()
-
-
-def _wants(trace: Trace, index: int, to_input: bool) -> bool:
-    if trace.graph.nodes[index].kind != "active" or not _differentiable(trace.values[index]):
-        return False
-    return to_input or trace.moves[index]
 
 
 def _differentiable(value: Any) -> bool:
@@ -170,7 +165,7 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
     for node in nodes if forward else reversed(nodes):
         if node.kind != "active":
             continue
-        wanted, layer = _trainable_operands(trace, node), trace.layers[node.index]
+        wanted, layer = trace.plan.trains[node.index], trace.layers[node.index]
         if isinstance(layer, Bilinear) and wanted:
             _collect(means, node, layer.joint_gradient(_products(terms, node), wanted, batch))
         elif wanted:
@@ -183,15 +178,11 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
         for term in terms if trace.frugal else ():
             term.trace.layers[node.index] = None
     for node in reversed(nodes):
-        wanted, layer = _trainable_operands(trace, node), trace.layers[node.index]
+        wanted, layer = trace.plan.trains[node.index], trace.layers[node.index]
         if node.kind == "parametric" and layer is not None and wanted and node.index in means:
             _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
-    means |= {i: torch.zeros_like(trace.values[i]) for i in trace.trainable if i not in means}
+    means |= {i: torch.zeros_like(trace.values[i]) for i in trace.plan.trainable if i not in means}
     return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}
-
-
-def _trainable_operands(trace: Trace, node: Node) -> list[str]:
-    return [n for n, i in node.operands.items() if trace.graph.nodes[i].kind == "parametric" and trace.moves[i]]
 
 
 def _let_go(term: Term, node: Node, forward: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibp_triton.graph import Graph, Node
+from ibp_triton.graph import Graph, Node, Plan
 from ibp_triton.rules import Layer
 
 
@@ -21,9 +21,7 @@ class Trace:
     graph: Graph
     values: list[Any]
     layers: list[Layer | None]
-    trainable: frozenset[int]  # parameter nodes that need a gradient
-    moves: list[bool]  # whether a node depends on a trainable parameter
-    takes: list[bool]  # whether a node has a trainable operand, so that its sides enter a weight gradient
+    plan: Plan
     frugal: bool = False  # whether sweeps let go of what only curvature would read again
 
     @property
@@ -35,17 +33,6 @@ class Trace:
     def input(self) -> Tensor:
         """x, in the dtype of the computation."""
         return self.values[self.graph.input]  # type: ignore[no-any-return]
-
-    def tangents_needed(self, to_output: bool) -> list[bool]:
-        """Nodes whose tangent reaches a trainable operand's layer, or the output."""
-        nodes = self.graph.nodes
-        needed = [False] * len(nodes)
-        needed[self.graph.output] = to_output
-        for node in reversed(nodes):
-            if node.kind == "active" and (self.takes[node.index] or needed[node.index]):
-                for index in node.operands.values():
-                    needed[index] = True
-        return needed
 
 
 def run(
@@ -64,8 +51,7 @@ def run(
     """
     own = {name: attrgetter(name)(model) for name in graph.parameters.values()}
     trainable = frozenset(i for i, name in graph.parameters.items() if own[name].requires_grad)
-    moves = _moving(graph, trainable)
-    trace = Trace(graph, [], [], trainable, moves, _taking(graph, moves), frugal)
+    trace = Trace(graph, [], [], graph.plan(trainable), frugal)
     for node in graph.nodes:
         layer = None
         if node.index == graph.input:
@@ -100,15 +86,3 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     is_tensor = isinstance(value, Tensor) and value.is_floating_point()
     value = value.detach() if isinstance(value, Tensor) else value
     return value.to(dtype) if is_tensor and dtype is not None else value
-
-
-def _moving(graph: Graph, trainable: frozenset[int]) -> list[bool]:
-    moves: list[bool] = []
-    for node in graph.nodes:
-        moves.append(node.index in trainable or any(moves[i] for i in node.operands.values()))
-    return moves
-
-
-def _taking(graph: Graph, moves: list[bool]) -> list[bool]:
-    nodes = graph.nodes
-    return [any(nodes[i].kind == "parametric" and moves[i] for i in node.operands.values()) for node in nodes]

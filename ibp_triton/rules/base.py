@@ -147,7 +147,9 @@ def _merge(group: list[Product]) -> Product:
     first, *rest = group
     left = first.left if not rest else wide(first.left)
     for other in rest:
-        left = left + over(other.coefficient, first.coefficient) * wide(other.left)
+        factor = over(other.coefficient, first.coefficient)
+        push = wide(other.left)
+        left = left + factor * push if isinstance(factor, Tensor) else torch.add(left, push, alpha=factor)
     return Product(first.coefficient, left, first.right, any(product.bias for product in group))
 
 

@@ -132,7 +132,7 @@ class _Conv(Bilinear):
         for i in range(columns.shape[0]):
             for j in range(columns.shape[1]):
                 rows = _strided(i * self.dilation[0], height, self.stride[0])
-                total[:, :, rows, _strided(j * self.dilation[1], width, self.stride[1])] += columns[i, j]
+                total[:, :, rows, _strided(j * self.dilation[1], width, self.stride[1])].add_(columns[i, j])
         total = total[:, :, self.padding[0] : self.padding[0] + size[0], self.padding[1] : self.padding[1] + size[1]]
         layout = torch.channels_last if channels > 1 and d.stride(1) == 1 else torch.contiguous_format
         return total.transpose(0, 1).to(d.dtype).contiguous(memory_format=layout)
