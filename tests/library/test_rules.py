@@ -24,6 +24,7 @@ SETTINGS = {
     "conv2d same, even kernel": (nn.Conv2d(4, 6, (4, 3), padding="same"), MAP),
     "conv2d valid": (nn.Conv2d(4, 6, 3, padding="valid"), MAP),
     "conv2d one channel": (nn.Conv2d(1, 6, 4), (2, 1, 7, 6)),
+    "conv2d three channels, padded": (nn.Conv2d(3, 6, (3, 5), padding=(2, 1)), (2, 3, 9, 8)),
     "conv2d three channels, strided": (nn.Conv2d(3, 6, 3, stride=2, padding=1, dilation=2), (2, 3, 9, 8)),
     "conv2d many channels": (nn.Conv2d(8, 6, 3, stride=2), (2, 8, 7, 6)),
     "conv2d reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), MAP),
