@@ -106,7 +106,7 @@ class _Conv(Bilinear):
         folded = fold(d, self.input)
         size = [n + e for n, e in zip(self.input.shape[2:], self.extra[::-2] or [0] * self.spatial, strict=True)]
         if self._few_channels():
-            back = self._rows_vjp(folded, size) if self._row_fills_vectors(d) else self._columns_vjp(folded, size)
+            back = self._rows_vjp(folded, size) if self._row_fills_vectors() else self._columns_vjp(folded, size)
         else:
             layout = torch.channels_last if folded.dim() == 4 and folded.stride(1) == 1 else torch.contiguous_format
             shape = (folded.shape[0], self.input.shape[1], *size)
@@ -138,27 +138,28 @@ class _Conv(Bilinear):
         layout = torch.channels_last if channels > 1 and d.stride(1) == 1 else torch.contiguous_format
         return total.transpose(0, 1).to(d.dtype).contiguous(memory_format=layout)
 
-    def _row_fills_vectors(self, d: Tensor) -> bool:
-        """Whether a kernel row of all channels is at least three quarters of whole vectors of 16 float32.
+    def _row_fills_vectors(self) -> bool:
+        """Whether a kernel row of all channels is at least three quarters of whole vectors of 16 numbers.
 
-        Then sums over the kernel's height are quicker as a convolution: 3.4 ms instead of 4.7 (3 → 64, 5×5, batch 32).
+        Then sums over the kernel's height are quicker as a convolution: 3.4 ms instead of 4.7, in bfloat16 2.2 instead
+        of 3.2 (3 → 64 channels, 5×5, batch 32).
         """
         row, (height, width) = self.input.shape[1] * self.weight.shape[3], self.weight.shape[2:]
         plain = self.stride == self.dilation == [1, 1] and self.padding[0] < height and self.padding[1] < width
-        return plain and d.dtype not in HALF and row >= 0.75 * 16 * math.ceil(row / 16)
+        return plain and row >= 0.75 * 16 * math.ceil(row / 16)
 
     def _rows_vjp(self, d: Tensor, size: list[int]) -> Tensor:
         """Sums over the kernel's height for each of its columns, [N, H, W_out, k, C], then one shifted sum each."""
         height, width = self.weight.shape[2:]
         kernel = self.weight.flip(2).permute(3, 1, 0, 2).reshape(-1, self.weight.shape[0], height, 1)
         rows = F.conv2d(d, kernel, padding=(height - 1 - self.padding[0], 0))
-        rows = rows.permute(0, 2, 3, 1).unflatten(3, (width, -1))
-        total = d.new_zeros(d.shape[0], size[0], size[1] + 2 * self.padding[1], self.input.shape[1])
+        rows = wide(rows.permute(0, 2, 3, 1)).unflatten(3, (width, -1))
+        total = rows.new_zeros(d.shape[0], size[0], size[1] + 2 * self.padding[1], self.input.shape[1])
         for j in range(width):
             total[:, :, j : j + d.shape[3]].add_(rows[:, :, :, j])
         total = total[:, :, self.padding[1] : self.padding[1] + size[1]]
         layout = torch.channels_last if d.stride(1) == 1 else torch.contiguous_format
-        return total.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+        return total.permute(0, 3, 1, 2).to(d.dtype).contiguous(memory_format=layout)  # type: ignore[no-any-return]
 
     def jvp(self, t: Tangents) -> Tensor:
         """The convolution without bias."""
