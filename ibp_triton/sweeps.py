@@ -177,6 +177,8 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
             sweep.advance(node)
         for term in terms if trace.frugal else ():
             term.trace.layers[node.index] = None
+    for sweep in running.values():
+        sweep.done = True
     for node in reversed(nodes):
         wanted, layer = trace.plan.trains[node.index], trace.layers[node.index]
         if node.kind == "parametric" and layer is not None and wanted and node.index in means:

@@ -9,7 +9,7 @@ from torch import nn
 
 import ibp_triton as ibp
 from ibp_triton.head import cross_entropy, penalty, psi
-from ibp_triton.sweeps import Term, linear_sweep, reverse, weight_gradients
+from ibp_triton.sweeps import Linear, Reverse, Term, linear_sweep, reverse, weight_gradients
 from tests.library.comparing import error, minus
 from tests.library.networks import build
 
@@ -101,6 +101,22 @@ def test_terms_merge_and_tangents_collapse(name):
         part = weight_gradients([Term(1, trace, back, one)], n)
         total = part if total is None else {k: total[k] + part[k] for k in part}
     assert error(found, total) < 1e-13
+
+
+@pytest.mark.parametrize("name", [*CHAINS, "residual_train", "attention", "squeeze_excitation"])
+def test_a_sweep_that_runs_along_with_the_gradient_gives_the_same(name):
+    """In either order of nodes; afterwards it holds what it would have held, and may be used again."""
+    _, trace, d, c, _, tau = swept(name)
+    t, n = linear_sweep(trace, tau[0], to_output=False), trace.input.shape[0]
+    expected = weight_gradients([Term(1, trace, d), Term(0.3, trace, d, t)], n)
+    along = Linear(trace, tau[0], to_output=False)
+    terms = [Term(1, trace, d), Term(0.3, trace, d, along)]
+    assert error(weight_gradients(terms, n), expected) < 1e-13
+    assert all(torch.equal(a, b) for a, b in zip(t, along, strict=True) if isinstance(a, torch.Tensor))
+    assert error(weight_gradients(terms, n), expected) < 1e-13
+    terms = [Term(1, trace, Reverse(trace, c, to_input=False)), Term(0.3, trace, Reverse(trace, c, to_input=False), t)]
+    assert error(weight_gradients(terms, n), expected) < 1e-13
+    assert error(weight_gradients(terms, n), expected) < 1e-13
 
 
 def test_sweeps_change_nothing_that_an_earlier_one_saved():
