@@ -168,10 +168,11 @@ def _legend(sketch: Sketch) -> Sketch:
     """Inside the axes for a few lines; below them, in a figure that grows, for many."""
     labels = sketch.axes.get_legend_handles_labels()[1]
     with _styled():
-        if len(labels) <= 8:
+        if len(labels) <= 4:
             sketch.axes.legend(fontsize=8)
         else:
-            columns = 2 if max(map(len, labels)) < 34 else 1
+            longest = max(map(len, labels))
+            columns = 4 if longest < 16 else 2 if longest < 34 else 1
             sketch.grow(0.19 * math.ceil(len(labels) / columns))
             sketch.figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
     return sketch
