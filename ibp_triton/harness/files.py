@@ -16,6 +16,8 @@ import pooch
 import torch
 from torch import Tensor
 
+from ibp_triton.harness.store import write_bytes
+
 Bytes = npt.NDArray[np.uint8]
 ENVIRONMENT = "IBP_TRITON_DATA"
 
@@ -114,12 +116,14 @@ def read_cifar10(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def unpack(archive: Path, wanted: set[str], target: Path) -> None:
-    """Copy the `wanted` plain files out of a tar archive into `target`, whatever folders they lie in."""
-    target.mkdir(parents=True, exist_ok=True)
+    """Copy the `wanted` plain files out of a tar archive into `target`, whatever folders they lie in.
+
+    Each is there whole or not at all, also for a process that reads or unpacks them meanwhile.
+    """
     with tarfile.open(archive) as tar:
         for member in tar:
             name = Path(member.name).name
             if member.isfile() and name in wanted:
                 stream = tar.extractfile(member)
                 assert stream is not None
-                (target / name).write_bytes(stream.read())
+                write_bytes(target / name, stream.read())

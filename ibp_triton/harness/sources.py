@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,8 @@ def _idx_split(image_path: Path, label_path: Path) -> Split:
         raise DataError(f"{image_path}: expected images of 28×28, got {tuple(images.shape[1:])}; is it the right file?")
     if len(images) != len(labels):
         raise DataError(f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}")
+    if len(labels) and labels.max() > 9:
+        raise DataError(f"{label_path}: label {labels.max()} found, expected 0 to 9; delete it and fetch it again")
     return Split(images[:, None], labels)
 
 
@@ -132,13 +135,14 @@ def _find(given: str | None, subfolder: str, name: str, remote: files.Remote) ->
 
 def _arrays(data: Data) -> Loaded:
     path = _path(data, "an .npz file with x_train, y_train, x_test, y_test")
+    expected = f"{path}: expected an .npz file with plain arrays x_train, y_train, x_test, y_test"
+    if not zipfile.is_zipfile(path):  # numpy takes anything else for a single array or a pickle
+        raise DataError(f"{expected}, this is no .npz file; write one with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path}: expected an .npz file with plain arrays x_train, y_train, x_test, y_test ({error})"
-        ) from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{expected} ({error})") from error
     train, test = (_array_split(arrays, part, path) for part in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"{path}: x_train and x_test hold images of different shapes; make them equal")
@@ -162,6 +166,8 @@ def _array_split(arrays: dict[str, Any], part: str, path: Path) -> Split:
 
 def _image_folder(data: Data) -> Loaded:
     root = _path(data, "a folder with one subfolder of PNG or JPEG files for each class")
+    if not root.is_dir():
+        raise DataError(f"{root}: a file; data.path must name the folder that holds one subfolder for each class")
     if (root / "train").is_dir() and (root / "test").is_dir():
         train, names = _folder_split(root / "train", data)
         test, test_names = _folder_split(root / "test", data)

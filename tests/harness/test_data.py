@@ -74,6 +74,7 @@ def test_subset_and_validation_are_disjoint_and_follow_the_seed(mnist: Path) -> 
         (lambda raw: b"\x00\x00\x09" + raw[3:], "expected an IDX file of unsigned bytes with 1 axes"),
         (lambda raw: b"", "got an empty file"),
         (lambda raw: idx(np.zeros(39, np.uint8)), "39 labels for the 40 images"),
+        (lambda raw: idx(np.full(40, 10, np.uint8)), "label 10 found, expected 0 to 9"),
     ],
 )
 def test_damaged_files_are_named(mnist: Path, damage: object, expected: str) -> None:
@@ -137,6 +138,8 @@ def test_archive_is_unpacked_by_name_only(tmp_path: Path) -> None:
         tar.addfile(tarfile.TarInfo("../evil.bin"), io.BytesIO())
     files.unpack(tmp_path / "archive.tar.gz", set(remotes.CIFAR_NAMES), tmp_path / "target")
     assert {path.name for path in (tmp_path / "target").iterdir()} == set(remotes.CIFAR_NAMES)
+    for name in remotes.CIFAR_NAMES:
+        assert (tmp_path / "target" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
     assert not (tmp_path / "outside").exists()
 
 
@@ -189,6 +192,26 @@ def test_faults_of_arrays(tmp_path: Path, change: dict[str, np.ndarray], expecte
     arrays = {"x_train": x, "y_train": y, "x_test": x[:4], "y_test": y[:4], **change}
     np.savez(tmp_path / "a.npz", **arrays)
     assert expected in refusal(Data(source="arrays", path=str(tmp_path / "a.npz")))
+
+
+@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[:-40], lambda raw: raw[:80] + raw[120:]])
+def test_damaged_arrays_are_named(tmp_path: Path, damage: object) -> None:
+    path = tmp_path / "a.npz"
+    x, y = np.random.default_rng(0).random((12, 8, 8)), np.arange(12) % 3
+    np.savez_compressed(path, x_train=x, y_train=y, x_test=x[:4], y_test=y[:4])
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    assert refusal(Data(source="arrays", path=str(path))).startswith(f"{path}: expected an .npz file")
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    assert "this is no .npz file; write one with numpy.savez" in refusal(
+        Data(source="arrays", path=str(tmp_path / "a.npy"))
+    )
+    assert "this is no .npz file" in refusal(Data(source="arrays", path=str(tmp_path)))
+    assert "a.npy: a file; data.path must name the folder" in refusal(
+        Data(source="image_folder", path=str(tmp_path / "a.npy"))
+    )
 
 
 def test_image_folder(tmp_path: Path) -> None:
