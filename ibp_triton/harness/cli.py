@@ -19,7 +19,7 @@ from ibp_triton.harness.board import BoardError, with_board
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
-from ibp_triton.harness.launch import Job, LaunchError, finished, launch
+from ibp_triton.harness.launch import ERROR, Job, LaunchError, finished, launch
 from ibp_triton.harness.loading import ConfigError, Plan
 from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.progress import Progress, curve_table, result_table
@@ -83,7 +83,7 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
         console.print(f"{left} runs are in the hands of another process", highlight=False)
     console.print(f"report: ibp-triton report {folder}", highlight=False, soft_wrap=True)
     if failures:
-        raise LaunchError("some runs failed:\n" + "\n".join(failures))
+        raise LaunchError(f"some runs failed; their folders in {job.root} hold {ERROR}:\n" + "\n".join(failures))
 
 
 def _list(job: Job, workers: int) -> None:
@@ -160,8 +160,14 @@ def main() -> None:
     try:
         app()
     except (bench.BenchError, BoardError, ConfigError, DataError, ModelError, LaunchError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error}; is there space, and may this user write there? Finished runs and epochs are stored")
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import ibp_triton as ibp
@@ -98,6 +99,14 @@ class Training(Strict):
     test_every: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
     compile: bool = False
+
+    @model_validator(mode="after")
+    def _device(self) -> Training:
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device: {self.device!r} names no device of torch; write cpu or cuda:0") from error
+        return self
 
     @model_validator(mode="after")
     def _compiles(self) -> Training:

@@ -21,6 +21,7 @@ from ibp_triton.harness.grid import Run
 from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.train import train
 
+ERROR = "error.txt"
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
@@ -55,12 +56,24 @@ def launch(job: Job, workers: int, listen: Listener) -> list[str]:
         listen(event)
 
     pending = [run for run in job.runs if not finished(job, run)]
+    for device in dict.fromkeys(run.training.device for run in pending):
+        _check_device(device)
     todo = replace(job, runs=pending)
     if workers <= 1 or len(pending) <= 1:
         work(todo, note)
     else:
         _spread(todo, min(workers, len(pending)), note)
     return list(failures.values())
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        reason = str(error).partition("\n")[0]
+        raise LaunchError(
+            f"training.device: {name} cannot be used here ({reason}); take cpu, or another machine"
+        ) from None
 
 
 def finished(job: Job, run: Run) -> bool:
@@ -107,6 +120,7 @@ def _one(run: Run, job: Job, listen: Listener) -> None:
         if finished(job, run):
             return None
         listen({"kind": "start", "run": run.name})
+        (folder / ERROR).unlink(missing_ok=True)
 
         def report(record: store.Record) -> None:
             listen({"kind": "epoch", "run": run.name, **record})
@@ -118,8 +132,8 @@ def _one(run: Run, job: Job, listen: Listener) -> None:
                 evaluate.evaluate(run, folder, job.evaluate, job.data_dir)
         except (DataError, ModelError) as error:
             listen({"kind": "fatal", "run": run.name, "message": str(error)})
-        except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
-            store.write_bytes(folder / "error.txt", traceback.format_exc().encode())
+        except Exception as error:  # whatever one run's model or data raise, the other runs go on
+            store.write_bytes(folder / ERROR, traceback.format_exc().encode())
             listen({"kind": "failed", "run": run.name, "message": f"{type(error).__name__}: {error}"})
         else:
             listen({"kind": "done", "run": run.name, **result})

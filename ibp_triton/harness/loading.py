@@ -93,20 +93,23 @@ def apply(tree: dict[str, Any], overrides: Iterable[str]) -> None:
         override(tree, dotted.strip(), parse(value, f"--set {dotted}"), "--set")
 
 
-def read_tree(path: Path) -> dict[str, Any]:
+def read_tree(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, laid over the one it `extends`, if any; raises ConfigError."""
     try:
         tree = parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give the path of a YAML file") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top, got {type(tree).__name__}")
     base = tree.pop("extends", None)
     if base is None:
         return _named_network(tree)
-    if not isinstance(base, str) or (path.parent / base).resolve() == path.resolve():
+    chain = (*extended_by, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
         raise ConfigError(f"{path}: extends: expected the name of another YAML file beside this one, got {base!r}")
-    return presets.merge(read_tree(path.parent / base), _named_network(tree))
+    return presets.merge(read_tree(path.parent / base, chain), _named_network(tree))
 
 
 def parse(text: str, where: str) -> Any:

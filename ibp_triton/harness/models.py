@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,16 +66,41 @@ BUILDERS = {"paper_mnist": paper_mnist, "paper_cifar10": paper_cifar10}
 
 
 def imported(target: str, input_shape: Shape, classes: int, options: dict[str, Any]) -> nn.Module:
-    """Call `pkg.mod:build(input_shape, classes, **options)`; raises ModelError when it is not there or no module."""
+    """Call `pkg.mod:build(input_shape, classes, **options)` and try its model on two black images.
+
+    Raises ModelError when there is no such function, when it or its model fails, and when it does not classify.
+    """
     module_name, _, attribute = target.partition(":")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(f"network.import: cannot import {target!r} ({error}); write package.mod:function") from error
-    model = build(input_shape, classes, **options)
+    try:
+        model = build(input_shape, classes, **options)
+    except Exception as error:
+        raise ModelError(f"network.import: {target}({input_shape}, {classes}, …) {_raised(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"network.import: {target} returned {type(model).__name__}, not a torch.nn.Module")
-    return model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ModelError(f"network.import: the model of {target} has no parameter with requires_grad to train")
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(2, *input_shape, device=trained[0].device))
+    except Exception as error:
+        raise ModelError(f"network.import: the model of {target}, given [2, C, H, W], {_raised(error)}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2 or logits.shape[1] < classes:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"network.import: the model of {target} must return logits [2, {classes}], returned {got}")
+    return model.train()
+
+
+def _raised(error: Exception) -> str:
+    """What went wrong in the user's code, and the last line there: where torch was called, if torch raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames[1:] if Path(torch.__file__).parent not in Path(frame.filename).parents]
+    place = (own or frames)[-1]
+    return f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
 def build(network: Network, shape: Shape, classes: int, seed: int) -> nn.Module:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ibp_triton.harness import grid, loading, store, train
 from ibp_triton.harness.launch import Job, LaunchError, launch, work
@@ -64,22 +65,31 @@ def test_one_failing_run_does_not_stop_the_others(tree: Tree, write: Write, tmp_
 
     def refuse(run: grid.Run, *rest: Any) -> store.Record:
         if run.name == task.runs[1].name:
-            raise RuntimeError("out of luck")
+            raise KeyError("out of luck")
         return original(run, *rest)
 
     original = train.train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ibp_triton.harness.launch.train", refuse)
         failures = launch(task, 1, lambda _: None)
-    assert failures == [f"{task.runs[1].name}: RuntimeError: out of luck"]
+    assert failures == [f"{task.runs[1].name}: KeyError: 'out of luck'"]
     assert "out of luck" in (tmp_path / task.runs[1].name / "error.txt").read_text(encoding="utf-8")
     assert sum((tmp_path / run.name / store.RESULT).exists() for run in task.runs) == 3
+    assert launch(task, 1, lambda _: None) == []
+    assert not (tmp_path / task.runs[1].name / "error.txt").exists(), "it says nothing about the run that went well"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_unfit_data_stop_everything_with_one_message(tree: Tree, write: Write, tmp_path: Path, workers: int) -> None:
     with pytest.raises(LaunchError, match=r"do not fit into the 64 training examples"):
         launch(job(write(tree), tmp_path, "data.subset=65"), workers, lambda _: None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_stops_everything(tree: Tree, write: Write, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"training.device: cuda:0 cannot be used here \(.*\); take cpu"):
+        launch(job(write(tree), tmp_path, "training.device=cuda:0"), 2, lambda _: None)
+    assert not list(tmp_path.glob("*/config.json"))
 
 
 @pytest.mark.slow

@@ -69,6 +69,11 @@ def test_malformed_missing_and_doubled(tmp_path: Path) -> None:
     assert "expected a mapping" in refusal(path)
     path.write_text("name: a\nname: b", encoding="utf-8")
     assert "key 'name' is given twice" in refusal(path)
+    path.write_bytes(b"\x00\xff")
+    assert "not a text file in UTF-8" in refusal(path)
+    path.write_text("extends: other.yaml", encoding="utf-8")
+    (tmp_path / "other.yaml").write_text("extends: broken.yaml", encoding="utf-8")
+    assert "other.yaml: extends: expected the name of another YAML file" in refusal(path)
 
 
 def test_overrides_and_numbers_with_exponents(tree: Tree, write: Write) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,3 +77,39 @@ def test_what_cannot_be_built_is_refused() -> None:
         models.imported("nowhere:build", (1, 8, 8), 2, {})
     with pytest.raises(ModelError, match=r"math:dist returned float, not a torch.nn.Module"):
         models.imported("math:dist", (1, 1, 1), (2, 2, 2), {})  # type: ignore[arg-type]
+
+
+class Pair(nn.Flatten):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:  # type: ignore[override]
+        return super().forward(x), 1
+
+
+def own(layers: list[nn.Module], *, trains: bool = True) -> Callable[..., nn.Module]:
+    return lambda shape, classes, **options: nn.Sequential(nn.Flatten(), *layers).requires_grad_(trains)
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (own([nn.Linear(16, 3)]), r"must return logits \[2, 4\], returned \[2, 3\]"),
+        (own([nn.Linear(16, 4), Pair()]), r"must return logits \[2, 4\], returned tuple"),
+        (own([nn.Linear(5, 4)]), r"given \[2, C, H, W\], raised RuntimeError: mat1 and mat2 .*\(.*, line \d+\)"),
+        (own([nn.Linear(16, 4)], trains=False), r"has no parameter with requires_grad"),
+        (lambda shape: None, r"raised TypeError: .* takes 1 positional argument but 2 were given"),
+        (3, r"raised TypeError: 'int' object is not callable"),
+    ],
+)
+def test_own_models_that_cannot_be_trained_are_refused(
+    build: object, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(math, "build", build, raising=False)
+    with pytest.raises(ModelError, match=rf"network.import: .*math:build.* {expected}"):
+        models.imported("math:build", (1, 4, 4), 4, {})
+
+
+def test_own_models_come_back_in_training_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = (nn.Flatten(), nn.LazyLinear(4), nn.BatchNorm1d(4))
+    monkeypatch.setattr(math, "build", lambda shape, classes: nn.Sequential(*layers), raising=False)
+    model = models.imported("math:build", (1, 4, 4), 4, {})
+    assert model.training
+    assert not model[2].running_mean.any(), "the trial leaves no trace"  # type: ignore[index]
