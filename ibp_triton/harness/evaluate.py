@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from ibp_triton.harness.grid import Run
 from ibp_triton.harness.seeds import stream
 
 CURVES = ("adversarial", "gaussian", "pgd")
+_EXAMPLES = "examples"
 Perturb = Callable[[Tensor, Tensor, int], Iterator[Tensor]]
 
 
@@ -39,7 +41,7 @@ def done(folder: Path, choice: Evaluate) -> bool:
 def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = None) -> store.Record:
     """Evaluate the stored checkpoint of `run`; the summary, also written beside every example's outcome.
 
-    Outcomes are booleans (True: right) [levels, examples] in evaluation-<hash>.safetensors.
+    Outcomes, bits (1: right) [levels, examples], are in evaluation-<hash>.safetensors; `outcomes_of` reads them.
     """
     dataset = data.load(run.data.model_copy(update={"dir": data_dir or run.data.dir}), run.seeds.subset)
     model = load_model(run, folder, dataset)
@@ -56,7 +58,9 @@ def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = No
     summary = {"run": run.name, "examples": len(labels), **_errors(outcomes, choice)}
     if choice.masking is not None:
         summary["masking"] = masking(model, x, labels, choice)
-    store.write_tensors(folder / f"{file_stem(choice)}.safetensors", outcomes)
+    packed = {name: torch.from_numpy(np.packbits(right.numpy(), axis=1)) for name, right in outcomes.items()}
+    packed[_EXAMPLES] = torch.tensor([len(labels)])  # the last byte of a row may hold bits of none
+    store.write_tensors(folder / f"{file_stem(choice)}.safetensors", packed)
     store.write_json(folder / f"{file_stem(choice)}.json", summary)
     return summary
 
@@ -84,7 +88,12 @@ def load_model(run: Run, folder: Path, dataset: data.Dataset) -> nn.Module:
 def outcomes_of(folder: Path, choice: Evaluate) -> dict[str, Tensor] | None:
     """Stored outcomes: curve → booleans [levels, examples]; None if this evaluation was not done."""
     found = store.read_tensors(folder / f"{file_stem(choice)}.safetensors")
-    return found[0] if found else None
+    if found is None:
+        return None
+    packed, _ = found
+    count = int(packed.pop(_EXAMPLES))
+    bits = {name: np.unpackbits(rows.numpy(), axis=1, count=count) for name, rows in packed.items()}
+    return {name: torch.from_numpy(rows).bool() for name, rows in bits.items()}
 
 
 def masking(model: nn.Module, x: Tensor, labels: Tensor, choice: Evaluate) -> store.Record:

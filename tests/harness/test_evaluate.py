@@ -68,7 +68,15 @@ def test_every_outcome_is_stored_and_noise_is_the_same_for_every_model(trained: 
 
 def test_first_examples_only(trained: tuple[grid.Run, Path]) -> None:
     run, folder = trained
-    assert evaluate.evaluate(run, folder, Evaluate(examples=7))["examples"] == 7
+    first = Evaluate(examples=7, gaussian=[0.0, 2.0])
+    summary = evaluate.evaluate(run, folder, first)
+    assert summary["examples"] == 7
+    evaluate.evaluate(run, folder, Evaluate())
+    some, every = (evaluate.outcomes_of(folder, choice) for choice in (first, Evaluate()))
+    assert some is not None
+    assert every is not None
+    assert torch.equal(some["clean"], every["clean"][:, :7])
+    assert (~some["gaussian"]).float().mean(1).mul(100).tolist() == pytest.approx(summary["gaussian"]["error"])
 
 
 def test_masking_check_sees_a_model_without_gradients(trained: tuple[grid.Run, Path]) -> None:
