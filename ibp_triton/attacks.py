@@ -63,7 +63,7 @@ def pgd(
         steps: gradient steps, at least 1.
         step_size: length of one step; 2.5 ε / steps by default.
         random_start: start at a uniform random point of the box.
-        generator: the random numbers' source.
+        generator: the random numbers' source; they are drawn on its device, so that x's device does not matter.
 
     Returns:
         x' of x's shape.
@@ -77,7 +77,8 @@ def pgd(
     size = 2.5 * epsilon / steps if step_size is None else step_size
     offset = torch.zeros_like(x)
     if random_start:
-        offset = (2 * torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator) - 1) * epsilon
+        place = generator.device if generator else x.device
+        offset = (2 * torch.rand(x.shape, dtype=x.dtype, device=place, generator=generator).to(x.device) - 1) * epsilon
     for _ in range(steps):
         d = input_gradient(model, x + offset, labels)
         offset = (offset + size * d.sign()).clamp(-epsilon, epsilon)
@@ -85,5 +86,6 @@ def pgd(
 
 
 def gaussian_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
-    """x + σ n with n ~ N(0, 1) for each element; same shape."""
-    return x + sigma * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    """x + σ n with n ~ N(0, 1) for each element, drawn on the generator's device; same shape."""
+    place = generator.device if generator else x.device
+    return x + sigma * torch.randn(x.shape, dtype=x.dtype, device=place, generator=generator).to(x.device)

@@ -19,7 +19,7 @@ from ibp_triton.harness.board import BoardError, with_board
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
-from ibp_triton.harness.launch import ERROR, Job, LaunchError, finished, launch
+from ibp_triton.harness.launch import ERROR, Job, LaunchError, check_device, download, finished, launch
 from ibp_triton.harness.loading import ConfigError, Plan
 from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.progress import Progress, curve_table, result_table
@@ -71,6 +71,7 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
     console = Console()
     done = {run.name for run in job.runs if finished(job, run)}
     console.print(f"{len(job.runs)} runs, {len(done)} finished before, in {job.root}", highlight=False)
+    download(job)
     try:
         with Progress(console, job.runs, done, workers) as progress:
             failures = launch(job, workers, with_board(progress, job.root) if tensorboard else progress)
@@ -88,15 +89,15 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
 
 def _list(job: Job, workers: int) -> None:
     console = Console()
-    table = Table("run", "method", "epochs", "examples", "× BP", "estimate", "state")
+    table = Table("run", "epochs", "examples", "× BP", "estimate", "state")
     total = 0.0
     for each in job.runs:
         seconds, done = cost.seconds(each), finished(job, each)
         total += 0.0 if done else seconds or 0.0
         size = str(cost.examples(each) or "all")
         shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
-        cells = (each.label, each.method.key, str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown)
-        table.add_row(*cells, "finished" if done else "to do")
+        cells = (str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown, "finished" if done else "to do")
+        table.add_row(each.label, *cells)
     console.print(table)
     left = timedelta(seconds=round(total / workers))
     console.print(f"{len(job.runs)} runs, about {left} left with {workers} worker(s) on this machine", highlight=False)
@@ -108,16 +109,18 @@ def evaluate(
     config: Annotated[Path | None, typer.Option(help="YAML whose evaluate: section to use")] = None,
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value of evaluate:")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
+    device: Annotated[str, typer.Option(help="device to compute on, as torch names it: cpu, cuda:0")] = "cpu",
 ) -> None:
     """Measure the robustness of a finished run's checkpoint; without --config as its experiment says."""
     stored = store.read_json(run_dir / "config.json")
     if stored is None:
         raise ConfigError(f"{run_dir}: no config.json; give the folder of a run, like runs/NAME/runs/bp-0123456789ab")
     choice = loading.evaluation(config or run_dir.parent.parent / PLAN, override or [])
+    check_device(device)
     with store.lock(run_dir) as mine:
         if not mine:
             raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")
-        found = measure.evaluate(Run.from_config(stored), run_dir, choice, data_dir)
+        found = measure.evaluate(Run.from_config(stored).on(device), run_dir, choice, data_dir)
     Console().print(curve_table(found))
     Console().print(f"written to {run_dir / measure.file_stem(choice)}.json and .safetensors", highlight=False)
 

@@ -27,6 +27,11 @@ def values(levels: Levels) -> list[float]:
     return levels.values() if isinstance(levels, Span) else list(levels)
 
 
+def levels_of(choice: Evaluate, curve: str) -> list[float]:
+    """The sizes a curve was measured at; [0.0] for the curve "clean", without a perturbation."""
+    return values(getattr(choice, curve)) if curve in CURVES else [0.0]
+
+
 def file_stem(choice: Evaluate) -> str:
     """Name of the two files of an evaluation: settings that change the outcome change the name."""
     text = choice.model_dump_json(exclude={"batch_size"})
@@ -41,19 +46,20 @@ def done(folder: Path, choice: Evaluate) -> bool:
 def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = None) -> store.Record:
     """Evaluate the stored checkpoint of `run`; the summary, also written beside every example's outcome.
 
-    Outcomes, bits (1: right) [levels, examples], are in evaluation-<hash>.safetensors; `outcomes_of` reads them.
+    Computed on the run's training device. Outcomes, bits (1: right) [levels, examples], are in
+    evaluation-<hash>.safetensors; `outcomes_of` reads them.
     """
-    dataset = data.load(run.data.model_copy(update={"dir": data_dir or run.data.dir}), run.seeds.subset)
-    model = load_model(run, folder, dataset)
+    device = torch.device(run.training.device)
+    dataset = data.load(run.data.model_copy(update={"dir": data_dir or run.data.dir}), run.seeds.subset).to(device)
     layout = torch.channels_last if run.training.channels_last else torch.contiguous_format
-    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    model = load_model(run, folder, dataset).to(device).to(memory_format=layout)  # type: ignore[call-overload]
     x = (dataset.test.images - dataset.mean).contiguous(memory_format=layout)
     labels = dataset.test.labels
     if choice.examples is not None:
         x, labels = x[: choice.examples], labels[: choice.examples]
     outcomes = {"clean": _outcomes(model, x, labels, choice, _clean)}
     for name in CURVES:
-        if values(getattr(choice, name)):
+        if levels_of(choice, name):
             outcomes[name] = _outcomes(model, x, labels, choice, _perturbation(name, model, choice))
     summary = {"run": run.name, "examples": len(labels), **_errors(outcomes, choice)}
     if choice.masking is not None:
@@ -68,7 +74,7 @@ def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = No
 def _errors(outcomes: dict[str, Tensor], choice: Evaluate) -> store.Record:
     return {
         name: {
-            "levels": values(getattr(choice, name)) if name in CURVES else [0.0],
+            "levels": levels_of(choice, name),
             "error": [100.0 * float((~row).float().mean()) for row in right],
         }
         for name, right in outcomes.items()
@@ -124,7 +130,7 @@ def _outcomes(model: nn.Module, x: Tensor, labels: Tensor, choice: Evaluate, per
     parts = []
     for number, part, y in _batches(x, labels, choice.batch_size):
         with torch.no_grad():
-            parts.append(torch.stack([model(moved).argmax(1) == y for moved in perturb(part, y, number)]))
+            parts.append(torch.stack([(model(moved).argmax(1) == y).cpu() for moved in perturb(part, y, number)]))
     return torch.cat(parts, 1)
 
 
@@ -138,7 +144,7 @@ def _clean(x: Tensor, labels: Tensor, number: int) -> Iterator[Tensor]:
 
 
 def _perturbation(name: str, model: nn.Module, choice: Evaluate) -> Perturb:
-    levels = values(getattr(choice, name))
+    levels = levels_of(choice, name)
     return {"adversarial": _fgsm, "gaussian": _noise, "pgd": _pgd}[name](model, levels, choice)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import os
 import tarfile
 import zlib
@@ -59,19 +58,17 @@ def fetch(remote: Remote, target: Path) -> Path:
         try:
             return Path(
                 pooch.retrieve(
-                    mirror + remote.name, f"sha256:{remote.sha256}", fname=remote.name, path=target, progressbar=_bar()
+                    mirror + remote.name, f"sha256:{remote.sha256}", fname=remote.name, path=target, progressbar=True
                 )
             )
-        except (OSError, ValueError) as error:
+        except OSError as error:
             reasons.append(f"{mirror}: {type(error).__name__}")
+        except ValueError:  # pooch has deleted what it got
+            reasons.append(f"{mirror}: bytes of another SHA-256 than {remote.sha256}")
     raise DataError(
         f"{target / remote.name}: not there, and no mirror gave it ({'; '.join(reasons)}); "
         f"put the file into that folder, or name its folder by data.dir or {ENVIRONMENT}"
     )
-
-
-def _bar() -> bool:
-    return bool(importlib.util.find_spec("tqdm"))
 
 
 def read(path: Path) -> bytes:
@@ -80,7 +77,7 @@ def read(path: Path) -> bytes:
         raw = path.read_bytes()
         return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read as gzip ({error}); delete it and fetch it again") from error
+        raise DataError(f"{path}: cannot be read ({error}); delete it and fetch it again") from error
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,6 +70,10 @@ class Run:
             seeds=Seeds.model_validate(stored["seeds"]),
             track_cosine=stored["track_cosine"],
         )
+
+    def on(self, device: str) -> Run:
+        """The same run on another device."""
+        return replace(self, training=self.training.model_copy(update={"device": device}))
 
     @cached_property
     def name(self) -> str:

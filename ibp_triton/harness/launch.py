@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ibp_triton.harness import evaluate, store
+from ibp_triton.harness import evaluate, sources, store
 from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
@@ -57,7 +57,7 @@ def launch(job: Job, workers: int, listen: Listener) -> list[str]:
 
     pending = [run for run in job.runs if not finished(job, run)]
     for device in dict.fromkeys(run.training.device for run in pending):
-        _check_device(device)
+        check_device(device)
     todo = replace(job, runs=pending)
     if workers <= 1 or len(pending) <= 1:
         work(todo, note)
@@ -66,14 +66,20 @@ def launch(job: Job, workers: int, listen: Listener) -> list[str]:
     return list(failures.values())
 
 
-def _check_device(name: str) -> None:
+def download(job: Job) -> None:
+    """Fetch the files of public sets that unfinished runs lack, once and before any worker; raises DataError."""
+    needed = {(run.data.source, run.data.dir): run.data for run in job.runs if not finished(job, run)}
+    for data in needed.values():
+        sources.public_files(data.model_copy(update={"dir": job.data_dir or data.dir}))
+
+
+def check_device(name: str) -> None:
+    """Raise LaunchError unless torch can compute on the device."""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         reason = str(error).partition("\n")[0]
-        raise LaunchError(
-            f"training.device: {name} cannot be used here ({reason}); take cpu, or another machine"
-        ) from None
+        raise LaunchError(f"device {name} cannot be used here ({reason}); take cpu, or another machine") from None
 
 
 def finished(job: Job, run: Run) -> bool:

@@ -20,6 +20,7 @@ from ibp_triton.harness.files import DataError
 from ibp_triton.harness.seeds import stream
 
 Shape = tuple[int, int, int]
+CIFAR_FOLDER = "cifar-10-batches-bin"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ Loaded = tuple[Split, Split, int]
 def load(data: Data) -> Loaded:
     """Training set, test set and number of classes; raises DataError."""
     return READERS[data.source](data)
+
+
+def public_files(data: Data) -> list[Path]:
+    """The files of a public set, downloaded if they are not there yet; none for other sources. Raises DataError."""
+    if data.source == "cifar10":
+        return [_find(data.dir, CIFAR_FOLDER, name, remotes.CIFAR_ARCHIVE) for name in remotes.CIFAR_NAMES]
+    names = remotes.IDX.get(data.source, {})
+    return [_find(data.dir, data.source, name, remote) for name, remote in names.items()]
 
 
 def shape_of(data: Data) -> tuple[Shape, int] | None:
@@ -91,7 +100,7 @@ def _synthetic(data: Data) -> Loaded:
 
 
 def _idx(data: Data) -> Loaded:
-    paths = [_find(data.dir, data.source, name, remotes.IDX[data.source][name]) for name in remotes.IDX_NAMES]
+    paths = public_files(data)
     splits = [_idx_split(*paths[:2]), _idx_split(*paths[2:])]
     return splits[0], splits[1], 10
 
@@ -108,8 +117,7 @@ def _idx_split(image_path: Path, label_path: Path) -> Split:
 
 
 def _cifar10(data: Data) -> Loaded:
-    folder = "cifar-10-batches-bin"
-    parts = [files.read_cifar10(_find(data.dir, folder, name, remotes.CIFAR_ARCHIVE)) for name in remotes.CIFAR_NAMES]
+    parts = [files.read_cifar10(path) for path in public_files(data)]
     train = Split(torch.cat([images for images, _ in parts[:-1]]), torch.cat([labels for _, labels in parts[:-1]]))
     return train, Split(*parts[-1]), 10
 

@@ -115,6 +115,7 @@ def test_tensorboard_logs_every_epoch(
         (["run", "none.yaml"], "none.yaml: cannot be read"),
         (["evaluate", "nowhere"], "nowhere: no config.json; give the folder of a run"),
         (["report", "nowhere"], "nowhere: no experiment.yaml; give the folder"),
+        (["evaluate", ".", "--device", "cuda:99"], "device cuda:99 cannot be used here"),
     ],
 )
 def test_errors_are_one_message_without_traceback(
@@ -125,6 +126,7 @@ def test_errors_are_one_message_without_traceback(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert ibp_triton(monkeypatch, *arguments) == 1
     assert expected in capsys.readouterr().err.replace("\n", " ")
 

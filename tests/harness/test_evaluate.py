@@ -46,6 +46,15 @@ def test_curves_are_those_of_the_attacks_on_a_plain_module(trained: tuple[grid.R
     assert summary["pgd"]["error"][0] >= expected[0]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_draws_the_same_noise_and_finds_the_same_errors(trained: tuple[grid.Run, Path]) -> None:
+    run, folder = trained
+    found = [evaluate.evaluate(run.on(device), folder, CHOICE) for device in ("cpu", "cuda:0")]
+    for name in ("clean", *evaluate.CURVES):
+        assert found[0][name]["error"] == pytest.approx(found[1][name]["error"], abs=100 / 32)
+
+
 def test_every_outcome_is_stored_and_noise_is_the_same_for_every_model(trained: tuple[grid.Run, Path]) -> None:
     run, folder = trained
     evaluate.evaluate(run, folder, CHOICE)

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from ibp_triton.harness import grid, loading, store, train
-from ibp_triton.harness.launch import Job, LaunchError, launch, work
+from ibp_triton.harness import evaluate, grid, loading, store, train
+from ibp_triton.harness.files import DataError
+from ibp_triton.harness.launch import Job, LaunchError, download, launch, work
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -85,9 +86,22 @@ def test_unfit_data_stop_everything_with_one_message(tree: Tree, write: Write, t
         launch(job(write(tree), tmp_path, "data.subset=65"), workers, lambda _: None)
 
 
+def test_data_are_looked_for_before_any_worker_starts_and_only_for_what_is_left(
+    tree: Tree, write: Write, tmp_path: Path
+) -> None:
+    tree["data"] = {"source": "mnist", "dir": str(tmp_path / "nowhere"), "subset": 64}
+    task = job(write(tree), tmp_path / "runs")
+    with pytest.raises(DataError, match="nowhere/mnist/train-images-idx3-ubyte: no such file"):
+        download(task)
+    for run in task.runs:
+        for name in (store.RESULT, f"{evaluate.file_stem(task.evaluate)}.json"):
+            store.write_json(task.root / run.name / name, {})
+    download(task)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_stops_everything(tree: Tree, write: Write, tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"training.device: cuda:0 cannot be used here \(.*\); take cpu"):
+    with pytest.raises(LaunchError, match=r"device cuda:0 cannot be used here \(.*\); take cpu"):
         launch(job(write(tree), tmp_path, "training.device=cuda:0"), 2, lambda _: None)
     assert not list(tmp_path.glob("*/config.json"))
 

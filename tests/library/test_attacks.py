@@ -25,7 +25,6 @@ def test_fgsm_steps_by_epsilon_along_the_sign_of_the_gradient(case):
     F.cross_entropy(model(leaf), labels).backward()
     assert torch.equal(moved, x + 0.1 * leaf.grad.sign())
     assert loss(model, moved, labels) > loss(model, x, labels)
-    assert all(p.grad is not None or True for p in model.parameters())
     assert not moved.requires_grad
 
 

@@ -15,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ibp_triton.harness.report.gather import Findings, title
-from ibp_triton.harness.summary import Row
+from ibp_triton.harness.report.gather import Curve, Findings, title
 
 INK = "#0a0b0c"
 COLOURS = ("#808080", "#1f8fe0", "#2aa775", "#d9822b", "#b08d1a", "#a66bd4", "#d4569a", "#e0483e", "#3aa6a6", "#8f8f3a")
@@ -104,20 +103,21 @@ def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
 
 def _sizes(findings: Findings) -> Iterator[Sketch]:
     """Figure 4: error against the number of training examples, with and without augmentation."""
-    lines: dict[str, list[tuple[int, Row]]] = {}
+    lines: dict[str, dict[int, Curve]] = {}
     for row in findings.chosen:
-        run = row.runs[0]
+        run, curve = row.runs[0], findings.curve(row, "clean")
         label = row.label + (" with augmentation" if run.training.augment else "")
-        lines.setdefault(label, []).append((run.data.subset or 0, row))
-    if max((len({size for size, _ in line}) for line in lines.values()), default=0) < 2:
+        if curve and run.data.subset:
+            lines.setdefault(label, {})[run.data.subset] = curve
+    if max(map(len, lines.values()), default=0) < 2:
         return
-    sketch = Sketch("sizes", "Error against the number of training examples", "training examples", "error %")
+    caption = "Error against the number of training examples, with 95 % bands over seeds and examples"
+    sketch = Sketch("sizes", caption, "training examples", "error %")
     for number, (label, line) in enumerate(lines.items()):
-        points = sorted(line, key=lambda point: point[0])
-        sizes, rows = [size for size, _ in points], [row for _, row in points]
-        deviations = [row.sd or 0.0 for row in rows]
-        means = [row.mean for row in rows]
-        sketch.axes.errorbar(sizes, means, deviations, label=label, markersize=4, capsize=2, **_look(number))
+        sizes = sorted(line)
+        mean, low, high = ([getattr(line[size], name)[0] for size in sizes] for name in ("mean", "low", "high"))
+        sketch.axes.plot(sizes, mean, label=label, markersize=4, **_look(number))
+        sketch.axes.fill_between(sizes, low, high, color=_look(number)["color"], alpha=0.15, lw=0)
     sketch.axes.set_xscale("log")
     yield _legend(sketch)
 

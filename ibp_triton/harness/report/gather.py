@@ -98,7 +98,7 @@ class Findings:
         right = torch.stack(parts)
         low, high = stats.band(right)
         mean = (100 * (~right).float().mean((0, 2))).tolist()
-        levels = evaluate.values(getattr(self.experiment.evaluate, name))
+        levels = evaluate.levels_of(self.experiment.evaluate, name)
         return Curve(title(row), levels, mean, low.tolist(), high.tolist())
 
     def against_base(self, row: Row) -> stats.Mcnemar | None:
