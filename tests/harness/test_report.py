@@ -121,6 +121,23 @@ def test_report_of_a_trained_grid(tree: Tree, write: Write, tmp_path: Path) -> N
     assert all(float(line["test_error"]) <= 100 for line in lines)
 
 
+def test_every_method_is_compared_with_every_other_in_pairs(tree: Tree, write: Write, tmp_path: Path) -> None:
+    tree |= {"methods": {"bp": None, "loss_ibp": {"beta": 0.3}, "fast_at": {"epsilon": 0.2}}}
+    plan = loading.load(write(tree))
+    launch(Job(grid.runs(plan), tmp_path / "runs"), 1, lambda _: None)
+    findings = Findings(plan, tmp_path / "runs")
+    (table,) = tables.pairs(findings)
+    assert table.columns == ["method", "vs bp", "vs fast_at"]
+    assert [(line[0], bool(line[1]), bool(line[2])) for line in table.cells] == [
+        ("fast_at", True, False),
+        ("loss_ibp", True, True),
+    ]
+    wrong = {row.label: sum(row.errors) * 32 / 100 for row in findings.rows}
+    for line in table.cells:
+        for base, cell in zip(("bp", "fast_at"), line[1:], strict=True):
+            assert not cell or int(cell.split(",")[0]) == round(wrong[base] - wrong[line[0]])
+
+
 def test_equal_findings_give_equal_bytes(stored: Findings, tmp_path: Path) -> None:
     first, second = (write_report(stored.plan, stored.root, tmp_path / name) for name in ("a", "b"))
     for one, two in zip(first, second, strict=True):

@@ -102,10 +102,12 @@ class Findings:
         return Curve(title(row), levels, mean, low.tolist(), high.tolist())
 
     def against_base(self, row: Row) -> stats.Mcnemar | None:
-        """McNemar's test of the clean outcomes against BP, on the seeds both have; None without stored outcomes."""
+        """`paired` with BP; None for BP itself and where it is missing."""
         base = self.base(row)
-        if base is None or base is row:
-            return None
+        return None if base is None or base is row else self.paired(base, row)
+
+    def paired(self, base: Row, row: Row) -> stats.Mcnemar | None:
+        """McNemar's test of the clean outcomes of `row` against `base`, on the seeds both have stored; None if none."""
         first, second = self.outcomes(base, "clean"), self.outcomes(row, "clean")
         common = [seeds for seeds in first if seeds in second]
         if not common:

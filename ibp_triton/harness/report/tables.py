@@ -13,6 +13,11 @@ from ibp_triton.harness.report.gather import Findings, pairs_in_order, title
 from ibp_triton.harness.report.paper import Published
 from ibp_triton.harness.summary import Row, error_text
 
+PAIRS_NOTE = (
+    "Test examples gained less those lost by the method of the line against that of the column, the seeds of both "
+    "pooled; p is McNemar's exact test."
+)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -38,7 +43,8 @@ class Table:
 
 def tables(findings: Findings) -> list[Table]:
     """Every table there is something to say in."""
-    candidates = [comparison(findings), every_parameter(findings), ratios(findings), masking(findings)]
+    candidates = [comparison(findings), *pairs(findings), every_parameter(findings), ratios(findings)]
+    candidates += [masking(findings)]
     return [table.compact() for table in candidates if table and table.cells]
 
 
@@ -56,6 +62,22 @@ def comparison(findings: Findings) -> Table:
         line += [_mcnemar(findings, row)] if tested else []
         cells.append(line)
     return Table("Error on the test set", columns, cells, _note(findings))
+
+
+def pairs(findings: Findings) -> list[Table]:
+    """Every method against every other, by the test examples they disagree on; a table for each variant."""
+    found = []
+    for variant in dict.fromkeys(row.variant for row in findings.chosen):
+        rows = [row for row in findings.chosen if row.variant == variant and findings.outcomes(row, "clean")]
+        if len(rows) > 2:
+            columns = [f"vs {row.label}" for row in rows[:-1]]
+            cells = [[_against(findings, base, row) for base in rows[:number]] for number, row in enumerate(rows)]
+            lines = [
+                [row.label, *line, *[""] * (len(columns) - len(line))] for row, line in zip(rows, cells, strict=True)
+            ]
+            heading = "Methods in pairs" + (f", {variant}" if variant else "")
+            found.append(Table(heading, ["method", *columns], lines[1:], PAIRS_NOTE))
+    return found
 
 
 def every_parameter(findings: Findings) -> Table | None:
@@ -166,6 +188,11 @@ def _word(sign: int) -> str:
 def _mcnemar(findings: Findings, row: Row) -> str:
     test = findings.against_base(row)
     return f"+{test.gained} −{test.lost}, p = {test.p:.2g}" if test else ""
+
+
+def _against(findings: Findings, base: Row, row: Row) -> str:
+    test = findings.paired(base, row)
+    return f"{test.gained - test.lost:+d}, p = {test.p:.2g}" if test else ""
 
 
 def _paper_ratio(findings: Findings, row: Row) -> str:
