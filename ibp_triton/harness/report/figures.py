@@ -119,6 +119,9 @@ def _sizes(findings: Findings) -> Iterator[Sketch]:
         sketch.axes.plot(sizes, mean, label=label, markersize=4, **_look(number))
         sketch.axes.fill_between(sizes, low, high, color=_look(number)["color"], alpha=0.15, lw=0)
     sketch.axes.set_xscale("log")
+    every = sorted(set().union(*lines.values()))
+    sketch.axes.set_xticks(every, [f"{size:,}".replace(",", "\u202f") for size in every], rotation=45)
+    sketch.axes.minorticks_off()
     yield _legend(sketch)
 
 
