@@ -115,12 +115,15 @@ def read_cifar10(path: Path) -> tuple[Tensor, Tensor]:
 def unpack(archive: Path, wanted: set[str], target: Path) -> None:
     """Copy the `wanted` plain files out of a tar archive into `target`, whatever folders they lie in.
 
-    Each is there whole or not at all, also for a process that reads or unpacks them meanwhile.
+    Each is there whole or not at all, also for a process that reads or unpacks them meanwhile. Raises DataError.
     """
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            name = Path(member.name).name
-            if member.isfile() and name in wanted:
-                stream = tar.extractfile(member)
-                assert stream is not None
-                write_bytes(target / name, stream.read())
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                name = Path(member.name).name
+                if member.isfile() and name in wanted:
+                    stream = tar.extractfile(member)
+                    assert stream is not None
+                    write_bytes(target / name, stream.read())
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{archive}: cannot be unpacked ({error}); delete it and fetch it again") from error

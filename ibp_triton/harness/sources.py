@@ -20,7 +20,7 @@ from ibp_triton.harness.files import DataError
 from ibp_triton.harness.seeds import stream
 
 Shape = tuple[int, int, int]
-CIFAR_FOLDER = "cifar-10-batches-bin"
+CIFAR_FOLDER, CIFAR_BATCH = "cifar-10-batches-bin", 10_000
 
 
 @dataclass(frozen=True)
@@ -117,28 +117,36 @@ def _idx_split(image_path: Path, label_path: Path) -> Split:
 
 
 def _cifar10(data: Data) -> Loaded:
-    parts = [files.read_cifar10(path) for path in public_files(data)]
+    parts = [_cifar10_batch(path) for path in public_files(data)]
     train = Split(torch.cat([images for images, _ in parts[:-1]]), torch.cat([labels for _, labels in parts[:-1]]))
     return train, Split(*parts[-1]), 10
 
 
+def _cifar10_batch(path: Path) -> tuple[Tensor, Tensor]:
+    images, labels = files.read_cifar10(path)
+    if len(labels) != CIFAR_BATCH:
+        raise DataError(f"{path}: expected {CIFAR_BATCH} images, got {len(labels)}; delete it and fetch it again")
+    return images, labels
+
+
 def _find(given: str | None, subfolder: str, name: str, remote: files.Remote) -> Path:
-    """The file in the folder the user names, else in the cache, downloaded (and unpacked) if need be."""
+    """The file in the folder the user names, else in the cache, downloaded; unpacked if only its archive is there."""
     place = files.given_folder(given)
     root = place or files.cache_folder()
     if found := files.locate(root, subfolder, name):
         return found
-    if place is not None:
+    archive = files.locate(root, subfolder, remote.name) if place else files.fetch(remote, root / subfolder)
+    if archive is None:
+        packed = f", nor {remote.name}" if remote.name.endswith(".tar.gz") else ""
         raise DataError(
-            f"{place / subfolder / name}: no such file, plain or .gz, there or in {place}; put it there, or unset "
-            f"data.dir and {files.ENVIRONMENT} to download it"
+            f"{root / subfolder / name}: no such file, plain or .gz, there or in {root}{packed}; put it there, or "
+            f"unset data.dir and {files.ENVIRONMENT} to download it"
         )
-    fetched = files.fetch(remote, root / subfolder)
-    if fetched.name.endswith(".tar.gz"):
-        files.unpack(fetched, set(remotes.CIFAR_NAMES), root / subfolder)
-    found = files.locate(root, subfolder, name)
-    assert found is not None
-    return found
+    if archive.name.endswith(".tar.gz"):
+        files.unpack(archive, set(remotes.CIFAR_NAMES), root / subfolder)
+    if found := files.locate(root, subfolder, name):
+        return found
+    raise DataError(f"{archive}: holds no {name}; delete it and fetch it again")
 
 
 def _arrays(data: Data) -> Loaded:

@@ -101,6 +101,12 @@ def test_crop_takes_the_centre(mnist: Path) -> None:
     assert cropped.mean.shape == (1, 24, 24)
 
 
+@pytest.fixture
+def two_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of two images instead of 10 000."""
+    monkeypatch.setattr(sources, "CIFAR_BATCH", 2)
+
+
 def cifar_record(label: int, value: int) -> bytes:
     return bytes([label]) + bytes([value]) * 3072
 
@@ -111,6 +117,7 @@ def write_cifar(folder: Path) -> None:
         (folder / name).write_bytes(cifar_record(number, 10 * number) + cifar_record(9, 255))
 
 
+@pytest.mark.usefixtures("two_a_batch")
 def test_cifar_binary_batches(tmp_path: Path) -> None:
     write_cifar(tmp_path / "cifar-10-batches-bin")
     loaded = data.load(Data(source="cifar10", dir=str(tmp_path), mean="none"), 0)
@@ -121,6 +128,7 @@ def test_cifar_binary_batches(tmp_path: Path) -> None:
     assert not loaded.mean.any()
 
 
+@pytest.mark.usefixtures("two_a_batch")
 def test_cifar_faults(tmp_path: Path) -> None:
     write_cifar(tmp_path / "cifar-10-batches-bin")
     path = tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin"
@@ -128,6 +136,30 @@ def test_cifar_faults(tmp_path: Path) -> None:
     assert "expected records of 3073 bytes" in refusal(Data(source="cifar10", dir=str(tmp_path)))
     path.write_bytes(cifar_record(10, 1))
     assert "label 10 found, expected 0 to 9" in refusal(Data(source="cifar10", dir=str(tmp_path)))
+    path.write_bytes(cifar_record(1, 1))
+    assert "data_batch_3.bin: expected 2 images, got 1" in refusal(Data(source="cifar10", dir=str(tmp_path)))
+
+
+@pytest.mark.usefixtures("two_a_batch")
+def test_the_official_archive_may_lie_in_the_data_folder(tmp_path: Path) -> None:
+    choice = Data(source="cifar10", dir=str(tmp_path / "data"), mean="none")
+    message = refusal(choice)
+    assert "data_batch_1.bin: no such file, plain or .gz" in message
+    assert "nor cifar-10-binary.tar.gz" in message
+    write_cifar(tmp_path / "cifar-10-batches-bin")
+    archive = tmp_path / "data" / "cifar-10-binary.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:-30])
+    assert refusal(choice).startswith(f"{archive}: cannot be unpacked")
+    archive.write_bytes(whole)
+    assert data.load(choice, 0).test.labels.tolist() == [5, 9]
+    with tarfile.open(archive, "w:gz"):
+        pass
+    (tmp_path / "data" / "cifar-10-batches-bin" / "test_batch.bin").unlink()
+    assert refusal(choice) == f"{archive}: holds no test_batch.bin; delete it and fetch it again"
 
 
 def test_archive_is_unpacked_by_name_only(tmp_path: Path) -> None:
