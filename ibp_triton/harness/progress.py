@@ -47,11 +47,11 @@ class Progress:
         elif event["kind"] in ("done", "failed"):
             self._share[run.name] = 1.0
             self._records.pop(run.name, None)
-            self._console.print(self._closing(run, event), highlight=False)
+            self._console.print(self._closing(run, event), highlight=False, soft_wrap=True)
         if self._live:
             self._live.update(self._table())
         elif event["kind"] == "epoch" and self._is_milestone(run, event["epoch"]):
-            self._console.print(self._line(run, event), highlight=False)
+            self._console.print(self._line(run, event), highlight=False, soft_wrap=True)
 
     def _work(self) -> float:
         return sum(self._weights[name] * share for name, share in self._share.items())

@@ -24,7 +24,7 @@ def shown(console: Console) -> str:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_error_and_time_left(tree: Tree, write: Write, terminal: bool) -> None:
     runs = grid.runs(loading.load(write(tree)))
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120 if terminal else 40)
     with Progress(console, runs, {runs[3].name}, 1) as progress:
         epoch = {"run": runs[0].name, "loss": 0.5, "seconds": 2.0, "test_error": 12.34}
         progress({"kind": "start", "run": runs[0].name})
