@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +78,7 @@ def pgd(
     size = 2.5 * epsilon / steps if step_size is None else step_size
     offset = torch.zeros_like(x)
     if random_start:
-        place = generator.device if generator else x.device
-        offset = (2 * torch.rand(x.shape, dtype=x.dtype, device=place, generator=generator).to(x.device) - 1) * epsilon
+        offset = (2 * _drawn(torch.rand, x, generator) - 1) * epsilon
     for _ in range(steps):
         d = input_gradient(model, x + offset, labels)
         offset = (offset + size * d.sign()).clamp(-epsilon, epsilon)
@@ -87,5 +87,11 @@ def pgd(
 
 def gaussian_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
     """x + σ n with n ~ N(0, 1) for each element, drawn on the generator's device; same shape."""
+    return x + sigma * _drawn(torch.randn, x, generator)
+
+
+def _drawn(draw: Any, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random numbers of x's shape, dtype and device, drawn by torch.rand or torch.randn on the generator's device."""
     place = generator.device if generator else x.device
-    return x + sigma * torch.randn(x.shape, dtype=x.dtype, device=place, generator=generator).to(x.device)
+    numbers: Tensor = draw(x.shape, dtype=x.dtype, device=place, generator=generator)
+    return numbers.to(x.device)

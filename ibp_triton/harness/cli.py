@@ -116,7 +116,7 @@ def evaluate(
     if stored is None:
         raise ConfigError(f"{run_dir}: no config.json; give the folder of a run, like runs/NAME/runs/bp-0123456789ab")
     choice = loading.evaluation(config or run_dir.parent.parent / PLAN, override or [])
-    check_device(device)
+    check_device(device, "--device")
     with store.lock(run_dir) as mine:
         if not mine:
             raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")

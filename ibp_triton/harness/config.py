@@ -45,6 +45,10 @@ class Data(Strict):
     classes: Count = 10
     examples: Count = 512
 
+    def found_in(self, folder: str | None) -> Data:
+        """The same set with its files in `folder`; unchanged if that is None."""
+        return self.model_copy(update={"dir": folder}) if folder else self
+
 
 class Network(Strict):
     """A network of the paper with its open choices, or `import: package.module:build` with `options`."""

@@ -50,7 +50,7 @@ def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = No
     evaluation-<hash>.safetensors; `outcomes_of` reads them.
     """
     device = torch.device(run.training.device)
-    dataset = data.load(run.data.model_copy(update={"dir": data_dir or run.data.dir}), run.seeds.subset).to(device)
+    dataset = data.load(run.data.found_in(data_dir), run.seeds.subset).to(device)
     layout = torch.channels_last if run.training.channels_last else torch.contiguous_format
     model = load_model(run, folder, dataset).to(device).to(memory_format=layout)  # type: ignore[call-overload]
     x = (dataset.test.images - dataset.mean).contiguous(memory_format=layout)
@@ -159,7 +159,7 @@ def _noise(model: nn.Module, levels: Sequence[float], choice: Evaluate) -> Pertu
     """The same standard normal numbers for every σ, method and seed of training."""
 
     def perturb(x: Tensor, labels: Tensor, number: int) -> Iterator[Tensor]:
-        noise = ibp.gaussian_noise(torch.zeros(x.shape), 1.0, stream(choice.seed, "noise", number)).to(x.device)
+        noise = ibp.gaussian_noise(torch.zeros_like(x), 1.0, stream(choice.seed, "noise", number))
         yield from (x + sigma * noise for sigma in levels)
 
     return perturb

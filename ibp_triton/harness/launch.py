@@ -57,7 +57,7 @@ def launch(job: Job, workers: int, listen: Listener) -> list[str]:
 
     pending = [run for run in job.runs if not finished(job, run)]
     for device in dict.fromkeys(run.training.device for run in pending):
-        check_device(device)
+        check_device(device, "training.device")
     todo = replace(job, runs=pending)
     if workers <= 1 or len(pending) <= 1:
         work(todo, note)
@@ -70,16 +70,16 @@ def download(job: Job) -> None:
     """Fetch the files of public sets that unfinished runs lack, once and before any worker; raises DataError."""
     needed = {(run.data.source, run.data.dir): run.data for run in job.runs if not finished(job, run)}
     for data in needed.values():
-        sources.public_files(data.model_copy(update={"dir": job.data_dir or data.dir}))
+        sources.public_files(data.found_in(job.data_dir))
 
 
-def check_device(name: str) -> None:
-    """Raise LaunchError unless torch can compute on the device."""
+def check_device(name: str, key: str) -> None:
+    """Raise LaunchError unless torch can compute on the device that the setting `key` names."""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
         reason = str(error).partition("\n")[0]
-        raise LaunchError(f"device {name} cannot be used here ({reason}); take cpu, or another machine") from None
+        raise LaunchError(f"{key}: {name} cannot be used here ({reason}); take cpu, or another machine") from None
 
 
 def finished(job: Job, run: Run) -> bool:

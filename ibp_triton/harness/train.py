@@ -41,7 +41,7 @@ def train(run: Run, folder: Path, report: Report, data_dir: str | None = None) -
     `report` gets every epoch's record. The caller holds the folder's lock. Raises DataError and ModelError.
     """
     device = torch.device(run.training.device)
-    dataset = data.load(run.data.model_copy(update={"dir": data_dir or run.data.dir}), run.seeds.subset).to(device)
+    dataset = data.load(run.data.found_in(data_dir), run.seeds.subset).to(device)
     state = restore(run, folder, start(run, dataset, device))
     store.write_json(folder / "config.json", run.config())
     store.write_json(folder / "environment.json", store.environment())

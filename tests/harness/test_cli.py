@@ -115,7 +115,7 @@ def test_tensorboard_logs_every_epoch(
         (["run", "none.yaml"], "none.yaml: cannot be read"),
         (["evaluate", "nowhere"], "nowhere: no config.json; give the folder of a run"),
         (["report", "nowhere"], "nowhere: no experiment.yaml; give the folder"),
-        (["evaluate", ".", "--device", "cuda:99"], "device cuda:99 cannot be used here"),
+        (["evaluate", ".", "--device", "cuda:99"], "--device: cuda:99 cannot be used here"),
     ],
 )
 def test_errors_are_one_message_without_traceback(

@@ -101,7 +101,7 @@ def test_data_are_looked_for_before_any_worker_starts_and_only_for_what_is_left(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_there_stops_everything(tree: Tree, write: Write, tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match=r"device cuda:0 cannot be used here \(.*\); take cpu"):
+    with pytest.raises(LaunchError, match=r"training.device: cuda:0 cannot be used here \(.*\); take cpu"):
         launch(job(write(tree), tmp_path, "training.device=cuda:0"), 2, lambda _: None)
     assert not list(tmp_path.glob("*/config.json"))
 

@@ -96,9 +96,13 @@ def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
     xlabel, caption = AXES[name]
     sketch = Sketch(name, f"{caption}: error with 95 % bands over seeds and examples", xlabel, "error %")
     for number, (_, curve) in enumerate(curves):
-        sketch.axes.plot(curve.levels, curve.mean, label=curve.name, markersize=3, **_look(number))
-        sketch.axes.fill_between(curve.levels, curve.low, curve.high, color=_look(number)["color"], alpha=0.15, lw=0)
+        _banded(sketch, number, curve, markersize=3)
     yield _legend(sketch)
+
+
+def _banded(sketch: Sketch, number: int, curve: Curve, markersize: int) -> None:
+    sketch.axes.plot(curve.levels, curve.mean, label=curve.name, markersize=markersize, **_look(number))
+    sketch.axes.fill_between(curve.levels, curve.low, curve.high, color=_look(number)["color"], alpha=0.15, lw=0)
 
 
 def _sizes(findings: Findings) -> Iterator[Sketch]:
@@ -116,8 +120,7 @@ def _sizes(findings: Findings) -> Iterator[Sketch]:
     for number, (label, line) in enumerate(lines.items()):
         sizes = sorted(line)
         mean, low, high = ([getattr(line[size], name)[0] for size in sizes] for name in ("mean", "low", "high"))
-        sketch.axes.plot(sizes, mean, label=label, markersize=4, **_look(number))
-        sketch.axes.fill_between(sizes, low, high, color=_look(number)["color"], alpha=0.15, lw=0)
+        _banded(sketch, number, Curve(label, [float(size) for size in sizes], mean, low, high), markersize=4)
     sketch.axes.set_xscale("log")
     every = sorted(set().union(*lines.values()))
     sketch.axes.set_xticks(every, [f"{size:,}".replace(",", "\u202f") for size in every], rotation=45)

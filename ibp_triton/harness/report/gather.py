@@ -85,10 +85,16 @@ class Findings:
         epochs = sorted(set.intersection(*(set(one) for one in series)))
         return epochs, [fmean(one[epoch] for one in series) for epoch in epochs]
 
+    @cached_property
+    def _stored(self) -> dict[str, dict[str, Tensor]]:
+        """Outcomes of every finished run by its name, read once for all curves and pairs."""
+        runs = {run.name: run for row in self.rows for run in row.runs}
+        return {n: evaluate.outcomes_of(self.folder(run), self.experiment.evaluate) or {} for n, run in runs.items()}
+
     def outcomes(self, row: Row, name: str) -> dict[Seeds, Tensor]:
         """Stored outcomes [levels, examples] of a curve by the seeds of the run."""
-        found = ((run.seeds, evaluate.outcomes_of(self.folder(run), self.experiment.evaluate)) for run in row.runs)
-        return {seeds: stored[name] for seeds, stored in found if stored and name in stored}
+        found = ((run.seeds, self._stored[run.name]) for run in row.runs)
+        return {seeds: stored[name] for seeds, stored in found if name in stored}
 
     def curve(self, row: Row, name: str) -> Curve | None:
         """Error against the levels of a curve with its bootstrap band; None if nothing is stored."""
