@@ -235,7 +235,10 @@ def _worker(rank, store, results):
     wrapped = nn.parallel.DistributedDataParallel(WithLoss(model))
     wrapped(x[2 * rank : 2 * rank + 2], labels[2 * rank : 2 * rank + 2]).backward()
     torch.save({name: p.grad for name, p in model.named_parameters()}, f"{results}.{rank}")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()  # neither rank leaves while the other still reads from it
+    # Not through the interpreter's shutdown: DistributedDataParallel keeps its process group alive past
+    # destroy_process_group, and a gloo thread that releases the last all-reduce then aborts the process.
+    os._exit(0)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="gloo with a file store")
