@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton import ledger
-from ibp_triton.graph import Builder, Graph
+from ibp_triton.builder import Builder
+from ibp_triton.graph import Graph
 from ibp_triton.trace import Trace, run
 from ibp_triton.tracing import signature, trace
 

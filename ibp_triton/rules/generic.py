@@ -226,6 +226,7 @@ class ModuleCall:
 
     def __init__(self, module: nn.Module, path: str) -> None:
         self.module, self.path, self.changed_input = module, path, False
+        self.__name__ = type(module).__name__
 
     def snapshot(self) -> dict[str, Tensor]:
         """Copies of the buffers as they are now."""
