@@ -127,7 +127,7 @@ def evaluate(
 
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")]) -> None:
-    """Write report.html, tables.md, results.csv and figures from what is finished so far."""
+    """Write report.html, tables.md, results.csv, curves.csv and figures from what is finished so far."""
     from ibp_triton.harness.report import write_report  # matplotlib and scipy double the time to start
 
     if not (directory / PLAN).exists():

@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -119,6 +120,26 @@ def test_report_of_a_trained_grid(tree: Tree, write: Write, tmp_path: Path) -> N
     assert len(lines) == 8
     assert {line["variant"] for line in lines} == {"n=32", "n=48"}
     assert all(float(line["test_error"]) <= 100 for line in lines)
+    curves = list(csv.DictReader(io.StringIO((tmp_path / "report" / "curves.csv").read_text(encoding="utf-8"))))
+    assert len(curves) == 4 * (1 + 2 + 1 + 1)  # four rows: clean, two ε, one σ, one ε of PGD
+    for line in curves:
+        assert float(line["low"]) <= float(line["error"]) <= float(line["high"])
+        if line["curve"] == "clean":
+            of_row = [r for r in lines if (r["variant"], r["row"]) == (line["variant"], line["row"])]
+            assert float(line["error"]) == pytest.approx(fmean(float(r["test_error"]) for r in of_row))
+    at_zero = [line["error"] for line in curves if line["curve"] == "adversarial" and float(line["level"]) == 0]
+    assert at_zero == [line["error"] for line in curves if line["curve"] == "clean"]
+
+
+def test_robustness_tables_have_evenly_spaced_levels(tree: Tree, write: Write, tmp_path: Path) -> None:
+    tree |= {"methods": {"bp": None}, "seeds": [0], "evaluate": {"gaussian": {"stop": 0.2, "step": 0.01}}}
+    plan = loading.load(write(tree))
+    launch(Job(grid.runs(plan), tmp_path / "runs", evaluate=plan.experiment.evaluate), 1, lambda _: None)
+    findings = Findings(plan, tmp_path / "runs")
+    (table,) = tables.robustness(findings)
+    assert table.columns[2:] == [f"σ = {level:g}" for level in (0, 0.04, 0.08, 0.12, 0.16, 0.2)]
+    ((_, curve),) = findings.curves["gaussian"]
+    assert table.cells[0][2:] == [f"{error:.2f}" for error in curve.mean[::4]]
 
 
 def test_every_method_is_compared_with_every_other_in_pairs(tree: Tree, write: Write, tmp_path: Path) -> None:

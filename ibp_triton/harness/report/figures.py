@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ibp_triton.harness.report.gather import Curve, Findings, title
+from ibp_triton.harness.report.gather import CURVES, Curve, Findings, title
 
 INK = "#0a0b0c"
 COLOURS = ("#808080", "#1f8fe0", "#2aa775", "#d9822b", "#b08d1a", "#a66bd4", "#d4569a", "#e0483e", "#3aa6a6", "#8f8f3a")
@@ -33,11 +33,6 @@ STYLE: dict[str, Any] = {
     "figure.constrained_layout.use": True,
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     "grid.color": INK,
-}
-AXES = {
-    "adversarial": ("ε of the adversarial example x + ε sign(∇L)", "Adversarial examples"),
-    "gaussian": ("σ of the noise", "Gaussian noise"),
-    "pgd": ("ε of projected gradient descent", "Projected gradient descent"),
 }
 
 
@@ -82,7 +77,7 @@ class Sketch:
 
 def sketches(findings: Findings) -> Iterator[Sketch]:
     """Every figure there are results for."""
-    for name in AXES:
+    for name in CURVES:
         yield from _robustness(findings, name)
     yield from _sizes(findings)
     yield from _training(findings)
@@ -90,11 +85,12 @@ def sketches(findings: Findings) -> Iterator[Sketch]:
 
 
 def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
-    curves = [(row, curve) for row in findings.chosen if (curve := findings.curve(row, name))]
+    curves = findings.curves[name]
     if not curves:
         return
-    xlabel, caption = AXES[name]
-    sketch = Sketch(name, f"{caption}: error with 95 % bands over seeds and examples", xlabel, "error %")
+    symbol, perturbation, caption = CURVES[name]
+    caption = f"{caption}: error with 95 % bands over seeds and examples"
+    sketch = Sketch(name, caption, f"{symbol} {perturbation}", "error %")
     for number, (_, curve) in enumerate(curves):
         _banded(sketch, number, curve, markersize=3)
     yield _legend(sketch)
@@ -108,10 +104,10 @@ def _banded(sketch: Sketch, number: int, curve: Curve, markersize: int) -> None:
 def _sizes(findings: Findings) -> Iterator[Sketch]:
     """Figure 4: error against the number of training examples, with and without augmentation."""
     lines: dict[str, dict[int, Curve]] = {}
-    for row in findings.chosen:
-        run, curve = row.runs[0], findings.curve(row, "clean")
+    for row, curve in findings.curves["clean"]:
+        run = row.runs[0]
         label = row.label + (" with augmentation" if run.training.augment else "")
-        if curve and run.data.subset:
+        if run.data.subset:
             lines.setdefault(label, {})[run.data.subset] = curve
     if max(map(len, lines.values()), default=0) < 2:
         return

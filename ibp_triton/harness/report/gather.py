@@ -18,6 +18,12 @@ from ibp_triton.harness.loading import Plan
 from ibp_triton.harness.report.paper import TABLES, Published
 from ibp_triton.harness.summary import Row
 
+CURVES = {  # the symbol of the perturbation's size, what it is the size of, a title
+    "adversarial": ("ε", "of the adversarial example x + ε sign(∇L)", "Adversarial examples"),
+    "gaussian": ("σ", "of the noise", "Gaussian noise"),
+    "pgd": ("ε", "of projected gradient descent", "Projected gradient descent"),
+}
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -96,8 +102,13 @@ class Findings:
         found = ((run.seeds, self._stored[run.name]) for run in row.runs)
         return {seeds: stored[name] for seeds, stored in found if name in stored}
 
-    def curve(self, row: Row, name: str) -> Curve | None:
-        """Error against the levels of a curve with its bootstrap band; None if nothing is stored."""
+    @cached_property
+    def curves(self) -> dict[str, list[tuple[Row, Curve]]]:
+        """The stored curves of the chosen rows by name: those of CURVES, and "clean", without a perturbation."""
+        names = ("clean", *CURVES)
+        return {n: [(row, curve) for row in self.chosen if (curve := self._curve(row, n))] for n in names}
+
+    def _curve(self, row: Row, name: str) -> Curve | None:
         parts = list(self.outcomes(row, name).values())
         if not parts:
             return None

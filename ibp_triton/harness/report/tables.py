@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from ibp_triton.harness import store
-from ibp_triton.harness.report.gather import Findings, pairs_in_order, title
+from ibp_triton.harness.report.gather import CURVES, Findings, pairs_in_order, title
 from ibp_triton.harness.report.paper import Published
 from ibp_triton.harness.summary import Row, error_text
 
@@ -44,7 +46,7 @@ class Table:
 def tables(findings: Findings) -> list[Table]:
     """Every table there is something to say in."""
     candidates = [comparison(findings), *pairs(findings), every_parameter(findings), ratios(findings)]
-    candidates += [masking(findings)]
+    candidates += [*robustness(findings), masking(findings)]
     return [table.compact() for table in candidates if table and table.cells]
 
 
@@ -143,13 +145,35 @@ def state(findings: Findings) -> str:
     return f"{finished} of {len(findings.runs)} runs are finished.{choice} Errors are of the last epoch."
 
 
+def robustness(findings: Findings) -> Iterator[Table]:
+    """Each robustness curve at six of its levels at most, evenly spaced."""
+    for name, (symbol, perturbation, _) in CURVES.items():
+        curves = findings.curves[name]
+        if curves:
+            levels = curves[0][1].levels
+            step = math.ceil((len(levels) - 1) / 5) or 1
+            columns = ["method", "β or ε", *(f"{symbol} = {level:g}" for level in levels[::step])]
+            cells = [[title(row), parameter(row), *(f"{e:.2f}" for e in curve.mean[::step])] for row, curve in curves]
+            note = "Errors in %, mean over seeds; curves.csv has every size and the bands."
+            yield Table(f"Error against {symbol} {perturbation}", columns, cells, note)
+
+
+def curves_csv(findings: Findings) -> str:
+    """One line for each level of each curve of the chosen rows; errors in per cent."""
+    buffer, writer = _csv(["curve", "variant", "row", "parameter", "seeds", "level", "error", "low", "high"])
+    for name, curves in findings.curves.items():
+        for row, curve in curves:
+            head = [name, row.variant, row.label, row.parameter, len(findings.outcomes(row, name))]
+            columns = zip(curve.levels, curve.mean, curve.low, curve.high, strict=True)
+            writer.writerows([*head, *(f"{value:.6g}" for value in line)] for line in columns)
+    return buffer.getvalue()
+
+
 def results_csv(findings: Findings) -> str:
     """One line for each finished run."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     keys = ["test_error", "validation_error", "final_loss", "diverged", "seconds_per_epoch", "predicted_ratio"]
     keys += ["train_examples", "test_examples", "epochs"]
-    writer.writerow(["variant", "row", "method", "parameter", "norm", "semantics", "seed", "run", *keys])
+    buffer, writer = _csv(["variant", "row", "method", "parameter", "norm", "semantics", "seed", "run", *keys])
     for run in findings.runs:
         result = store.read_json(findings.folder(run) / store.RESULT)
         if result:
@@ -157,6 +181,13 @@ def results_csv(findings: Findings) -> str:
             head = [run.variant, run.row, method.key, method.parameter, method.norm, method.semantics]
             writer.writerow([*head, run.seeds.order, run.name, *(result.get(key) for key in keys)])
     return buffer.getvalue()
+
+
+def _csv(columns: list[str]) -> tuple[io.StringIO, Any]:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    return buffer, writer
 
 
 def parameter(row: Row) -> str:

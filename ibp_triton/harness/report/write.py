@@ -18,13 +18,14 @@ LABELS_ONLY = ("name", "title", "output", "runs", "workers")
 
 
 def write_report(plan: Plan, root: Path, folder: Path) -> list[Path]:
-    """report.html, tables.md, results.csv and figures/*.svg, *.png in `folder`, from the runs under `root`."""
+    """report.html, tables.md, results.csv, curves.csv and figures/* in `folder`, from the runs under `root`."""
     findings = Findings(plan, root)
     sketches = list(figures.sketches(findings))
     contents: dict[str, bytes] = {
         "report.html": page(findings, sketches).encode(),
         "tables.md": tables.markdown(findings).encode(),
         "results.csv": tables.results_csv(findings).encode(),
+        "curves.csv": tables.curves_csv(findings).encode(),
     }
     for sketch in sketches:
         contents[f"figures/{sketch.name}.svg"] = sketch.svg().replace(figures.INK, "#000000").encode()
