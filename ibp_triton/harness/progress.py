@@ -20,10 +20,11 @@ class Progress:
     """Listener of a launch; use as a context manager. `done` are the runs that were finished before."""
 
     def __init__(self, console: Console, runs: Sequence[Run], done: set[str], workers: int) -> None:
-        self._console, self._runs = console, {run.name: run for run in runs}
-        weights = {name: cost.weight(run) for name, run in self._runs.items()}
-        self._weights, self._share = weights, {name: float(name in done) for name in self._runs}
-        self._before, self._start, self._workers = self._work(), time.monotonic(), workers
+        self._console, self._runs, self._workers = console, {run.name: run for run in runs}, workers
+        self._closed = done & set(self._runs)
+        self._left = {name: cost.weight(run) for name, run in self._runs.items() if name not in done}
+        # work done by this command, the seconds it took the workers, and when each run was last heard of
+        self._trained, self._spent, self._since = 0.0, 0.0, dict[str, float]()
         self._records: dict[str, dict[str, Any]] = {}
         self._live = Live(self._table(), console=console, transient=True) if console.is_terminal else None
 
@@ -41,27 +42,38 @@ class Progress:
         if event["run"] not in self._runs:
             return
         run = self._runs[event["run"]]
-        if event["kind"] == "epoch":
-            self._share[run.name] = event["epoch"] / run.training.epochs
+        if event["kind"] == "start":
+            self._since[run.name] = time.monotonic()
+        elif event["kind"] == "epoch":
+            work = cost.weight(run) / run.training.epochs
+            self._clock(run, work)
+            self._left[run.name] = work * (run.training.epochs - event["epoch"])
             self._records[run.name] = {**self._records.get(run.name, {}), **event}
+        elif event["kind"] == "busy":  # another process trains it
+            self._left.pop(run.name, None)
         elif event["kind"] in ("done", "failed"):
-            self._share[run.name] = 1.0
-            self._records.pop(run.name, None)
+            self._left.pop(run.name, None)
+            self._closed.add(run.name)
+            if self._records.pop(run.name, None):
+                self._clock(run, 0.0)  # the evaluation of a run trained here
             self._console.print(self._closing(run, event), highlight=False, soft_wrap=True)
         if self._live:
             self._live.update(self._table())
         elif event["kind"] == "epoch" and self._is_milestone(run, event["epoch"]):
             self._console.print(self._line(run, event), highlight=False, soft_wrap=True)
 
-    def _work(self) -> float:
-        return sum(self._weights[name] * share for name, share in self._share.items())
+    def _clock(self, run: Run, work: float) -> None:
+        now = time.monotonic()
+        self._spent += now - self._since.get(run.name, now)
+        self._trained += work
+        self._since[run.name] = now
 
     def _eta(self) -> str:
-        done, spent = self._work() - self._before, time.monotonic() - self._start
-        if not done:
+        """Time left at the pace of a worker so far; no run can be shared between workers."""
+        if not self._trained:
             return "…"
-        left = (sum(self._weights.values()) - self._work()) * spent / done
-        return str(timedelta(seconds=round(left)))
+        left = max(sum(self._left.values()) / self._workers, max(self._left.values(), default=0.0))
+        return str(timedelta(seconds=round(left * self._spent / self._trained)))
 
     def _is_milestone(self, run: Run, epoch: int) -> bool:
         return epoch % max(1, run.training.epochs // 4) == 0
@@ -72,7 +84,7 @@ class Progress:
         return f"  {run.label}: epoch {event['epoch']}/{run.training.epochs}, {loss}{tested}, ETA {self._eta()}"
 
     def _closing(self, run: Run, event: dict[str, Any]) -> str:
-        position = f"[{sum(share == 1.0 for share in self._share.values())}/{len(self._runs)}]"
+        position = f"[{len(self._closed)}/{len(self._runs)}]"
         if event["kind"] == "failed":
             return f"{position} {run.label}: failed: {event['message']}".replace("[", r"\[")
         text = f"{position} {run.label}: error {event['test_error']:.2f} %, {event['seconds_per_epoch']:.2f} s/epoch"

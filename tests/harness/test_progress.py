@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,47 @@ def test_progress_shows_error_and_time_left(tree: Tree, write: Write, terminal: 
 
 def test_time_left_follows_the_work_that_is_left(tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = grid.runs(loading.load(write({**tree, "seeds": [0]})))
-    now = iter([0.0, 10.0])
-    monkeypatch.setattr("ibp_triton.harness.progress.time.monotonic", lambda: next(now))
     progress = Progress(Console(file=io.StringIO()), runs, set(), 1)
-    progress._share[runs[0].name] = 1.0
-    whole = cost.weight(runs[0]) + cost.weight(runs[1])
-    seconds = round(10 * (whole / cost.weight(runs[0]) - 1))
-    assert 10 < seconds < 20
-    assert progress._eta() == f"0:00:{seconds}"
+    _tell(monkeypatch, progress, (0, "start", runs[0], {}), (5, "epoch", runs[0], {"epoch": 1}))
+    per_work = 5 / (cost.weight(runs[0]) / 2)
+    assert progress._eta() == _text(per_work * (cost.weight(runs[0]) / 2 + cost.weight(runs[1])))
+    _tell(monkeypatch, progress, (10, "epoch", runs[0], {"epoch": 2}))
+    assert progress._eta() == _text(per_work * cost.weight(runs[1]))
+    assert 10 < per_work * cost.weight(runs[1]) < 20
+
+
+def test_time_left_counts_neither_what_was_stored_before_nor_a_run_twice(
+    tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree |= {"seeds": [0, 1], "methods": {"bp": None, "at": {"epsilon": 0.1}}}
+    runs = grid.runs(loading.load(write(tree)))
+    stored, resumed, other, failed = sorted(runs, key=lambda run: run.method.key == "at")
+    progress = Progress(Console(file=io.StringIO()), runs, set(), 2)
+    closing = {"test_error": 1.0, "seconds_per_epoch": 1.0}
+    # trained by an earlier command, evaluated by this one
+    _tell(monkeypatch, progress, (0, "start", stored, {}), (1, "done", stored, closing))
+    assert progress._eta() == "…"
+    # its first epoch of two was stored
+    _tell(monkeypatch, progress, (1, "start", resumed, {}), (11, "epoch", resumed, {"epoch": 2}))
+    per_work = 10 / (cost.weight(resumed) / 2)
+    assert progress._eta() == _text(per_work * cost.weight(other))  # two runs on two workers: as long as one
+    _tell(monkeypatch, progress, (13, "done", resumed, closing), (14, "busy", other, {}))
+    assert progress._eta() == _text(1.2 * per_work * cost.weight(failed))  # one run: a worker has nothing to do
+    _tell(monkeypatch, progress, (15, "start", failed, {}), (16, "failed", failed, {"message": "no luck"}))
+    assert progress._eta() == "0:00:00"
+
+
+def _tell(
+    monkeypatch: pytest.MonkeyPatch, progress: Progress, *events: tuple[float, str, grid.Run, dict[str, Any]]
+) -> None:
+    for now, kind, run, content in events:
+        monkeypatch.setattr("ibp_triton.harness.progress.time.monotonic", lambda now=now: now)
+        more = {"loss": 0.5, "seconds": 1.0} if kind == "epoch" else {}
+        progress({"kind": kind, "run": run.name, **more, **content})
+
+
+def _text(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def test_result_table_has_every_column() -> None:
