@@ -49,7 +49,7 @@ class Progress:
             self._clock(run, work)
             self._left[run.name] = work * (run.training.epochs - event["epoch"])
             self._records[run.name] = {**self._records.get(run.name, {}), **event}
-        elif event["kind"] == "busy":  # another process trains it
+        elif event["kind"] == "busy" and run.name not in self._since:  # a process of another command trains it
             self._left.pop(run.name, None)
         elif event["kind"] in ("done", "failed"):
             self._left.pop(run.name, None)
