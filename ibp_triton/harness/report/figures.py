@@ -85,8 +85,8 @@ def sketches(findings: Findings) -> Iterator[Sketch]:
 
 
 def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
-    curves = findings.curves[name]
-    if not curves:
+    curves = [(row, curve) for row, curve in findings.curves[name] if len(curve.levels) > 1]
+    if not curves:  # nothing stored, or one size, which the tables tell
         return
     symbol, perturbation, caption = CURVES[name]
     caption = f"{caption}: error with 95 % bands over seeds and examples"
