@@ -19,7 +19,7 @@ from ibp_triton.harness.board import BoardError, with_board
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
-from ibp_triton.harness.launch import ERROR, Job, LaunchError, check_device, download, finished, launch
+from ibp_triton.harness.launch import ERROR, Job, LaunchError, check_device, download, launch, remaining
 from ibp_triton.harness.loading import ConfigError, Plan
 from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.progress import Progress, curve_table, result_table
@@ -69,38 +69,44 @@ def run(
 
 def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
     console = Console()
-    done = {run.name for run in job.runs if finished(job, run)}
-    console.print(f"{len(job.runs)} runs, {len(done)} finished before, in {job.root}", highlight=False)
+    left = remaining(job)
+    console.print(f"{len(job.runs)} runs, {len(job.runs) - len(left)} finished before, in {job.root}", highlight=False)
     download(job)
     try:
-        with Progress(console, job.runs, done, workers) as progress:
+        with Progress(console, job.runs, left, workers) as progress:
             failures = launch(job, workers, with_board(progress, job.root) if tensorboard else progress)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; finished runs and epochs are stored, the same command goes on")
         raise typer.Exit(130) from None
     console.print(result_table(summary.rows(job.runs, job.root)))
-    left = sum(not finished(job, run) for run in job.runs) - len(failures)
-    if left:
-        console.print(f"{left} runs are in the hands of another process", highlight=False)
+    others = len(remaining(job)) - len(failures)
+    if others:
+        console.print(f"{others} runs are in the hands of another process", highlight=False)
     console.print(f"report: ibp-triton report {folder}", highlight=False, soft_wrap=True)
     if failures:
         raise LaunchError(f"some runs failed; their folders in {job.root} hold {ERROR}:\n" + "\n".join(failures))
 
 
+def _state(left: float | None) -> str:
+    if left is None:
+        return "finished"
+    return {0.0: "to evaluate", 1.0: "to do"}.get(left, f"{1 - left:.0%} done")
+
+
 def _list(job: Job, workers: int) -> None:
     console = Console()
     table = Table("run", "epochs", "examples", "× BP", "estimate", "state")
-    total = 0.0
+    left = remaining(job)
+    work = []
     for each in job.runs:
-        seconds, done = cost.seconds(each), finished(job, each)
-        total += 0.0 if done else seconds or 0.0
+        seconds, share = cost.seconds(each), left.get(each.name)
+        work.append((share or 0.0) * (seconds or 0.0))
         size = str(cost.examples(each) or "all")
         shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
-        cells = (str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown, "finished" if done else "to do")
-        table.add_row(each.label, *cells)
+        table.add_row(each.label, str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown, _state(share))
     console.print(table)
-    left = timedelta(seconds=round(total / workers))
-    console.print(f"{len(job.runs)} runs, about {left} left with {workers} worker(s) on this machine", highlight=False)
+    time = timedelta(seconds=round(cost.makespan(work, workers)))
+    console.print(f"{len(job.runs)} runs, about {time} left with {workers} worker(s) on this machine", highlight=False)
 
 
 @app.command()

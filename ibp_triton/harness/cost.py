@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from functools import lru_cache
 
 import torch
@@ -52,6 +53,11 @@ def weight(run: Run) -> float:
 def seconds(run: Run) -> float | None:
     """Estimated seconds of a run on this machine; None where its number of examples is not known yet."""
     return None if examples(run) is None else weight(run) * example_seconds(run)
+
+
+def makespan(work: Collection[float], workers: int) -> float:
+    """The least time of `workers` for runs of these times, each of which one worker trains."""
+    return max(sum(work) / workers, max(work, default=0.0))
 
 
 @lru_cache

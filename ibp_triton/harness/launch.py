@@ -88,6 +88,17 @@ def finished(job: Job, run: Run) -> bool:
     return (folder / store.RESULT).exists() and evaluate.done(folder, job.evaluate)
 
 
+def remaining(job: Job) -> dict[str, float]:
+    """The share of its training that each unfinished run still needs; 0 where only its evaluation is missing."""
+    return {run.name: _remaining(job.root / run.name, run) for run in job.runs if not finished(job, run)}
+
+
+def _remaining(folder: Path, run: Run) -> float:
+    if (folder / store.RESULT).exists():
+        return 0.0
+    return 1.0 - min(1.0, store.count_epochs(folder) / run.training.epochs)
+
+
 def work(job: Job, listen: Listener) -> None:
     """Train each run of `job` that is neither finished nor locked by another process; one thread on the CPU."""
     threads = torch.get_num_threads()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,12 +17,12 @@ from ibp_triton.harness.summary import Row, error_text
 
 
 class Progress:
-    """Listener of a launch; use as a context manager. `done` are the runs that were finished before."""
+    """Listener of a launch; use as a context manager. `left` is the share of its training that each run still needs."""
 
-    def __init__(self, console: Console, runs: Sequence[Run], done: set[str], workers: int) -> None:
+    def __init__(self, console: Console, runs: Sequence[Run], left: Mapping[str, float], workers: int) -> None:
         self._console, self._runs, self._workers = console, {run.name: run for run in runs}, workers
-        self._closed = done & set(self._runs)
-        self._left = {name: cost.weight(run) for name, run in self._runs.items() if name not in done}
+        self._closed = set(self._runs) - set(left)
+        self._left = {name: share * cost.weight(self._runs[name]) for name, share in left.items()}
         # work done by this command, the seconds it took the workers, and when each run was last heard of
         self._trained, self._spent, self._since = 0.0, 0.0, dict[str, float]()
         self._records: dict[str, dict[str, Any]] = {}
@@ -69,10 +69,10 @@ class Progress:
         self._since[run.name] = now
 
     def _eta(self) -> str:
-        """Time left at the pace of a worker so far; no run can be shared between workers."""
+        """Time left at the pace of a worker so far."""
         if not self._trained:
             return "…"
-        left = max(sum(self._left.values()) / self._workers, max(self._left.values(), default=0.0))
+        left = cost.makespan(self._left.values(), self._workers)
         return str(timedelta(seconds=round(left * self._spent / self._trained)))
 
     def _is_milestone(self, run: Run, epoch: int) -> bool:

@@ -65,11 +65,19 @@ def write_metrics(folder: Path, records: list[Record]) -> None:
 
 def read_metrics(folder: Path, epochs: int | None = None) -> list[Record]:
     """Records of the first `epochs` epochs (all if None); empty if there are none yet."""
+    return [json.loads(line) for line in _lines(folder)][:epochs]
+
+
+def count_epochs(folder: Path) -> int:
+    """How many epochs of a run have a record."""
+    return len(_lines(folder))
+
+
+def _lines(folder: Path) -> list[str]:
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        return (folder / METRICS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines][:epochs]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

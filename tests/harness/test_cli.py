@@ -50,6 +50,24 @@ def test_every_config_passes_a_dry_run(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_tells_what_each_run_still_needs(
+    tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    tree |= {"output": str(tmp_path / "out"), "methods": {"bp": None}, "seeds": [0, 1]}
+    config = write(tree)
+    assert ibp_triton(monkeypatch, "run", str(config)) == 0
+    first, second = (tmp_path / "out" / "runs").iterdir()
+    next(first.glob("evaluation-*.json")).unlink()
+    (second / "result.json").unlink()
+    (second / "metrics.jsonl").write_text('{"epoch": 1}\n', encoding="utf-8")
+    capsys.readouterr()
+    more = ("--set", "seeds=[0, 1, 2]", "--set", "methods={bp: null, fast_at: {epsilon: 0.1}}", "--only", "method=bp")
+    assert ibp_triton(monkeypatch, "run", str(config), "--dry-run", *more) == 0
+    states = [line.split("│")[-2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert sorted(states) == ["50% done", "to do", "to evaluate"]
+
+
 SMALL = (
     "data={source: synthetic, size: 16, channels: 1, classes: 4, examples: 48, holdout: 16, validation: 8}",
     "network={name: paper_mnist, widths: [4, 4], hidden: 8, init: uniform, pool: ceil}",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from ibp_triton.harness import evaluate, grid, loading, store, train
 from ibp_triton.harness.files import DataError
-from ibp_triton.harness.launch import Job, LaunchError, download, launch, work
+from ibp_triton.harness.launch import Job, LaunchError, download, launch, remaining, work
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -38,6 +39,16 @@ def test_runs_are_trained_once(tree: Tree, write: Write, tmp_path: Path) -> None
     assert launch(job(path, tmp_path / "runs"), 1, events.append) == []
     assert events == []
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
+
+
+def test_what_remains_of_each_run(tree: Tree, write: Write, tmp_path: Path) -> None:
+    task = job(write(tree), tmp_path)
+    trained, _, stopped, new = (tmp_path / run.name for run in task.runs)
+    launch(replace(task, runs=task.runs[:2]), 1, lambda _: None)
+    for path in trained.glob("evaluation-*"):
+        path.unlink()
+    store.write_bytes(stopped / store.METRICS, b'{"epoch": 1}\n')
+    assert remaining(task) == {trained.name: 0.0, stopped.name: 0.5, new.name: 1.0}
 
 
 def test_two_workers_give_the_bits_of_one(tree: Tree, write: Write, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def shown(console: Console) -> str:
 def test_progress_shows_error_and_time_left(tree: Tree, write: Write, terminal: bool) -> None:
     runs = grid.runs(loading.load(write(tree)))
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120 if terminal else 40)
-    with Progress(console, runs, {runs[3].name}, 1) as progress:
+    with Progress(console, runs, {run.name: 1.0 for run in runs[:3]}, 1) as progress:
         epoch = {"run": runs[0].name, "loss": 0.5, "seconds": 2.0, "test_error": 12.34}
         progress({"kind": "start", "run": runs[0].name})
         progress({"kind": "epoch", "epoch": 1, **epoch})
@@ -45,7 +45,7 @@ def test_progress_shows_error_and_time_left(tree: Tree, write: Write, terminal: 
 
 def test_time_left_follows_the_work_that_is_left(tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = grid.runs(loading.load(write({**tree, "seeds": [0]})))
-    progress = Progress(Console(file=io.StringIO()), runs, set(), 1)
+    progress = Progress(Console(file=io.StringIO()), runs, {run.name: 1.0 for run in runs}, 1)
     _tell(monkeypatch, progress, (0, "start", runs[0], {}), (5, "epoch", runs[0], {"epoch": 1}))
     per_work = 5 / (cost.weight(runs[0]) / 2)
     assert progress._eta() == _text(per_work * (cost.weight(runs[0]) / 2 + cost.weight(runs[1])))
@@ -60,7 +60,8 @@ def test_time_left_counts_neither_what_was_stored_before_nor_a_run_twice(
     tree |= {"seeds": [0, 1], "methods": {"bp": None, "at": {"epsilon": 0.1}}}
     runs = grid.runs(loading.load(write(tree)))
     stored, resumed, other, failed = sorted(runs, key=lambda run: run.method.key == "at")
-    progress = Progress(Console(file=io.StringIO()), runs, set(), 2)
+    left = {stored.name: 0.0, resumed.name: 0.5, other.name: 1.0, failed.name: 1.0}
+    progress = Progress(Console(file=io.StringIO()), runs, left, 2)
     closing = {"test_error": 1.0, "seconds_per_epoch": 1.0}
     # trained by an earlier command, evaluated by this one
     _tell(monkeypatch, progress, (0, "start", stored, {}), (1, "done", stored, closing))
