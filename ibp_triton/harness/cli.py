@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -13,20 +17,32 @@ from rich.console import Console
 from rich.table import Table
 
 from ibp_triton.harness import bench_report as bench
-from ibp_triton.harness import cost, grid, loading, store, summary
+from ibp_triton.harness import cost, grid, loading, provenance, store, summary
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import BoardError, with_board
+from ibp_triton.harness.crew import LaunchError
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
-from ibp_triton.harness.launch import ERROR, Job, LaunchError, check_device, download, launch, remaining
+from ibp_triton.harness.launch import (
+    ERROR,
+    Job,
+    check_changes,
+    check_device,
+    download,
+    launch,
+    remaining,
+)
 from ibp_triton.harness.loading import ConfigError, Plan
 from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.progress import Progress, curve_table, result_table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
+ACCEPT = "keep stored runs although their data or imported code have changed since"
 
+
+KNOWN = (bench.BenchError, BoardError, ConfigError, DataError, ModelError, LaunchError, store.DamageError)
 
 app.command()(kernels)
 
@@ -55,11 +71,13 @@ def run(
     only: Annotated[list[str] | None, typer.Option(help="method=…, row=…, variant=…, seed=… or parameter=…")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="log every epoch for TensorBoard")] = False,
+    accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
 ) -> None:
     """Train every run of an experiment that is not finished yet, then print the comparison."""
     plan = loading.load(config, override or [])
-    chosen = grid.select(grid.runs(plan), only or [])
-    job = Job(chosen, runs_folder(plan), data_dir, plan.experiment.evaluate)
+    root = runs_folder(plan)
+    chosen = provenance.settle(grid.select(grid.runs(plan), only or []), root)
+    job = Job(chosen, root, data_dir, plan.experiment.evaluate, accept_changed)
     count = workers or plan.experiment.workers
     if dry_run:
         return _list(job, count)
@@ -71,8 +89,9 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
     console = Console()
     left = remaining(job)
     console.print(f"{len(job.runs)} runs, {len(job.runs) - len(left)} finished before, in {job.root}", highlight=False)
-    download(job)
+    check_changes(job)
     try:
+        download(job)
         with Progress(console, job.runs, left, workers) as progress:
             failures = launch(job, workers, with_board(progress, job.root) if tensorboard else progress)
     except KeyboardInterrupt:
@@ -116,19 +135,32 @@ def evaluate(
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value of evaluate:")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
     device: Annotated[str, typer.Option(help="device to compute on, as torch names it: cpu, cuda:0")] = "cpu",
+    accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
 ) -> None:
     """Measure the robustness of a finished run's checkpoint; without --config as its experiment says."""
-    stored = store.read_json(run_dir / "config.json")
-    if stored is None:
-        raise ConfigError(f"{run_dir}: no config.json; give the folder of a run, like runs/NAME/runs/bp-0123456789ab")
     choice = loading.evaluation(config or run_dir.parent.parent / PLAN, override or [])
     check_device(device, "--device")
+    trained = _run_in(run_dir)
+    check_changes(Job([trained], run_dir.parent, accept_changed=accept_changed))
     with store.lock(run_dir) as mine:
         if not mine:
             raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")
-        found = measure.evaluate(Run.from_config(stored).on(device), run_dir, choice, data_dir)
+        found = measure.evaluate(trained.on(device), run_dir, choice, data_dir)
     Console().print(curve_table(found))
     Console().print(f"written to {run_dir / measure.file_stem(choice)}.json and .safetensors", highlight=False)
+
+
+def _run_in(folder: Path) -> Run:
+    """The run whose folder this is; raises ConfigError for any other folder, in which nothing is touched."""
+    stored = store.read_json(folder / store.CONFIG)
+    cure = "give the folder of a run, like runs/NAME/runs/bp-0123456789ab"
+    if stored is None:
+        raise ConfigError(f"{folder}: no {store.CONFIG}; {cure}")
+    try:
+        return replace(Run.from_config(stored), folder=folder.resolve().name)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{folder / store.CONFIG}: not the {store.CONFIG} of a run ({reason}); {cure}") from error
 
 
 @app.command()
@@ -165,13 +197,35 @@ def bench_report(
 
 def main() -> None:
     """Entry point: errors a user can cure are one message, without a traceback."""
-    sys.path.insert(0, os.getcwd())
+    _search_here_last()
     try:
-        app()
-    except (bench.BenchError, BoardError, ConfigError, DataError, ModelError, LaunchError) as error:
+        with _ended_alike():
+            app()
+    except KNOWN as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error}; is there space, and may this user write there? Finished runs and epochs are stored")
+
+
+def _search_here_last() -> None:
+    """Users' modules may lie in the current folder, which hides no module of Python or of a package."""
+    here = os.getcwd()
+    if sys.path and sys.path[0] in ("", here) and not (Path(here) / "ibp_triton").is_dir():
+        del sys.path[0]
+    sys.path.append(here)
+
+
+@contextmanager
+def _ended_alike() -> Iterator[None]:
+    """TERM and HUP stop a command as Ctrl-C does, unless the system has been told to ignore them (nohup)."""
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(message: str) -> None:

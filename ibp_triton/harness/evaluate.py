@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import ibp_triton as ibp
 from ibp_triton.harness import data, models, store
 from ibp_triton.harness.config import Evaluate, Levels, Span
-from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.seeds import stream
 
@@ -39,8 +38,18 @@ def file_stem(choice: Evaluate) -> str:
 
 
 def done(folder: Path, choice: Evaluate) -> bool:
-    """Whether this evaluation of the run is stored."""
-    return (folder / f"{file_stem(choice)}.json").exists()
+    """Whether this evaluation of the run is stored, its summary readable and its outcomes whole."""
+    return summary_of(folder, choice) is not None
+
+
+def summary_of(folder: Path, choice: Evaluate) -> store.Record | None:
+    """The stored summary of this evaluation; None if it was not done or one of its two files is damaged."""
+    found = store.find_json(folder / f"{file_stem(choice)}.json")
+    outcomes = folder / f"{file_stem(choice)}.safetensors"
+    if found is None or not isinstance(found.get("clean"), dict) or not outcomes.is_file():
+        return None
+    seal = found.get(store.SEAL)
+    return found if seal is None or seal == store.digest(outcomes) else None
 
 
 def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = None) -> store.Record:
@@ -66,7 +75,9 @@ def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = No
         summary["masking"] = masking(model, x, labels, choice)
     packed = {name: torch.from_numpy(np.packbits(right.numpy(), axis=1)) for name, right in outcomes.items()}
     packed[_EXAMPLES] = torch.tensor([len(labels)])  # the last byte of a row may hold bits of none
-    store.write_tensors(folder / f"{file_stem(choice)}.safetensors", packed)
+    outcomes_file = folder / f"{file_stem(choice)}.safetensors"
+    store.write_tensors(outcomes_file, packed)
+    summary[store.SEAL] = store.digest(outcomes_file)
     store.write_json(folder / f"{file_stem(choice)}.json", summary)
     return summary
 
@@ -82,19 +93,25 @@ def _errors(outcomes: dict[str, Tensor], choice: Evaluate) -> store.Record:
 
 
 def load_model(run: Run, folder: Path, dataset: data.Dataset) -> nn.Module:
-    """The trained network in evaluation mode; raises DataError if there is no readable checkpoint."""
-    found = store.read_tensors(folder / store.CHECKPOINT)
-    if found is None:
-        raise DataError(f"{folder / store.CHECKPOINT}: missing or damaged; train the run first (ibp-triton run)")
+    """The trained network in evaluation mode; raises DamageError if there is no sound checkpoint that fits it."""
+    path = folder / store.CHECKPOINT
+    cure = f"delete {folder / store.RESULT}, and `ibp-triton run` trains the run anew"
+    found, result = store.read_tensors(path), store.find_json(folder / store.RESULT) or {}
+    seal = (result.get(store.SEAL) or {}).get(path.name)
+    if found is None or (seal and seal != store.digest(path)):
+        raise store.DamageError(f"{path}: missing or damaged; {cure}")
     model = models.build(run.network, dataset.shape, dataset.classes, run.seeds.weights)
-    model.load_state_dict(found[0])
+    try:
+        model.load_state_dict(found[0])
+    except RuntimeError as error:
+        raise store.DamageError(f"{path}: does not fit the run's network ({error}); {cure}") from error
     return model.eval()
 
 
 def outcomes_of(folder: Path, choice: Evaluate) -> dict[str, Tensor] | None:
     """Stored outcomes: curve → booleans [levels, examples]; None if this evaluation was not done."""
-    found = store.read_tensors(folder / f"{file_stem(choice)}.safetensors")
-    if found is None:
+    found = store.read_tensors(folder / f"{file_stem(choice)}.safetensors") if done(folder, choice) else None
+    if found is None or _EXAMPLES not in found[0]:
         return None
     packed, _ = found
     count = int(packed.pop(_EXAMPLES))

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from pydantic import BaseModel
+
 from ibp_triton.harness.config import Data, Experiment, Method, Network, Seeds, Tangents, Training, key_of, parameters
 from ibp_triton.harness.loading import ConfigError, Plan
 
@@ -27,7 +29,10 @@ class MethodChoice:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run, resolved; `variant` and `row` only label it and are no part of its identity."""
+    """One training run, resolved; `variant` and `row` only label it and are no part of its identity.
+
+    `folder` is the name of the run's folder where that is not the one its config gives, as `provenance.settle` finds.
+    """
 
     variant: str
     row: str
@@ -38,22 +43,24 @@ class Run:
     method: MethodChoice
     seeds: Seeds
     track_cosine: bool = False
+    folder: str = ""
 
     def config(self) -> dict[str, Any]:
-        """Everything that decides the result, as plain values (no paths of data sets, no device)."""
-        return {
-            "data": self.data.model_dump(exclude={"dir"}),
-            "network": self.network.model_dump(by_alias=True),
-            "training": self._training(),
-            "method": vars(self.method),
-            "tangents": self.tangents.model_dump() if self.method.key in ("tbp", "fast_tbp") else None,
-            "seeds": self.seeds.model_dump(),
-            "track_cosine": self.track_cosine,
-        }
+        """Everything that decides the result, as plain values (no folders of data sets, no device)."""
+        return {name: json.loads(text) for name, text in self._sections().items()}
 
-    def _training(self) -> dict[str, Any]:
-        # an option younger than stored runs counts only where it is set: they keep their names
-        return self.training.model_dump(exclude={"device"} if self.training.compile else {"device", "compile"})
+    def _sections(self) -> dict[str, str]:
+        """JSON of each part; those of a section that many runs share are made once."""
+        return {
+            "data": _text(self.data, "dir"),
+            "network": _text(self.network),
+            # an option younger than stored runs counts only where it is set: they keep their names
+            "training": _text(self.training, "device", *(() if self.training.compile else ("compile",))),
+            "method": json.dumps(vars(self.method), sort_keys=True),
+            "tangents": _text(self.tangents) if self.method.key in ("tbp", "fast_tbp") else "null",
+            "seeds": _text(self.seeds),
+            "track_cosine": json.dumps(self.track_cosine),
+        }
 
     @classmethod
     def from_config(cls, stored: dict[str, Any]) -> Run:
@@ -77,8 +84,20 @@ class Run:
 
     @cached_property
     def name(self) -> str:
-        """Folder name: method key and the first 12 hex digits of the SHA-256 of the resolved config."""
-        text = json.dumps(self.config(), sort_keys=True)
+        """Folder name: method key and 12 hex digits of the SHA-256 of the resolved config, data.path left out."""
+        return self.folder or self._hashed({**self._sections(), "data": _text(self._without_path, "dir")})
+
+    @property
+    def _without_path(self) -> Data:
+        return self.data if self.data.path is None else self.data.model_copy(update={"path": None})
+
+    @property
+    def name_with_path(self) -> str:
+        """The name that runs had when data.path was a part of it."""
+        return self._hashed(self._sections())
+
+    def _hashed(self, sections: dict[str, str]) -> str:
+        text = "{" + ", ".join(f'"{name}": {sections[name]}' for name in sorted(sections)) + "}"
         return f"{self.method.key}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
@@ -88,6 +107,19 @@ class Run:
         if self.method.parameter is not None:
             parts.append(f"{self.method.parameter:g}")
         return " ".join([part for part in parts if part] + [f"seed {self.seeds.order}"])
+
+
+_TEXTS: dict[tuple[int, tuple[str, ...]], tuple[BaseModel, str]] = {}  # by id, beside the section that has it
+
+
+def _text(section: BaseModel, *without: str) -> str:
+    key = (id(section), without)
+    if key not in _TEXTS:
+        if len(_TEXTS) > 100_000:
+            _TEXTS.clear()
+        plain = section.model_dump(by_alias=True, exclude=set(without))
+        _TEXTS[key] = section, json.dumps(plain, sort_keys=True)
+    return _TEXTS[key][1]
 
 
 def runs(plan: Plan) -> list[Run]:

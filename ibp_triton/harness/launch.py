@@ -3,67 +3,87 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
+import errno
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from queue import Empty
-from typing import Any
 
 import torch
 
-from ibp_triton.harness import evaluate, sources, store
+from ibp_triton.harness import evaluate, provenance, sources, store
 from ibp_triton.harness.config import Evaluate
+from ibp_triton.harness.crew import Desk, Event, LaunchError, Listener, spread
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.train import train
 
 ERROR = "error.txt"
-Event = dict[str, Any]
-Listener = Callable[[Event], None]
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Job:
-    """Runs to train and evaluate under `root`, one folder each; `data_dir` overrides data.dir."""
+    """Runs to train and evaluate under `root`, one folder each; `data_dir` overrides data.dir.
+
+    `accept_changed` takes stored runs as they are although their data or code have changed since.
+    """
 
     runs: Sequence[Run]
     root: Path
     data_dir: str | None = None
     evaluate: Evaluate = field(default_factory=Evaluate)
-
-
-class LaunchError(RuntimeError):
-    """Training stopped for all runs: unfit data or model, or a worker that died. What is finished is stored."""
+    accept_changed: bool = False
 
 
 def launch(job: Job, workers: int, listen: Listener) -> list[str]:
     """Train what is not finished yet; returns the messages of runs that failed.
 
-    `listen` gets events {"kind": "start" | "epoch" | "done" | "busy" | "failed", "run": name, ...} in this process.
-    Raises LaunchError for data and models that no run can use and if a worker process dies.
+    `listen` gets events {"kind": "start" | "epoch" | "done" | "busy" | "failed" | "note", "run": name, ...} in this
+    process. Raises LaunchError for data and models that no run can use, for stored runs whose data or code have
+    changed, for a full disk and if worker processes die before they train anything.
     """
-    failures: dict[str, str] = {}
-
-    def note(event: Event) -> None:
-        if event["kind"] == "fatal":
-            raise LaunchError(event["message"])
-        if event["kind"] == "failed":
-            failures[event["run"]] = f"{event['run']}: {event['message']}"
-        listen(event)
-
-    pending = [run for run in job.runs if not finished(job, run)]
+    job = replace(job, runs=provenance.settle(job.runs, job.root))
+    check_changes(job)
+    pending = list({run.name: run for run in job.runs if not finished(job, run)}.values())
     for device in dict.fromkeys(run.training.device for run in pending):
         check_device(device, "training.device")
-    todo = replace(job, runs=pending)
+    todo, failures = replace(job, runs=pending), dict[str, Event]()
     if workers <= 1 or len(pending) <= 1:
-        work(todo, note)
+        work(todo, listen, failures)
     else:
-        _spread(todo, min(workers, len(pending)), note)
-    return list(failures.values())
+        spread(partial(_one, job=replace(todo, runs=())), min(workers, len(pending)), Desk(todo.runs, listen, failures))
+    unfit = {event["message"] for event in failures.values() if event.get("unfit")}
+    if len(unfit) == 1 and len(failures) == len(pending):
+        raise LaunchError(unfit.pop())
+    return [f"{name}: {event['message']}" for name, event in failures.items()]
+
+
+def check_changes(job: Job) -> None:
+    """Raise LaunchError where stored runs were trained on other data or by other code, unless that is accepted."""
+    changed = [(run, found) for run in job.runs if (found := provenance.changes(run, job.root / run.name))]
+    if job.accept_changed:
+        for run, _ in changed:
+            with store.lock(job.root / run.name) as mine:
+                if mine:
+                    provenance.accept(run, job.root / run.name)
+        return
+    if changed:
+        kinds = dict.fromkeys(kind for _, found in changed for kind in found)
+        what = " and ".join(f"{provenance.KEYS[kind]} ({_named(changed[0][0], kind)})" for kind in kinds)
+        raise LaunchError(
+            f"{what} changed since {len(changed)} of these runs were trained, such as {job.root / changed[0][0].name}: "
+            "restore what they were trained with, or move their folders away to train them anew, or keep them as they "
+            "are with --accept-changed"
+        )
+
+
+def _named(run: Run, kind: str) -> str:
+    return str(run.data.path if kind == "data" else run.network.target)
 
 
 def download(job: Job) -> None:
@@ -83,30 +103,43 @@ def check_device(name: str, key: str) -> None:
 
 
 def finished(job: Job, run: Run) -> bool:
-    """Whether the run's result and its evaluation are stored."""
+    """Whether the run's result and its evaluation are stored and sound."""
     folder = job.root / run.name
-    return (folder / store.RESULT).exists() and evaluate.done(folder, job.evaluate)
+    return store.result(folder) is not None and evaluate.done(folder, job.evaluate)
 
 
 def remaining(job: Job) -> dict[str, float]:
     """The share of its training that each unfinished run still needs; 0 where only its evaluation is missing."""
-    return {run.name: _remaining(job.root / run.name, run) for run in job.runs if not finished(job, run)}
+    stored = {entry.name for entry in os.scandir(job.root)} if job.root.is_dir() else set()
+    left = {}
+    for run in provenance.settle(job.runs, job.root):
+        if run.name not in stored:
+            left[run.name] = 1.0
+        elif not finished(job, run):
+            left[run.name] = _remaining(job.root / run.name, run)
+    return left
 
 
 def _remaining(folder: Path, run: Run) -> float:
-    if (folder / store.RESULT).exists():
+    if store.result(folder):
         return 0.0
     return 1.0 - min(1.0, store.count_epochs(folder) / run.training.epochs)
 
 
-def work(job: Job, listen: Listener) -> None:
+def work(job: Job, listen: Listener, failures: dict[str, Event] | None = None) -> None:
     """Train each run of `job` that is neither finished nor locked by another process; one thread on the CPU."""
+    desk = Desk(job.runs, listen, {} if failures is None else failures)
+    while run := desk.next():
+        _one(run, desk.hear, job)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     keep_freed_memory()
     try:
-        for run in job.runs:
-            _one(run, job, listen)
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -129,83 +162,53 @@ def keep_freed_memory() -> None:
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
 
-def _one(run: Run, job: Job, listen: Listener) -> None:
+def _one(run: Run, listen: Listener, job: Job) -> None:
+    """Train and evaluate one run; whatever its files, model or data raise, the other runs go on."""
     folder = job.root / run.name
-    with store.lock(folder) as mine:
-        if not mine:
-            return listen({"kind": "busy", "run": run.name})
-        if finished(job, run):
-            return None
-        listen({"kind": "start", "run": run.name})
-        (folder / ERROR).unlink(missing_ok=True)
-
-        def report(record: store.Record) -> None:
-            listen({"kind": "epoch", "run": run.name, **record})
-
-        try:
-            result = store.read_json(folder / store.RESULT) or train(run, folder, report, job.data_dir)
-            if not evaluate.done(folder, job.evaluate):
-                listen({"kind": "evaluate", "run": run.name})
-                evaluate.evaluate(run, folder, job.evaluate, job.data_dir)
-        except (DataError, ModelError) as error:
-            listen({"kind": "fatal", "run": run.name, "message": str(error)})
-        except Exception as error:  # whatever one run's model or data raise, the other runs go on
-            store.write_bytes(folder / ERROR, traceback.format_exc().encode())
-            listen({"kind": "failed", "run": run.name, "message": f"{type(error).__name__}: {error}"})
-        else:
-            listen({"kind": "done", "run": run.name, **result})
-
-
-def _spread(job: Job, workers: int, listen: Listener) -> None:
-    context = multiprocessing.get_context("spawn")
-    events = context.Queue()
-    processes = [
-        context.Process(target=_worker, args=(_rotated(job, k, workers), events, os.getpid()), daemon=True)
-        for k in range(workers)
-    ]
-    for process in processes:
-        process.start()
     try:
-        _collect(processes, events, listen)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        with _one_thread(), store.lock(folder) as mine:
+            if not mine:
+                return listen({"kind": "busy", "run": run.name})
+            if not finished(job, run):
+                listen({"kind": "start", "run": run.name})
+                listen({"kind": "done", "run": run.name, **_trained(run, folder, job, listen)})
+    except LaunchError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            listen({"kind": "fatal", "run": run.name, "message": _full(error)})
+        with suppress(OSError):
+            store.write_bytes(folder / ERROR, traceback.format_exc().encode(errors="replace"))
+        listen({"kind": "failed", "run": run.name, **_reason(error)})
 
 
-def _rotated(job: Job, worker: int, workers: int) -> Job:
-    """The same runs, each worker starting elsewhere only by its number: neighbours do not wait for one lock."""
-    return replace(job, runs=[*job.runs[worker:], *job.runs[:worker]])
+def _trained(run: Run, folder: Path, job: Job, listen: Listener) -> store.Record:
+    def report(record: store.Record) -> None:
+        listen({"kind": "epoch", "run": run.name, **record})
+
+    def say(message: str) -> None:
+        listen({"kind": "note", "run": run.name, "message": message})
+
+    store.sweep(folder)
+    (folder / ERROR).unlink(missing_ok=True)
+    result = store.result(folder)
+    if result is None and (folder / store.RESULT).exists():
+        say(f"{folder / store.RESULT}: damaged, or of another run; the run counts as not finished")
+    result = result or train(run, folder, report, job.data_dir, say)
+    if not evaluate.done(folder, job.evaluate):
+        listen({"kind": "evaluate", "run": run.name})
+        evaluate.evaluate(run, folder, job.evaluate, job.data_dir)
+    return result
 
 
-def _collect(processes: Sequence[Any], events: Any, listen: Listener) -> None:
-    """Pass events on until every worker has said it is through or has died."""
-    through = 0
-    while through < len(processes):
-        try:
-            event = events.get(timeout=0.5)
-        except Empty:
-            dead = [p for p in processes if p.exitcode not in (None, 0)]
-            if dead:
-                raise LaunchError(
-                    f"a worker process ended with code {dead[0].exitcode}; finished runs and epochs are stored, "
-                    "run the same command again to go on"
-                ) from None
-            continue
-        if event["kind"] == "through":
-            through += 1
-        elif event["kind"] != "busy":
-            listen(event)
+def _reason(error: BaseException) -> Event:
+    """What a failed run says; `unfit`: which part of its config no run can use."""
+    if isinstance(error, DataError | ModelError):
+        return {"message": str(error), "unfit": "data" if isinstance(error, DataError) else "network"}
+    if isinstance(error, store.DamageError):
+        return {"message": str(error)}
+    return {"message": f"{type(error).__name__}: {error}"}
 
 
-def _worker(job: Job, events: Any, parent: int) -> None:
-    def send(event: Event) -> None:
-        if os.getppid() != parent:
-            os._exit(1)
-        events.put(event)
-
-    try:
-        work(job, send)
-        send({"kind": "through", "run": ""})
-    except KeyboardInterrupt:
-        os._exit(130)
+def _full(error: OSError) -> str:
+    return f"{error}; make space, or let this user write there; finished runs and epochs are stored, then go on"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ibp_triton.harness import provenance
 from ibp_triton.harness.config import Network
 from ibp_triton.harness.seeds import derive
 
@@ -71,13 +72,16 @@ def imported(target: str, input_shape: Shape, classes: int, options: dict[str, A
     Raises ModelError when there is no such function, when it or its model fails, and when it does not classify.
     """
     module_name, _, attribute = target.partition(":")
+    provenance.code_in_use(target)
     try:
         build = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ModelError(f"network.import: cannot import {target!r} ({error}); write package.mod:function") from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"network.import: {module_name} {_raised(error)}") from error
     try:
         model = build(input_shape, classes, **options)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"network.import: {target}({input_shape}, {classes}, …) {_raised(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"network.import: {target} returned {type(model).__name__}, not a torch.nn.Module")
@@ -87,7 +91,7 @@ def imported(target: str, input_shape: Shape, classes: int, options: dict[str, A
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, *input_shape, device=trained[0].device))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"network.import: the model of {target}, given [2, C, H, W], {_raised(error)}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2 or logits.shape[1] < classes:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -95,7 +99,7 @@ def imported(target: str, input_shape: Shape, classes: int, options: dict[str, A
     return model.train()
 
 
-def _raised(error: Exception) -> str:
+def _raised(error: BaseException) -> str:
     """What went wrong in the user's code, and the last line there: where torch was called, if torch raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames[1:] if Path(torch.__file__).parent not in Path(frame.filename).parents]

@@ -51,6 +51,18 @@ def public_files(data: Data) -> list[Path]:
     return [_find(data.dir, data.source, name, remote) for name, remote in names.items()]
 
 
+def own_files(data: Data) -> dict[str, Path]:
+    """The user's files behind `data.path` by a name without that path; none for other sources and where it is gone."""
+    path = Path(data.path).expanduser() if data.path else None
+    if data.source == "arrays" and path and path.is_file():
+        return {"": path}
+    if data.source == "image_folder" and path and path.is_dir():
+        parts = [path / "train", path / "test"] if _has_parts(path) else [path]
+        found = [file for part in parts for files_ in _classes(part).values() for file in files_]
+        return {file.relative_to(path).as_posix(): file for file in found}
+    return {}
+
+
 def shape_of(data: Data) -> tuple[Shape, int] | None:
     """Image shape and classes of a source, where they are known without its files."""
     if data.source in ("mnist", "fashion_mnist", "mnist5k"):
@@ -184,7 +196,7 @@ def _image_folder(data: Data) -> Loaded:
     root = _path(data, "a folder with one subfolder of PNG or JPEG files for each class")
     if not root.is_dir():
         raise DataError(f"{root}: a file; data.path must name the folder that holds one subfolder for each class")
-    if (root / "train").is_dir() and (root / "test").is_dir():
+    if _has_parts(root):
         train, names = _folder_split(root / "train", data)
         test, test_names = _folder_split(root / "test", data)
         if names != test_names:
@@ -195,18 +207,28 @@ def _image_folder(data: Data) -> Loaded:
     return train, test, len(names)
 
 
+def _has_parts(root: Path) -> bool:
+    return (root / "train").is_dir() and (root / "test").is_dir()
+
+
+def _classes(root: Path) -> dict[str, list[Path]]:
+    """The pictures of each class, by name; hidden files and folders, and folders without a picture, are no class."""
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = {folder.name: sorted(filter(_is_picture, folder.iterdir())) for folder in folders}
+    return {name: pictures for name, pictures in found.items() if pictures}
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in (".png", ".jpg", ".jpeg") and not path.name.startswith(".") and path.is_file()
+
+
 def _folder_split(root: Path, data: Data) -> tuple[Split, list[str]]:
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    found = [
-        (path, label)
-        for label, name in enumerate(names)
-        for path in sorted((root / name).iterdir())
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg")
-    ]
+    classes = _classes(root)
+    found = [(path, label) for label, pictures in enumerate(classes.values()) for path in pictures]
     if not found:
         raise DataError(f"{root}: no PNG or JPEG files in subfolders; make one subfolder for each class")
     images = torch.stack([_picture(path, data) for path, _ in found])
-    return Split(images, torch.tensor([label for _, label in found])), names
+    return Split(images, torch.tensor([label for _, label in found])), list(classes)
 
 
 def _picture(path: Path, data: Data) -> Tensor:

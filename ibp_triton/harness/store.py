@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
+import math
 import os
 import platform
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -18,30 +21,67 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-RESULT, METRICS, RESUME, CHECKPOINT, MEAN = (
-    "result.json",
-    "metrics.jsonl",
-    "resume.safetensors",
-    "checkpoint.safetensors",
-    "input_mean.safetensors",
-)
+RESULT, METRICS, CONFIG, ENVIRONMENT = "result.json", "metrics.jsonl", "config.json", "environment.json"
+RESUME, PREVIOUS = "resume.safetensors", "resume.previous.safetensors"
+CHECKPOINT, MEAN, LAST_GOOD = "checkpoint.safetensors", "input_mean.safetensors", "last_good.safetensors"
+LOCK = ".lock"
+SEAL = "sha256"
+_TEMPORARY = ".ibp-tmp"
+_DAMAGE = (ValueError, RecursionError, IsADirectoryError)
 Record = dict[str, Any]
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` atomically: a temporary file beside it, flushed to disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+class DamageError(ValueError):
+    """A stored file that cannot be used; the message names it and the cure."""
+
+
+def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Replace `path` atomically: a temporary file beside it, flushed to disk, then renamed; the folder flushed too.
+
+    What was at `path` before is kept as `previous`, if that is given.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    _flush(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and those above it, each new one flushed to disk."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _flush(folder.parent)
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that flush no folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, read piece by piece."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -50,12 +90,38 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Record | None:
-    """A JSON mapping, or None if there is no such file."""
+    """A JSON mapping, or None if there is no such file; raises DamageError if the file holds none."""
     try:
-        value: Record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_bytes())
+        if isinstance(value, dict):
+            return value
+        reason = f"a mapping was expected, it holds {type(value).__name__}"
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return value
+    except _DAMAGE as error:
+        reason = str(error)
+    raise DamageError(f"{path}: damaged ({reason}); restore it, or move it away")
+
+
+def find_json(path: Path) -> Record | None:
+    """A JSON mapping; None if the file is missing, damaged or out of reach."""
+    try:
+        return read_json(path)
+    except (DamageError, OSError):
+        return None
+
+
+def result(folder: Path) -> Record | None:
+    """The result of the run in `folder`; None if it is missing, damaged or another run's: it is not finished then."""
+    found = find_json(folder / RESULT)
+    if found is None or found.get("run", folder.name) != folder.name:
+        return None
+    numbers = (found.get(key) for key in ("test_error", "seconds_per_epoch", "predicted_ratio"))
+    return found if all(_is_number(number) for number in numbers) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def write_metrics(folder: Path, records: list[Record]) -> None:
@@ -64,58 +130,108 @@ def write_metrics(folder: Path, records: list[Record]) -> None:
 
 
 def read_metrics(folder: Path, epochs: int | None = None) -> list[Record]:
-    """Records of the first `epochs` epochs (all if None); empty if there are none yet."""
-    return [json.loads(line) for line in _lines(folder)][:epochs]
+    """Records of the first `epochs` epochs (all if None), up to the first damaged line; empty if there are none."""
+    try:
+        lines = (folder / METRICS).read_bytes().splitlines()
+    except OSError:
+        return []
+    return list(_sound(lines))[:epochs]
+
+
+def _sound(lines: list[bytes]) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except _DAMAGE:
+            return
+        if not (isinstance(record, dict) and record.get("epoch") == number):
+            return
+        if not all(value is None or _is_number(value) for value in record.values()):
+            return
+        yield record
 
 
 def count_epochs(folder: Path) -> int:
     """How many epochs of a run have a record."""
-    return len(_lines(folder))
+    return len(read_metrics(folder))
 
 
-def _lines(folder: Path) -> list[str]:
-    try:
-        return (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, previous: Path | None = None
+) -> None:
+    """A safetensors file, atomically; tensors are stored contiguous, on the CPU, shared ones once for each name.
 
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, atomically; tensors are stored contiguous, on the CPU.
-
-    Without metadata equal tensors give equal bytes; the order of several metadata keys is not fixed.
+    Without metadata equal tensors give equal bytes; metadata come with a checksum over all, in no fixed order.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(plain, {"format": "pt", **(metadata or {})}))
+    plain = _unshared(tensors)
+    sealed = {**metadata, SEAL: _seal(plain, metadata)} if metadata else {}
+    write_bytes(path, save(plain, {"format": "pt", **sealed}), previous)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        one = tensor.detach().cpu().contiguous()
+        place = one.untyped_storage().data_ptr()
+        plain[name] = one.clone() if place in seen else one
+        seen.add(place)
+    return plain
+
+
+def _seal(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    rest = {key: value for key, value in metadata.items() if key not in ("format", SEAL)}
+    found.update(json.dumps(rest, sort_keys=True).encode())
+    return found.hexdigest()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """Tensors and metadata of a safetensors file; None if it is missing or unreadable."""
+    """Tensors and metadata of a safetensors file; None if it is missing, unreadable or belies its checksum."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError):
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata: dict[str, str] = file.metadata() or {}
+    except (OSError, SafetensorError):
         return None
+    if SEAL in metadata and metadata[SEAL] != _seal(tensors, metadata):
+        return None
+    return tensors, metadata
 
 
 @contextmanager
 def lock(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock; yields False if another process holds it. The system frees the lock of a dead process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    make_folder(folder)
+    with os.fdopen(_open_lock(folder / LOCK), "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
-        sweep(folder)
         yield True
 
 
+def _open_lock(path: Path) -> int:
+    """The lock's file, its content left alone: it may be a user's."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise DamageError(
+                f"{path}: a symbolic link; a lock is a file of its own folder, delete the link"
+            ) from error
+        raise
+
+
 def sweep(folder: Path) -> None:
-    """Delete temporary files that a killed process left behind; call only while holding the lock."""
-    for leftover in folder.glob(".*.*"):
-        leftover.unlink(missing_ok=True)
+    """Delete temporary files of ours that a killed process left behind; call holding the lock of a run's folder."""
+    for leftover in folder.glob(f".*{_TEMPORARY}"):
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
 
 
 def environment() -> Record:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, methods, models, store
+from ibp_triton.harness import data, methods, models, provenance, store
 from ibp_triton.harness.batches import Batches
 from ibp_triton.harness.compiled import EagerStep, compiled
 from ibp_triton.harness.data import Dataset
@@ -23,6 +26,7 @@ from ibp_triton.harness.seeds import derive
 from ibp_triton.harness.sources import Split
 
 Report = Callable[[store.Record], None]
+Say = Callable[[str], None]
 PROBE = 256
 
 
@@ -35,16 +39,22 @@ class State:
     metrics: list[store.Record]
 
 
-def train(run: Run, folder: Path, report: Report, data_dir: str | None = None) -> store.Record:
+def warn(message: str) -> None:
+    """Tell the user, beside what a command prints."""
+    print(message, file=sys.stderr)
+
+
+def train(run: Run, folder: Path, report: Report, data_dir: str | None = None, say: Say = warn) -> store.Record:
     """Train `run` in `folder`, from its last finished epoch if there is one; the result, also in result.json.
 
-    `report` gets every epoch's record. The caller holds the folder's lock. Raises DataError and ModelError.
+    `report` gets every epoch's record, `say` what is wrong with stored files and what is done about it. The caller
+    holds the folder's lock. Raises DataError and ModelError.
     """
     device = torch.device(run.training.device)
     dataset = data.load(run.data.found_in(data_dir), run.seeds.subset).to(device)
-    state = restore(run, folder, start(run, dataset, device))
-    store.write_json(folder / "config.json", run.config())
-    store.write_json(folder / "environment.json", store.environment())
+    state = restore(run, folder, start(run, dataset, device), say)
+    store.write_json(folder / store.CONFIG, provenance.config(run))
+    store.write_json(folder / store.ENVIRONMENT, store.environment())
     batches = Batches(dataset, run.training, run.seeds, run.tangents if methods.needs_tangents(run.method) else None)
     step = _step(run, state, batches)
     for epoch in range(len(state.metrics), run.training.epochs):
@@ -105,12 +115,21 @@ def _epoch(run: Run, step: EagerStep, state: State, batches: Batches, epoch: int
     clock = _clock(run)
     begin, wall = clock(), time.perf_counter()
     total = torch.zeros((), device=next(state.model.parameters()).device)
+    sound, count = torch.zeros_like(total), 0  # steps until the objective was no number, and all
     for batch in batches.epoch(epoch):
         total += len(batch.labels) * step(method, batch)
+        sound, count = sound + total.isfinite(), count + 1
     loss = float(total) / len(batches)
     shown = loss if math.isfinite(loss) else None
     seconds, wall = clock() - begin, time.perf_counter() - wall
-    return {"epoch": epoch + 1, "loss": shown, "seconds": seconds, "wall_seconds": wall, "learning_rate": rate}
+    record = {"epoch": epoch + 1, "loss": shown, "seconds": seconds, "wall_seconds": wall, "learning_rate": rate}
+    if shown is None or not _is_finite(state.model):
+        record["diverged_step"] = epoch * count + min(int(sound) + 1, count)
+    return record
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
 
 
 def _clock(run: Run) -> Callable[[], float]:
@@ -147,25 +166,79 @@ def predictions(model: nn.Module, images: Tensor, mean: Tensor, channels_last: b
 
 
 def save(run: Run, folder: Path, state: State) -> None:
-    """Metrics first, then the checkpoint that says how many of them count."""
+    """The weights and the records of their epochs in one file, the one before kept; metrics.jsonl is a copy to read.
+
+    The state before the first epoch that diverged is kept as a plain state dict.
+    """
+    if [_has_diverged(record) for record in state.metrics[-2:]] == [False, True]:
+        good = store.read_tensors(folder / store.RESUME)
+        assert good is not None, "save or restore has left it"
+        store.write_tensors(folder / store.LAST_GOOD, _model_part(good[0]))
+    metadata = {"epochs": str(len(state.metrics)), "run": run.name, "metrics": json.dumps(state.metrics)}
+    store.write_tensors(folder / store.RESUME, _tensors(state), metadata, folder / store.PREVIOUS)
     store.write_metrics(folder, state.metrics)
-    tensors = {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()}
-    tensors |= {f"momentum/{number}": tensor for number, tensor in enumerate(_buffers(state.optimizer))}
-    store.write_tensors(folder / store.RESUME, tensors, {"epochs": str(len(state.metrics)), "run": run.name})
 
 
-def restore(run: Run, folder: Path, state: State) -> State:
-    """The state of the last finished epoch, or `state` as it is if no epoch was finished."""
-    found = store.read_tensors(folder / store.RESUME)
-    if found is None or found[1].get("run") != run.name:
-        return state
-    tensors, metadata = found
+def _tensors(state: State) -> dict[str, Tensor]:
+    momenta = {f"momentum/{number}": tensor for number, tensor in enumerate(_buffers(state.optimizer))}
+    return {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()} | momenta
+
+
+def _model_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = "model/"
-    state.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def restore(run: Run, folder: Path, state: State, say: Say = warn) -> State:
+    """The state of the last finished epoch that is stored soundly, or `state` as it is if there is none."""
+    refused = []
+    for name in (store.RESUME, store.PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        reason = _adopt(run, path, state)
+        if reason is None:
+            os.replace(path, folder / store.RESUME)
+            break
+        refused.append(f"{path}: {reason}")
+    lost = store.count_epochs(folder)
+    if not state.metrics and (refused or lost):
+        refused = refused or [f"{folder / store.RESUME}: missing, {lost} epochs had been done"]
+        say(f"{'; '.join(refused)}; the run is trained from the start")
+    elif refused:
+        say(f"{'; '.join(refused)}; the run goes on after epoch {len(state.metrics)}")
+    if state.metrics and store.read_metrics(folder) != state.metrics:
+        store.write_metrics(folder, state.metrics)
+    return state
+
+
+def _adopt(run: Run, path: Path, state: State) -> str | None:
+    """Take the stored state over, whole or not at all; why not, if not."""
+    found = store.read_tensors(path)
+    if found is None:
+        return "damaged"
+    tensors, metadata = found
+    if metadata.get("run") != run.name:
+        return f"of another run, {metadata.get('run', 'nameless')}"
+    records = _records(metadata, path.parent)
+    if records is None:
+        return "without the records of its epochs"
+    wanted = _tensors(state)
+    if {n: (t.shape, t.dtype) for n, t in tensors.items()} != {n: (t.shape, t.dtype) for n, t in wanted.items()}:
+        return "of another network"
+    state.model.load_state_dict(_model_part(tensors))
     for number, buffer in enumerate(_buffers(state.optimizer)):
         buffer.copy_(tensors[f"momentum/{number}"])
-    state.metrics = store.read_metrics(folder, int(metadata["epochs"]))
-    return state
+    state.metrics = records
+    return None
+
+
+def _records(metadata: dict[str, str], folder: Path) -> list[store.Record] | None:
+    """The records beside the weights; files of before they were stored there have them in metrics.jsonl alone."""
+    epochs = int(metadata.get("epochs", -1))
+    text = metadata.get("metrics")
+    records: list[store.Record] = store.read_metrics(folder, epochs) if text is None else json.loads(text)
+    return records if len(records) == epochs else None
 
 
 def _buffers(optimizer: torch.optim.SGD) -> list[Tensor]:
@@ -174,21 +247,37 @@ def _buffers(optimizer: torch.optim.SGD) -> list[Tensor]:
 
 def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Record:
     """Final errors, the model as a plain state dict, the input mean; result.json last: it marks the run as finished."""
+    checkpoint = folder / store.CHECKPOINT
+    store.write_tensors(checkpoint, state.model.state_dict())
+    store.write_tensors(folder / store.MEAN, {"mean": dataset.mean})
     result: store.Record = {
         "run": run.name,
         "method": run.method.key,
         "epochs": len(state.metrics),
         "final_loss": state.metrics[-1]["loss"],
-        "diverged": state.metrics[-1]["loss"] is None,
+        **divergence(state.metrics),
         **errors(state.model, dataset, run.training.channels_last),
         "seconds_per_epoch": statistics.median(record["seconds"] for record in state.metrics),
         "clock": "cpu" if run.training.device == "cpu" else "wall",
         "predicted_ratio": methods.predicted_ratio(run.method, state.model, run.training.batch_size, dataset.shape),
         "train_examples": len(dataset.train.labels),
         "test_examples": len(dataset.test.labels),
+        store.SEAL: {path.name: store.digest(path) for path in (checkpoint, folder / store.MEAN)},
     }
-    store.write_tensors(folder / store.CHECKPOINT, state.model.state_dict())
-    store.write_tensors(folder / store.MEAN, {"mean": dataset.mean})
     store.write_json(folder / store.RESULT, result)
-    (folder / store.RESUME).unlink(missing_ok=True)
+    leftover = (store.RESUME, store.PREVIOUS, *(() if result["diverged"] else (store.LAST_GOOD,)))
+    for name in leftover:
+        (folder / name).unlink(missing_ok=True)
     return result
+
+
+def divergence(records: list[store.Record]) -> store.Record:
+    """Whether the last epoch diverged; if so, the first step that did (from 1) and the last epoch before it."""
+    good = next((record["epoch"] for record in reversed(records) if not _has_diverged(record)), 0)
+    if good == len(records):
+        return {"diverged": False}
+    return {"diverged": True, "diverged_step": records[good].get("diverged_step"), "last_good_epoch": good}
+
+
+def _has_diverged(record: store.Record) -> bool:
+    return record["loss"] is None or "diverged_step" in record

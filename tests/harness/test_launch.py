@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from ibp_triton.harness import evaluate, grid, loading, store, train
+from ibp_triton.harness.crew import LaunchError
 from ibp_triton.harness.files import DataError
-from ibp_triton.harness.launch import Job, LaunchError, download, launch, remaining, work
+from ibp_triton.harness.launch import Job, download, launch, remaining, work
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -104,9 +105,12 @@ def test_data_are_looked_for_before_any_worker_starts_and_only_for_what_is_left(
     task = job(write(tree), tmp_path / "runs")
     with pytest.raises(DataError, match="nowhere/mnist/train-images-idx3-ubyte: no such file"):
         download(task)
+    stem = evaluate.file_stem(task.evaluate)
     for run in task.runs:
-        for name in (store.RESULT, f"{evaluate.file_stem(task.evaluate)}.json"):
-            store.write_json(task.root / run.name / name, {})
+        result = {"test_error": 1.0, "seconds_per_epoch": 1.0, "predicted_ratio": 1.0}
+        store.write_json(task.root / run.name / store.RESULT, result)
+        store.write_json(task.root / run.name / f"{stem}.json", {"clean": {}})
+        store.write_tensors(task.root / run.name / f"{stem}.safetensors", {})
     download(task)
 
 
