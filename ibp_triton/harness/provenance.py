@@ -61,7 +61,7 @@ def settle(runs: Sequence[Run], root: Path) -> list[Run]:
     taken, by a run of this config on other data from another path.
     """
     owners: dict[str, str] = {}
-    return [_settled(run, root, owners) if run.data.path else run for run in runs]
+    return [_settled(run, root, owners) if run.data.path and not run.folder else run for run in runs]
 
 
 def _settled(run: Run, root: Path, owners: dict[str, str]) -> Run:

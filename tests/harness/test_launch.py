@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,107 @@ def test_one_failing_run_does_not_stop_the_others(tree: Tree, write: Write, tmp_
     assert not (tmp_path / task.runs[1].name / "error.txt").exists(), "it says nothing about the run that went well"
 
 
+@pytest.mark.parametrize("file", [store.RESULT, store.CHECKPOINT, store.MEAN, store.ENVIRONMENT, store.METRICS])
+def test_one_damaged_run_leaves_the_others(tree: Tree, write: Write, tmp_path: Path, file: str) -> None:
+    task, events = job(write({**tree, "methods": {"bp": None}}), tmp_path), list[dict[str, Any]]()
+    first = tmp_path / task.runs[0].name
+    launch(replace(task, runs=task.runs[:1]), 1, lambda _: None)
+    (first / file).write_bytes((first / file).read_bytes()[:-9])
+    next(first.glob("evaluation-*.json")).write_text("{", encoding="utf-8")
+    failures = launch(task, 1, events.append)
+    assert store.result(tmp_path / task.runs[1].name)
+    if file == store.CHECKPOINT:
+        assert len(failures) == 1
+        assert f"missing or damaged; delete {first / store.RESULT}, and `ibp-triton run` trains" in failures[0]
+        (first / store.RESULT).unlink()
+        assert launch(task, 1, events.append) == []
+    assert failures == [] or file == store.CHECKPOINT
+    assert any(event["kind"] == "note" for event in events) == (file in (store.RESULT, store.CHECKPOINT))
+    assert remaining(task) == {}
+
+
+def test_runs_whose_folder_cannot_be_used_fail_alone(tree: Tree, write: Write, tmp_path: Path) -> None:
+    task = job(write(tree), tmp_path)
+    (tmp_path / task.runs[0].name).write_text("a file", encoding="utf-8")
+    (tmp_path / task.runs[1].name).mkdir()
+    (tmp_path / task.runs[1].name / store.LOCK).symlink_to(tmp_path / "elsewhere")
+    failures = launch(task, 1, lambda _: None)
+    assert [failure.partition(":")[0] for failure in failures] == [run.name for run in task.runs[:2]]
+    assert len(list(tmp_path.glob(f"*/{store.RESULT}"))) == 2
+
+
+def test_data_unfit_for_some_runs_leave_the_others(tree: Tree, write: Write, tmp_path: Path) -> None:
+    tree["variants"] = {"large": {"data.subset": 65}, "right": {}}
+    task, events = job(write(tree), tmp_path), list[dict[str, Any]]()
+    failures = launch(task, 1, events.append)
+    assert len(failures) == 4
+    assert all("do not fit into the 64 training examples" in failure for failure in failures)
+    assert [event["kind"] for event in events].count("failed") == 1, "the others of that variant are not tried"
+    assert len(list(tmp_path.glob(f"*/{store.RESULT}"))) == 4
+
+
+def test_a_full_disk_stops_everything(
+    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LaunchError, match="No space left on device; make space"):
+        launch(job(write(tree), tmp_path / "runs"), 1, lambda _: None)
+
+
+EXITS = """
+import os, signal, sys
+from pathlib import Path
+from torch import nn
+
+def build(shape, classes, how):
+    once = Path(__file__).parent / "once"
+    if how == "exit":
+        sys.exit(0)
+    if how == "always":
+        os._exit(0)
+    if how == "once" and not once.exists():
+        once.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return nn.Sequential(nn.Flatten(), nn.Linear(256, classes))
+"""
+
+
+@pytest.fixture
+def exits(tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    """Three runs with an own model, one of which, by its option, ends the process that builds it."""
+    (tmp_path / "exits_in_build.py").write_text(EXITS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "exits_in_build", raising=False)
+    network = {"import": "exits_in_build:build", "options": {"how": "no"}}
+    return {**tree, "network": network, "variants": {"bad": {"seeds": [0]}, "good": {}}, "methods": {"bp": None}}
+
+
+def test_sys_exit_in_a_model_is_a_failed_run(exits: Tree, write: Write, tmp_path: Path) -> None:
+    exits["variants"]["bad"]["network.options.how"] = "exit"
+    failures = launch(job(write(exits), tmp_path / "runs"), 1, lambda _: None)
+    assert len(failures) == 1
+    assert "raised SystemExit: 0" in failures[0]
+    assert len(list((tmp_path / "runs").glob(f"*/{store.RESULT}"))) == 2
+
+
+@pytest.mark.parametrize(("how", "reason"), [("once", "ended by signal 9"), ("always", "ended with code 0")])
+def test_the_run_of_a_killed_worker_is_taken_up(
+    exits: Tree, write: Write, tmp_path: Path, how: str, reason: str
+) -> None:
+    exits["variants"]["bad"]["network.options.how"] = how
+    events: Events = []
+    failures = launch(job(write(exits), tmp_path / "runs"), 2, events.append)
+    notes = [event["message"] for event in events if event["kind"] == "note"]
+    assert notes == [f"a worker process {reason}; another one takes this run up"]
+    assert len(list((tmp_path / "runs").glob(f"*/{store.RESULT}"))) == (3 if how == "once" else 2)
+    assert [failure.partition(": ")[2] for failure in failures] == (
+        [] if how == "once" else [f"a worker process {reason} while it trained this run, as one before"]
+    )
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_unfit_data_stop_everything_with_one_message(tree: Tree, write: Write, tmp_path: Path, workers: int) -> None:
     with pytest.raises(LaunchError, match=r"do not fit into the 64 training examples"):
@@ -170,7 +273,10 @@ def _wait_for(folder: Path, runs: int = 4) -> None:
         time.sleep(0.1)
 
 
-def test_ctrl_c_keeps_what_is_done_and_says_so(tree: Tree, write: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_its_kin_keep_what_is_done_and_say_so(
+    tree: Tree, write: Write, tmp_path: Path, number: signal.Signals
+) -> None:
     tree["training"]["epochs"] = 2000
     command = [sys.executable, "-m", "ibp_triton.harness.cli", "run", str(write(tree))]
     listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a background job ignores it
@@ -178,11 +284,36 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(tree: Tree, write: Write, tmp_pat
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **listening
     ) as process:
         _wait_for(tmp_path / "out" / "runs")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, message = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on" in message.replace("\n", " ")
     assert list((tmp_path / "out" / "runs").glob("*/metrics.jsonl"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_their_parent(tree: Tree, write: Write, tmp_path: Path) -> None:
+    tree["training"]["epochs"] = 2000
+    command = [sys.executable, "-m", "ibp_triton.harness.cli", "run", str(write(tree)), "--workers", "2"]
+    environment = {**os.environ, "MARK": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
+        _wait_for(tmp_path / "out" / "runs")
+        process.kill()
+        process.wait()
+        moment = time.monotonic()
+        while _alive(str(tmp_path)) and time.monotonic() < moment + 10:
+            time.sleep(0.05)
+    assert time.monotonic() < moment + 2
+
+
+def _alive(mark: str) -> bool:
+    """Whether a process lives that was started with this mark, multiprocessing's own tracker left out."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            ours = mark.encode() in (entry / "environ").read_bytes()
+            if ours and b"resource_tracker" not in (entry / "cmdline").read_bytes():
+                return True
+    return False
 
 
 def test_two_commands_on_one_folder_share_the_work(tree: Tree, write: Write, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 import ibp_triton as ibp
 from ibp_triton.harness import data, grid, loading, methods, models, store, train
 from ibp_triton.harness.batches import Batches
+from ibp_triton.harness.compiled import EagerStep
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -85,6 +88,84 @@ def test_metrics_past_the_checkpoint_are_dropped(tree: Tree, write: Write, tmp_p
     records = store.read_metrics(tmp_path)
     assert [record["epoch"] for record in records] == [1, 2]
     assert all(record["loss"] > 0 for record in records)
+
+
+def stopped(run: grid.Run, folder: Path, after: int) -> None:
+    """A run that was killed after an epoch."""
+
+    def stop(record: store.Record) -> None:
+        if record["epoch"] == after:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train.train(run, folder, stop)
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def foreign(path: Path) -> None:
+    found = store.read_tensors(path)
+    assert found is not None
+    store.write_tensors(path, {**found[0], "model/0.weight": torch.zeros(9, 1, 4, 4)}, found[1])
+
+
+def of_another_run(path: Path) -> None:
+    found = store.read_tensors(path)
+    assert found is not None
+    store.write_tensors(path, found[0], {**found[1], "run": "bp-0"})
+
+
+@pytest.mark.parametrize(
+    ("damages", "word"),
+    [
+        ({store.METRICS: Path.unlink}, None),
+        ({store.METRICS: lambda path: path.write_bytes(b"")}, None),
+        ({store.METRICS: lambda path: path.write_bytes(path.read_bytes()[:-20])}, None),
+        ({store.RESUME: flip}, "damaged; the run goes on after epoch 2"),
+        ({store.RESUME: foreign}, "of another network; the run goes on after epoch 2"),
+        ({store.RESUME: of_another_run}, "of another run, bp-0; the run goes on after epoch 2"),
+        ({store.RESUME: flip, store.PREVIOUS: flip}, "damaged; the run is trained from the start"),
+        ({store.RESUME: Path.unlink, store.PREVIOUS: Path.unlink}, "missing, 3 epochs had been done"),
+        ({store.RESUME: Path.unlink, store.METRICS: Path.unlink}, None),
+    ],
+)
+def test_whatever_is_damaged_the_run_ends_with_the_same_bits(
+    tree: Tree, write: Write, tmp_path: Path, damages: dict[str, Callable[[Path], Any]], word: str | None
+) -> None:
+    run, said = first_run(write(tree), "training.epochs=4"), list[str]()
+    train.train(run, tmp_path / "whole", silent)
+    stopped(run, tmp_path / "run", after=3)
+    for name, damage in damages.items():
+        damage(tmp_path / "run" / name)
+    train.train(run, tmp_path / "run", silent, None, said.append)
+    whole, resumed = (tmp_path / name for name in ("whole", "run"))
+    assert (whole / store.CHECKPOINT).read_bytes() == (resumed / store.CHECKPOINT).read_bytes()
+    assert [r["loss"] for r in store.read_metrics(whole)] == [r["loss"] for r in store.read_metrics(resumed)]
+    assert sorted(path.name for path in whole.iterdir()) == sorted(path.name for path in resumed.iterdir())
+    assert [word in text for text in said] == [True] if word else said == []
+
+
+def test_tied_weights_are_trained_stored_and_resumed(
+    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tied(shape: tuple[int, ...], classes: int) -> nn.Module:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(256, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        model[4].weight = model[2].weight
+        return model
+
+    module = ModuleType("tied_model")
+    module.build = tied  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tied_model", module)
+    run = first_run(write({**tree, "network": {"import": "tied_model:build"}}))
+    train.train(run, tmp_path / "whole", silent)
+    stopped(run, tmp_path / "run", after=1)
+    train.train(run, tmp_path / "run", silent)
+    whole, resumed = ((tmp_path / name / store.CHECKPOINT).read_bytes() for name in ("whole", "run"))
+    assert whole == resumed
 
 
 def test_every_method_sees_the_same_subset_weights_and_order(tree: Tree, write: Write) -> None:
@@ -170,8 +251,36 @@ def test_fixed_tangents_are_those_of_the_batch(tree: Tree, write: Write) -> None
 def test_a_diverged_run_is_stored_as_such(tree: Tree, write: Write, tmp_path: Path) -> None:
     result = train.train(first_run(write(tree), "training.learning_rate=1e30"), tmp_path, silent)
     assert result["diverged"]
+    assert (result["diverged_step"], result["last_good_epoch"]) == (2, 0)
     assert result["final_loss"] is None
     assert "NaN" not in (tmp_path / store.METRICS).read_text(encoding="utf-8")
+
+
+def test_the_state_before_it_diverged_is_kept(
+    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, step = first_run(write(tree), "training.epochs=4"), EagerStep.__call__
+    train.train(first_run(write(tree), "training.epochs=2"), tmp_path / "two", silent)
+    calls = []
+
+    def break_at_10(self: EagerStep, *rest: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 10:  # the second step of the third epoch
+            next(self.network.model.parameters()).data.fill_(math.nan)
+        return step(self, *rest)
+
+    monkeypatch.setattr(EagerStep, "__call__", break_at_10)
+    result = train.train(run, tmp_path / "four", silent)
+    assert (result["diverged_step"], result["last_good_epoch"]) == (10, 2)
+    good, two = (tmp_path / name for name in (f"four/{store.LAST_GOOD}", f"two/{store.CHECKPOINT}"))
+    assert good.read_bytes() == two.read_bytes()
+
+
+def test_weights_that_are_no_numbers_have_diverged_though_the_loss_before_was_one() -> None:
+    records = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.4, "diverged_step": 8}]
+    assert train.divergence(records) == {"diverged": True, "diverged_step": 8, "last_good_epoch": 1}
+    recovered = [{"epoch": 1, "loss": None, "diverged_step": 3}, {"epoch": 2, "loss": 0.4}]
+    assert train.divergence(recovered) == {"diverged": False}
 
 
 def test_result_and_checkpoint_of_a_run(tree: Tree, write: Write, tmp_path: Path) -> None:
