@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ibp_triton.harness import store
@@ -91,12 +92,14 @@ def tables(rows: list[Row]) -> list[Table]:
     """A table a group: milliseconds, noise, ratios to the baseline and to our BP, the predicted ratio."""
     result = []
     for group, members in groups(rows).items():
-        table = Table("benchmark", "ms", "± %", "/ baseline", "/ our BP", "interleaved", "predicted", title=group)
+        table = Table(
+            "benchmark", "ms", "± %", "/ baseline", "/ our BP", "interleaved", "predicted", title=escape(group)
+        )
         base, bp = baseline(members), our_bp(members)
         for row in members:
             over = [f"{row.median / other.median:.2f}" if other else "–" for other in (base, bp)]
             told = [_told(row, key) for key in ("interleaved_ratio_to_bp", "predicted_ratio")]
-            table.add_row(row.name, f"{1e3 * row.median:.3f}", f"{100 * row.noise:.0f}", *over, *told)
+            table.add_row(escape(row.name), f"{1e3 * row.median:.3f}", f"{100 * row.noise:.0f}", *over, *told)
         result.append(table)
     return result
 
@@ -122,7 +125,7 @@ def comparison_table(changes: list[Change]) -> Table:
     table = Table("benchmark", "new / old", "allowed", "")
     for change in sorted(changes, key=lambda c: -c.ratio / c.allowed):
         word = "slower" if change.regression else ""
-        table.add_row(change.name, f"{change.ratio:.3f}", f"{change.allowed:.3f}", word)
+        table.add_row(escape(change.name), f"{change.ratio:.3f}", f"{change.allowed:.3f}", word)
     return table
 
 
@@ -138,8 +141,10 @@ def plot(rows: list[Row], path: Path) -> Path:
     for axis, (group, members) in zip(axes, panels.items(), strict=True):
         spread = [[1e3 * (r.median - r.low) for r in members], [1e3 * (r.high - r.median) for r in members]]
         colours = ["tab:grey" if row.info.get("baseline") else "tab:blue" for row in members]
-        axis.barh([r.name for r in members], [1e3 * r.median for r in members], xerr=spread, color=colours)
-        axis.set_title(group, loc="left", fontsize=9)
+        axis.barh(
+            [r.name.replace("$", r"\$") for r in members], [1e3 * r.median for r in members], xerr=spread, color=colours
+        )
+        axis.set_title(group.replace("$", r"\$"), loc="left", fontsize=9)
         axis.invert_yaxis()
         axis.tick_params(labelsize=7)
     axes[-1].set_xlabel("ms, median and quartiles")

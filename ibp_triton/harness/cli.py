@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ibp_triton.harness import bench_report as bench
@@ -86,9 +87,13 @@ def run(
 
 
 def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
-    console = Console()
+    console = Console(emoji=False)
     left = remaining(job)
-    console.print(f"{len(job.runs)} runs, {len(job.runs) - len(left)} finished before, in {job.root}", highlight=False)
+    console.print(
+        f"{len(job.runs)} runs, {len(job.runs) - len(left)} finished before, in {job.root}",
+        highlight=False,
+        markup=False,
+    )
     check_changes(job)
     try:
         download(job)
@@ -101,7 +106,7 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
     others = len(remaining(job)) - len(failures)
     if others:
         console.print(f"{others} runs are in the hands of another process", highlight=False)
-    console.print(f"report: ibp-triton report {folder}", highlight=False, soft_wrap=True)
+    console.print(f"report: ibp-triton report {folder}", highlight=False, soft_wrap=True, markup=False)
     if failures:
         raise LaunchError(f"some runs failed; their folders in {job.root} hold {ERROR}:\n" + "\n".join(failures))
 
@@ -113,7 +118,7 @@ def _state(left: float | None) -> str:
 
 
 def _list(job: Job, workers: int) -> None:
-    console = Console()
+    console = Console(emoji=False)
     table = Table("run", "epochs", "examples", "× BP", "estimate", "state")
     left = remaining(job)
     work = []
@@ -122,7 +127,9 @@ def _list(job: Job, workers: int) -> None:
         work.append((share or 0.0) * (seconds or 0.0))
         size = str(cost.examples(each) or "all")
         shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
-        table.add_row(each.label, str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown, _state(share))
+        table.add_row(
+            escape(each.label), str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown, _state(share)
+        )
     console.print(table)
     time = timedelta(seconds=round(cost.makespan(work, workers)))
     console.print(f"{len(job.runs)} runs, about {time} left with {workers} worker(s) on this machine", highlight=False)
@@ -146,8 +153,10 @@ def evaluate(
         if not mine:
             raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")
         found = measure.evaluate(trained.on(device), run_dir, choice, data_dir)
-    Console().print(curve_table(found))
-    Console().print(f"written to {run_dir / measure.file_stem(choice)}.json and .safetensors", highlight=False)
+    Console(emoji=False).print(curve_table(found))
+    Console(emoji=False, markup=False).print(
+        f"written to {run_dir / measure.file_stem(choice)}.json and .safetensors", highlight=False
+    )
 
 
 def _run_in(folder: Path) -> Run:
@@ -173,7 +182,7 @@ def report(directory: Annotated[Path, typer.Argument(help="folder of an experime
     plan = loading.load(directory / PLAN)
     root = Path(plan.experiment.runs) if plan.experiment.runs else directory / "runs"
     for path in write_report(plan, root, directory):
-        Console().print(str(path), highlight=False, soft_wrap=True)
+        Console(emoji=False, markup=False).print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command("bench-report")
@@ -183,7 +192,7 @@ def bench_report(
     plot: Annotated[Path | None, typer.Option(help="also draw the bars to this SVG file")] = None,
 ) -> None:
     """Ratio tables of a benchmark file, against BP and against the baselines of each group."""
-    rows, console = bench.read(file), Console()
+    rows, console = bench.read(file), Console(emoji=False)
     for table in bench.tables(rows):
         console.print(table)
     if plot:

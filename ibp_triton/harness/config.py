@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -178,6 +179,15 @@ class Seeds(Strict):
     weights: int
     order: int
 
+    @classmethod
+    def of(cls, seed: int) -> Seeds:
+        """The same number for all three."""
+        return cls(subset=seed, weights=seed, order=seed)
+
+    def __str__(self) -> str:
+        numbers = {self.subset, self.weights, self.order}
+        return str(self.order) if len(numbers) == 1 else str(self.model_dump())
+
 
 class Experiment(Strict):
     """A whole YAML file, its preset filled in; `variants` maps a label to dotted overrides of this file.
@@ -186,7 +196,7 @@ class Experiment(Strict):
     `compare` names the table of the paper to print beside, `track_cosine` logs both semantics' penalty gradients.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
     title: str = ""
     preset: Literal["paper", "toolbox-2015", "toolbox-2016"] = "toolbox-2015"
     data: Data
@@ -208,6 +218,7 @@ class Experiment(Strict):
     def _rows(self) -> Experiment:
         for label, row in self.methods.items():
             _check_row(label, row or Method())
+        _check_once("seeds", (seed if isinstance(seed, Seeds) else Seeds.of(seed) for seed in self.seeds))
         choices = any(len(parameters(label, row or Method())) > 1 for label, row in self.methods.items())
         if choices and self.select == "validation" and not self.data.validation:
             raise ValueError(
@@ -229,6 +240,15 @@ def parameters(label: str, row: Method) -> list[float | None]:
     return list(value) if isinstance(value, list) else [value]
 
 
+def _check_once(key: str, values: Iterable[Any]) -> None:
+    """A value given twice would be one run that counts as two."""
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{key}: {value} is given twice; give each once")
+        seen.add(value)
+
+
 def _check_row(label: str, row: Method) -> None:
     key = key_of(label, row)
     if key not in ibp.METHODS:
@@ -240,5 +260,6 @@ def _check_row(label: str, row: Method) -> None:
             raise ValueError(f"methods.{label}: {key} {verb} {name}")
     if wanted != "beta" and (row.norm is not None or row.semantics is not None):
         raise ValueError(f"methods.{label}: {key} takes neither norm nor semantics")
+    _check_once(f"methods.{label}.{wanted}", parameters(label, row))
     if [] in (row.beta, row.epsilon):
         raise ValueError(f"methods.{label}.{wanted}: give at least one number")

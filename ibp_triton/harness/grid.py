@@ -154,7 +154,7 @@ def _known(chosen: list[Run], name: str) -> str:
 
 
 def _seeds(experiment: Experiment) -> list[Seeds]:
-    return [s if isinstance(s, Seeds) else Seeds(subset=s, weights=s, order=s) for s in experiment.seeds]
+    return [s if isinstance(s, Seeds) else Seeds.of(s) for s in experiment.seeds]
 
 
 def _runs_of(label: str, experiment: Experiment) -> Iterator[Run]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from ibp_triton.harness import cost
 from ibp_triton.harness.grid import Run
-from ibp_triton.harness.summary import Row, error_text
+from ibp_triton.harness.summary import Row, divergence_text, error_text
 
 
 class Progress:
@@ -51,6 +52,9 @@ class Progress:
             self._records[run.name] = {**self._records.get(run.name, {}), **event}
         elif event["kind"] == "busy" and run.name not in self._since:  # a process of another command trains it
             self._left.pop(run.name, None)
+        elif event["kind"] == "note":
+            text = f"  {run.label}: {event['message']}"
+            self._console.print(escape(text), highlight=False, soft_wrap=True)
         elif event["kind"] in ("done", "failed"):
             self._left.pop(run.name, None)
             self._closed.add(run.name)
@@ -79,26 +83,35 @@ class Progress:
         return epoch % max(1, run.training.epochs // 4) == 0
 
     def _line(self, run: Run, event: dict[str, Any]) -> str:
-        loss = "diverged" if event["loss"] is None else f"loss {event['loss']:.4f}"
+        loss = _loss(event, "loss ")
         tested = f", error {event['test_error']:.2f} %" if "test_error" in event else ""
-        return f"  {run.label}: epoch {event['epoch']}/{run.training.epochs}, {loss}{tested}, ETA {self._eta()}"
+        text = f"  {run.label}: epoch {event['epoch']}/{run.training.epochs}, {loss}{tested}, ETA {self._eta()}"
+        return escape(text)
 
     def _closing(self, run: Run, event: dict[str, Any]) -> str:
         position = f"[{len(self._closed)}/{len(self._runs)}]"
         if event["kind"] == "failed":
-            return f"{position} {run.label}: failed: {event['message']}".replace("[", r"\[")
-        text = f"{position} {run.label}: error {event['test_error']:.2f} %, {event['seconds_per_epoch']:.2f} s/epoch"
-        return f"{text}, ETA {self._eta()}".replace("[", r"\[")
+            return escape(f"{position} {run.label}: failed: {event['message']}")
+        error = divergence_text(event) if event.get("diverged") else f"error {event['test_error']:.2f} %"
+        text = f"{position} {run.label}: {error}, {event['seconds_per_epoch']:.2f} s/epoch"
+        return escape(f"{text}, ETA {self._eta()}")
 
     def _table(self) -> Table:
         table = Table("run", "epoch", "loss", "error %", "s/epoch", title=f"ETA {self._eta()}")
         for name, record in self._records.items():
             run = self._runs[name]
-            loss = "diverged" if record["loss"] is None else f"{record['loss']:.4f}"
+            loss = _loss(record)
             tested = f"{record['test_error']:.2f}" if "test_error" in record else ""
             epoch, seconds = f"{record['epoch']}/{run.training.epochs}", f"{record['seconds']:.2f}"
-            table.add_row(run.label, epoch, loss, tested, seconds)
+            table.add_row(escape(run.label), epoch, loss, tested, seconds)
         return table
+
+
+def _loss(record: dict[str, Any], name: str = "") -> str:
+    if record["loss"] is None or "diverged_step" in record:
+        step = record.get("diverged_step")
+        return f"diverged at step {step}" if step else "diverged"
+    return f"{name}{record['loss']:.4f}"
 
 
 def result_table(rows: Sequence[Row]) -> Table:
@@ -111,15 +124,15 @@ def result_table(rows: Sequence[Row]) -> Table:
         table.add_column(heading, no_wrap=True)
     for row in rows:
         parameter = "" if row.parameter is None else f"{row.parameter:g}"
-        cells = [row.label, parameter, f"{len(row.errors)}/{row.expected}", error_text(row.mean, row.sd)]
+        cells = [escape(row.label), parameter, row.seeds, error_text(row.mean, row.sd)]
         ratios = [f"{row.seconds:.2f}", "" if row.measured is None else f"{row.measured:.2f}", f"{row.predicted:.2f}"]
-        table.add_row(*([row.variant] if named else []), *cells, *ratios)
+        table.add_row(*([escape(row.variant)] if named else []), *cells, *ratios)
     return table
 
 
 def curve_table(summary: dict[str, Any]) -> Table:
     """Errors of one run's evaluation, a line for each level of each curve."""
-    table = Table("curve", "level", "error %", title=f"{summary['run']}, {summary['examples']} test examples")
+    table = Table("curve", "level", "error %", title=f"{escape(summary['run'])}, {summary['examples']} test examples")
     for name, curve in summary.items():
         if isinstance(curve, dict) and "levels" in curve:
             for level, error in zip(curve["levels"], curve["error"], strict=True):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ibp_triton.harness import store
@@ -13,7 +14,10 @@ from ibp_triton.harness.grid import Run
 
 @dataclass(frozen=True)
 class Row:
-    """One (variant, row, parameter): errors in per cent in the order of the runs' seeds, seconds an epoch."""
+    """One (variant, row, parameter): errors in per cent in the order of the runs' seeds, seconds an epoch.
+
+    Runs that diverged stand apart, with their results: they count neither in the mean nor in its deviation.
+    """
 
     variant: str
     label: str
@@ -26,11 +30,23 @@ class Row:
     measured: float | None
     predicted: float
     expected: int
+    diverged: tuple[tuple[Run, store.Record], ...] = ()
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        """The runs that have a result, diverged or not."""
+        return (*self.runs, *(run for run, _ in self.diverged))
+
+    @property
+    def seeds(self) -> str:
+        """How many seeds count, of how many."""
+        text = f"{len(self.errors)}/{self.expected}"
+        return f"{text}, {len(self.diverged)} diverged" if self.diverged else text
 
     @property
     def mean(self) -> float:
-        """Mean test error."""
-        return statistics.fmean(self.errors)
+        """Mean test error; NaN if every run diverged."""
+        return statistics.fmean(self.errors) if self.errors else math.nan
 
     @property
     def sd(self) -> float | None:
@@ -40,38 +56,57 @@ class Row:
 
 def error_text(mean: float, sd: float | None) -> str:
     """As in the paper: 1.21 ± 0.08."""
+    if math.isnan(mean):
+        return "diverged"
     return f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}"
 
 
-def rows(runs: Sequence[Run], root: Path) -> list[Row]:
+def results(runs: Sequence[Run], root: Path) -> dict[str, store.Record]:
+    """The sound results under `root` by the name of their run."""
+    return {run.name: found for run in runs if (found := store.result(root / run.name))}
+
+
+def rows(runs: Sequence[Run], root: Path, stored: Mapping[str, store.Record] | None = None) -> list[Row]:
     """One row for each combination that has a finished run, in the order of `runs`."""
+    stored = results(runs, root) if stored is None else stored
     groups: dict[tuple[str, str, float | None], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.variant, run.row, run.method.parameter), []).append(run)
-    found = [row for group in groups.values() if (row := _row(group, root))]
-    return [_with_ratio(row, found) for row in found]
+    found = [row for group in groups.values() if (row := _row(group, stored))]
+    bases: dict[str, float] = {}
+    for row in found:
+        if row.key == "bp":
+            bases.setdefault(row.variant, row.seconds)
+    return [replace(row, measured=row.seconds / bases[row.variant]) if row.variant in bases else row for row in found]
 
 
-def _row(group: Sequence[Run], root: Path) -> Row | None:
-    pairs = [(run, result) for run in group if (result := store.read_json(root / run.name / store.RESULT))]
+def _row(group: Sequence[Run], stored: Mapping[str, store.Record]) -> Row | None:
+    pairs = [(run, stored[run.name]) for run in group if run.name in stored]
     if not pairs:
         return None
+    good = [(run, result) for run, result in pairs if not result.get("diverged")]
     run = group[0]
     return Row(
         variant=run.variant,
         label=run.row,
         key=run.method.key,
         parameter=run.method.parameter,
-        runs=tuple(run for run, _ in pairs),
-        errors=tuple(result["test_error"] for _, result in pairs),
-        validation_errors=tuple(result["validation_error"] for _, result in pairs if "validation_error" in result),
-        seconds=statistics.fmean(result["seconds_per_epoch"] for _, result in pairs),
+        runs=tuple(run for run, _ in good),
+        errors=tuple(result["test_error"] for _, result in good),
+        validation_errors=tuple(result["validation_error"] for _, result in good if "validation_error" in result),
+        seconds=statistics.fmean(result["seconds_per_epoch"] for _, result in good or pairs),
         measured=None,
         predicted=pairs[0][1]["predicted_ratio"],
         expected=len(group),
+        diverged=tuple((run, result) for run, result in pairs if result.get("diverged")),
     )
 
 
-def _with_ratio(row: Row, every: Sequence[Row]) -> Row:
-    base = next((other for other in every if other.key == "bp" and other.variant == row.variant), None)
-    return Row(**{**vars(row), "measured": row.seconds / base.seconds if base else None})
+def divergence_text(result: store.Record) -> str:
+    """What became of a run that diverged."""
+    step, epoch = result.get("diverged_step"), result.get("last_good_epoch")
+    where = "" if step is None else f" at step {step}"
+    if epoch is None:
+        return f"diverged{where}"
+    kept = f"the weights after epoch {epoch} are in {store.LAST_GOOD}" if epoch else "in its first epoch"
+    return f"diverged{where}, {kept}"

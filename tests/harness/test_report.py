@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 from collections.abc import Callable
@@ -8,9 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from ibp_triton.harness import grid, loading, store
+from ibp_triton.harness.cli import app
 from ibp_triton.harness.launch import Job, launch
 from ibp_triton.harness.report import tables, write_report
 from ibp_triton.harness.report.gather import Findings, pairs_in_order
@@ -67,6 +71,104 @@ def test_partial_results_and_none(stored: Findings, tmp_path: Path) -> None:
     for folder in (stored.root, tmp_path / "empty"):
         paths = write_report(stored.plan, folder, tmp_path / "report")
         assert {"report.html", "tables.md", "results.csv"} <= {path.name for path in paths}
+
+
+def test_a_diverged_run_leaves_the_mean_and_the_choice_and_is_named(stored: Findings) -> None:
+    for run in stored.runs:
+        if run.method.parameter == 0.01 or (run.method.parameter == 0.03 and run.seeds.order == 0):
+            path = stored.folder(run) / store.RESULT
+            result = store.read_json(path) or {}
+            store.write_json(path, {**result, "diverged": True, "diverged_step": 17, "last_good_epoch": 3})
+    found = Findings(stored.plan, stored.root)
+    assert [row.parameter for row in found.chosen] == [None, 0.03], "0.01 has no run left to choose by"
+    assert tables.comparison(found).cells[1][2:4] == ["1/2, 1 diverged", "1.10"]
+    assert [line[3] for line in tables.every_parameter(found).cells] == ["1.00", "", "1.20"]  # type: ignore[union-attr]
+    assert tables.every_parameter(found).cells[1][4] == "diverged"  # type: ignore[union-attr]
+    assert [line[2] + line[4] + line[5] for line in tables.diverged(found).cells] == ["0173", "1173", "0173"]
+    assert "6 of 6 runs are finished." in tables.state(found)
+    assert "3 runs diverged and count in no mean." in tables.state(found)
+    lines = list(csv.DictReader(io.StringIO(tables.results_csv(found))))
+    assert [line["diverged_step"] for line in lines].count("17") == 3
+    assert write_report(stored.plan, stored.root, stored.root.parent / "report")
+
+
+def test_what_only_diverged_is_reported_too(stored: Findings) -> None:
+    for run in stored.runs:
+        path = stored.folder(run) / store.RESULT
+        store.write_json(path, {**(store.read_json(path) or {}), "diverged": True})
+    found = Findings(stored.plan, stored.root)
+    assert {line[3] for line in tables.comparison(found).cells} == {"diverged"}
+    assert write_report(stored.plan, stored.root, stored.root.parent / "report")
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"test_error": "1"}', b"\xff", b"[" * 100_000])
+def test_damaged_files_never_stop_the_report(tree: Tree, write: Write, tmp_path: Path, damage: bytes) -> None:
+    plan = loading.load(write({**tree, "methods": {"bp": None}, "evaluate": {"masking": 0.1}}))
+    root, (first, second) = tmp_path / "runs", grid.runs(plan)
+    launch(Job([first, second], root, evaluate=plan.experiment.evaluate), 1, lambda _: None)
+    for path in (root / first.name).iterdir():
+        if path.name != store.RESULT:
+            path.write_bytes(damage)
+    assert write_report(plan, root, tmp_path / "report")
+    found = Findings(plan, root)
+    assert tables.state(found).startswith("2 of 2 runs are finished.")
+    assert "1 run still to be evaluated." in tables.state(found)
+    (root / first.name / store.RESULT).write_bytes(damage)
+    assert write_report(plan, root, tmp_path / "report")
+    found = Findings(plan, root)
+    assert tables.state(found).startswith("1 of 2 runs are finished.")
+    assert f"count as not finished: {root / first.name / store.RESULT}." in tables.state(found)
+
+
+LABELS = [
+    "[/x]",
+    "[red]x",
+    "$\\frac{$",
+    "a|b",
+    "=1+1",
+    "<script>alert(1)</script>",
+    "_x",
+    "`",
+    "*b*",
+    ":smile:",
+    "-",
+]
+
+
+def test_labels_are_shown_as_they_are(tree: Tree, write: Write, tmp_path: Path) -> None:
+    tree |= {"methods": {label: {"method": "bp"} for label in LABELS}, "seeds": [0], "title": "<b>$x$ | [y](z)"}
+    tree["evaluate"] = {"gaussian": [0.1, 0.2]}
+    path = write({**tree, "output": str(tmp_path / "out")})
+    for command in (["run", str(path)], ["run", str(path), "--dry-run"], ["report", str(tmp_path / "out")]):
+        result = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
+        assert result.exit_code == 0, result.output
+        assert command[0] == "report" or [label for label in LABELS if f" {label} " not in result.output] == []
+    text = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    assert len({line.replace("\\|", "").count("|") for line in text.split("## ")[1].splitlines() if "|" in line}) == 1
+    assert "<" not in text
+    assert "| a\\|b |" in text
+    assert text.startswith("# &lt;b>\\$x\\$ \\| \\[y\\](z)")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    figure = (tmp_path / "out" / "figures" / "gaussian.svg").read_text(encoding="utf-8")
+    assert all(html.escape(label, quote=False) in figure for label in LABELS)
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "out" / "results.csv").read_text(encoding="utf-8"))))
+    assert {line["row"] for line in lines} == {"'" + label if label[0] in "=-" else label for label in LABELS}
+
+
+def test_results_of_changed_data_are_marked(tree: Tree, write: Write, tmp_path: Path) -> None:
+    images, labels = np.random.default_rng(0).random((48, 8, 8)), np.arange(48) % 3
+    arrays = {"x_train": images, "y_train": labels, "x_test": images[:9], "y_test": labels[:9]}
+    np.savez(tmp_path / "a.npz", **arrays)
+    tree |= {"data": {"source": "arrays", "path": str(tmp_path / "a.npz")}, "methods": {"bp": None}, "seeds": [0]}
+    tree["network"] = {"name": "paper_mnist", "kernels": [3, 3], "pads": [1, 1], "widths": [2, 2], "hidden": 4}
+    plan = loading.load(write(tree))
+    launch(Job(grid.runs(plan), tmp_path / "runs"), 1, lambda _: None)
+    assert "changed" not in tables.state(Findings(plan, tmp_path / "runs"))
+    np.savez(tmp_path / "a.npz", **{**arrays, "x_train": images[::-1]})
+    found = Findings(plan, tmp_path / "runs")
+    assert "the files at data.path changed since the training of 1 run: bp-" in tables.state(found)
+    assert tables.results_csv(found).splitlines()[1].endswith(",data")
 
 
 def test_columns_without_content_are_left_out() -> None:

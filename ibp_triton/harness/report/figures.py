@@ -97,7 +97,7 @@ def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
 
 
 def _banded(sketch: Sketch, number: int, curve: Curve, markersize: int) -> None:
-    sketch.axes.plot(curve.levels, curve.mean, label=curve.name, markersize=markersize, **_look(number))
+    sketch.axes.plot(curve.levels, curve.mean, label=plain(curve.name), markersize=markersize, **_look(number))
     sketch.axes.fill_between(curve.levels, curve.low, curve.high, color=_look(number)["color"], alpha=0.15, lw=0)
 
 
@@ -139,7 +139,7 @@ def _training(findings: Findings) -> Iterator[Sketch]:
         for number, row, epochs, values in shown:
             style = {**_look(number), "marker": "" if len(epochs) > 12 else _look(number)["marker"]}
             sketch.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            sketch.axes.plot(epochs, values, label=title(row), markersize=3, **style)
+            sketch.axes.plot(epochs, values, label=plain(title(row)), markersize=3, **style)
         if key in ("loss", "norm_ratio") and min(min(values) for *_, values in shown) > 0:
             sketch.axes.set_yscale("log")
         yield _legend(sketch)
@@ -157,9 +157,15 @@ def _ratios(findings: Findings) -> Iterator[Sketch]:
     sketch.axes.barh(
         [p + 0.2 for p in positions], [r.predicted for r in rows], 0.38, label="predicted", color=COLOURS[3]
     )
-    sketch.axes.set_yticks(list(positions), [title(row) for row in rows])
+    sketch.axes.set_yticks(list(positions), [plain(title(row)) for row in rows])
     sketch.axes.invert_yaxis()
     yield _legend(sketch)
+
+
+def plain(label: str) -> str:
+    """A label that matplotlib shows as it is: no formula, and not hidden from the legend."""
+    shown = label.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _look(number: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ibp_triton.harness import evaluate, grid, stats, store, summary
+from ibp_triton.harness import evaluate, grid, provenance, stats, store, summary
 from ibp_triton.harness.config import Experiment, Seeds
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.loading import Plan
@@ -50,13 +51,35 @@ class Findings:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Every run of the plan."""
-        return grid.runs(self.plan)
+        """Every run of the plan, by the folder that holds it."""
+        return provenance.settle(grid.runs(self.plan), self.root)
+
+    @cached_property
+    def results(self) -> dict[str, store.Record]:
+        """The sound results by the name of their run, read once."""
+        return summary.results(self.runs, self.root)
+
+    @cached_property
+    def damaged(self) -> list[str]:
+        """Files that should tell a result and cannot: their runs count as not finished."""
+        paths = (self.folder(run) / store.RESULT for run in self.runs if run.name not in self.results)
+        return sorted({str(path) for path in paths if path.exists()})
+
+    @cached_property
+    def unevaluated(self) -> list[Run]:
+        """Finished runs without a sound evaluation of the kind that the experiment asks for."""
+        return [run for run in self.runs if run.name in self.results and not self._summaries[run.name]]
+
+    @cached_property
+    def changed(self) -> dict[str, list[str]]:
+        """Finished runs whose data or code are other ones now, and which of the two."""
+        stored = [run for run in self.runs if run.name in self.results]
+        return {run.name: found for run in stored if (found := provenance.changes(run, self.folder(run)))}
 
     @cached_property
     def rows(self) -> list[Row]:
         """One row for each variant, label and parameter that has a finished run."""
-        return summary.rows(self.runs, self.root)
+        return summary.rows(self.runs, self.root, self.results)
 
     @cached_property
     def chosen(self) -> list[Row]:
@@ -67,16 +90,22 @@ class Findings:
         return [min(group, key=self._score) for group in groups.values()]
 
     def _score(self, row: Row) -> float:
+        """The error to choose by; rows that diverged under every seed come last."""
         by_validation = self.experiment.select == "validation" and row.validation_errors
-        return fmean(row.validation_errors if by_validation else row.errors)
+        errors = row.validation_errors if by_validation else row.errors
+        return fmean(errors) if errors else math.inf
+
+    @cached_property
+    def _bases(self) -> dict[str, Row]:
+        return {row.variant: row for row in reversed(self.chosen) if row.key == "bp"}
 
     def base(self, row: Row) -> Row | None:
         """The BP row of the same variant."""
-        return next((other for other in self.chosen if other.key == "bp" and other.variant == row.variant), None)
+        return self._bases.get(row.variant)
 
     def published(self, row: Row) -> Published | None:
         """The paper's figures for a row in the paper's semantics."""
-        exact = any(run.method.semantics == "exact" for run in row.runs)
+        exact = any(run.method.semantics == "exact" for run in row.finished)
         table = TABLES.get(self.experiment.compare or "", {})
         return None if exact else table.get(row.key)
 
@@ -86,10 +115,25 @@ class Findings:
 
     def metrics(self, row: Row, key: str) -> tuple[list[int], list[float]]:
         """Epochs and the mean over seeds of a metric, where every seed of the row has it."""
-        stored = [store.read_metrics(self.folder(run)) for run in row.runs]
-        series = [{one["epoch"]: one[key] for one in records if one.get(key) is not None} for records in stored]
-        epochs = sorted(set.intersection(*(set(one) for one in series)))
+        series = [
+            {one["epoch"]: one[key] for one in self._metrics(run) if one.get(key) is not None} for run in row.runs
+        ]
+        epochs = sorted(set.intersection(*(set(one) for one in series))) if series else []
         return epochs, [fmean(one[epoch] for one in series) for epoch in epochs]
+
+    def _metrics(self, run: Run) -> list[store.Record]:
+        if run.name not in self._records:
+            self._records[run.name] = store.read_metrics(self.folder(run))
+        return self._records[run.name]
+
+    @cached_property
+    def _records(self) -> dict[str, list[store.Record]]:
+        return {}
+
+    @cached_property
+    def _summaries(self) -> dict[str, store.Record | None]:
+        choice = self.experiment.evaluate
+        return {name: evaluate.summary_of(self.root / name, choice) for name in self.results}
 
     @cached_property
     def _stored(self) -> dict[str, dict[str, Tensor]]:
@@ -133,18 +177,16 @@ class Findings:
 
     def maskings(self, row: Row) -> list[store.Record]:
         """Stored gradient-masking checks of the row's runs."""
-        name = f"{evaluate.file_stem(self.experiment.evaluate)}.json"
-        stored = (store.read_json(self.folder(run) / name) for run in row.runs)
+        stored = (self._summaries[run.name] for run in row.runs)
         return [one["masking"] for one in stored if one and "masking" in one]
 
     def clocks(self) -> set[str]:
         """What the seconds of the finished runs are: "cpu" (of the one thread) or "wall"."""
-        results = (store.read_json(self.folder(run) / store.RESULT) for row in self.rows for run in row.runs)
-        return {result.get("clock", "wall") for result in results if result}
+        return {result.get("clock", "wall") for result in self.results.values()}
 
     def environments(self) -> list[store.Record]:
         """The distinct environments that the finished runs were trained in."""
-        found = (store.read_json(self.folder(run) / "environment.json") for row in self.rows for run in row.runs)
+        found = (store.find_json(self.folder(run) / store.ENVIRONMENT) for row in self.rows for run in row.finished)
         return list({str(one): one for one in found if one}.values())
 
 

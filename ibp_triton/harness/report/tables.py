@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ibp_triton.harness import store
+from ibp_triton.harness import provenance, store
 from ibp_triton.harness.report.gather import CURVES, Findings, pairs_in_order, title
 from ibp_triton.harness.report.paper import Published
 from ibp_triton.harness.summary import Row, error_text
@@ -38,14 +39,23 @@ class Table:
 
     def markdown(self) -> str:
         """A section of a Markdown file."""
-        lines = [self.columns, ["---"] * len(self.columns), *self.cells]
+        columns, *cells = ([plain(cell) for cell in line] for line in (self.columns, *self.cells))
+        lines = [columns, ["---"] * len(columns), *cells]
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"## {self.heading}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
+        return f"## {plain(self.heading)}\n\n{body}\n" + (f"\n{plain(self.note)}\n" if self.note else "")
+
+
+def plain(text: str) -> str:
+    """Text as Markdown that shows it as it is: no table cell, link, emphasis, formula or HTML of its own."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    text = re.sub(r"([\\|`*\[\]$~])", r"\\\1", text)
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\_", text)
 
 
 def tables(findings: Findings) -> list[Table]:
     """Every table there is something to say in."""
-    candidates = [comparison(findings), *pairs(findings), every_parameter(findings), ratios(findings)]
+    candidates = [comparison(findings), diverged(findings), *pairs(findings), every_parameter(findings)]
+    candidates += [ratios(findings)]
     candidates += [*robustness(findings), masking(findings)]
     return [table.compact() for table in candidates if table and table.cells]
 
@@ -59,11 +69,31 @@ def comparison(findings: Findings) -> Table:
     columns += ["McNemar vs bp"] if tested else []
     cells = []
     for row in findings.chosen:
-        line = [title(row), parameter(row), f"{len(row.errors)}/{row.expected}", error_text(row.mean, row.sd)]
+        line = [title(row), parameter(row), row.seeds, error_text(row.mean, row.sd)]
         line += _published(findings, row) if known else []
         line += [_mcnemar(findings, row)] if tested else []
         cells.append(line)
     return Table("Error on the test set", columns, cells, _note(findings))
+
+
+def diverged(findings: Findings) -> Table:
+    """Runs whose loss or weights ended as no numbers."""
+    cells = [
+        [title(row), parameter(row), str(run.seeds), run.name, *map(_shown, _where(result))]
+        for row in findings.rows
+        for run, result in row.diverged
+    ]
+    note = f"They count in no mean, no ± and no choice of β or ε; {store.LAST_GOOD} holds the last good weights."
+    columns = ["method", "β or ε", "seed", "run", "diverged at step", "last good epoch"]
+    return Table("Runs that diverged", columns, cells, note)
+
+
+def _where(result: store.Record) -> tuple[Any, Any]:
+    return result.get("diverged_step"), result.get("last_good_epoch")
+
+
+def _shown(value: object) -> str:
+    return "unknown" if value is None else str(value)
 
 
 def pairs(findings: Findings) -> list[Table]:
@@ -91,7 +121,7 @@ def every_parameter(findings: Findings) -> Table | None:
         [
             title(row),
             parameter(row),
-            f"{len(row.errors)}/{row.expected}",
+            row.seeds,
             f"{fmean(row.validation_errors):.2f}" if row.validation_errors else "",
             error_text(row.mean, row.sd),
             "yes" if row in findings.chosen else "",
@@ -132,17 +162,41 @@ def masking(findings: Findings) -> Table:
 
 def markdown(findings: Findings) -> str:
     """All tables as one Markdown file."""
-    heading = findings.experiment.title or findings.experiment.name
-    return f"# {heading}\n\n{state(findings)}\n\n" + "\n".join(table.markdown() for table in tables(findings))
+    heading = plain(findings.experiment.title or findings.experiment.name)
+    return f"# {heading}\n\n{plain(state(findings))}\n\n" + "\n".join(table.markdown() for table in tables(findings))
 
 
 def state(findings: Findings) -> str:
     """One sentence: how much is finished, and by what the parameter was chosen."""
-    finished = sum(len(row.errors) for row in findings.rows)
+    finished = sum(len(row.finished) for row in findings.rows)
     which = "the test set" if findings.experiment.select == "test" else "the validation split"
     several = len(findings.rows) > len(findings.chosen)
     choice = f" The best β or ε was chosen on {which}." if several else ""
-    return f"{finished} of {len(findings.runs)} runs are finished.{choice} Errors are of the last epoch."
+    text = f"{finished} of {len(findings.runs)} runs are finished.{choice} Errors are of the last epoch."
+    return " ".join([text, *_warnings(findings)])
+
+
+def _warnings(findings: Findings) -> Iterator[str]:
+    gone = sum(len(row.diverged) for row in findings.rows)
+    if gone:
+        yield f"{_runs(gone)} diverged and count in no mean."
+    if findings.unevaluated and len(findings.unevaluated) < len(findings.results):
+        yield f"{_runs(len(findings.unevaluated))} still to be evaluated."
+    if findings.changed:
+        kinds = dict.fromkeys(kind for found in findings.changed.values() for kind in found)
+        what = " and ".join(provenance.KEYS[kind] for kind in kinds)
+        yield f"{what} changed since the training of {_runs(len(findings.changed))}: {_some(findings.changed)}."
+    if findings.damaged:
+        yield f"Damaged, so that their runs count as not finished: {_some(findings.damaged)}."
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' if count > 1 else ''}"
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:5])
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
 
 def robustness(findings: Findings) -> Iterator[Table]:
@@ -163,7 +217,7 @@ def curves_csv(findings: Findings) -> str:
     buffer, writer = _csv(["curve", "variant", "row", "parameter", "seeds", "level", "error", "low", "high"])
     for name, curves in findings.curves.items():
         for row, curve in curves:
-            head = [name, row.variant, row.label, row.parameter, len(findings.outcomes(row, name))]
+            head = [name, cell(row.variant), cell(row.label), row.parameter, len(findings.outcomes(row, name))]
             columns = zip(curve.levels, curve.mean, curve.low, curve.high, strict=True)
             writer.writerows([*head, *(f"{value:.6g}" for value in line)] for line in columns)
     return buffer.getvalue()
@@ -172,15 +226,22 @@ def curves_csv(findings: Findings) -> str:
 def results_csv(findings: Findings) -> str:
     """One line for each finished run."""
     keys = ["test_error", "validation_error", "final_loss", "diverged", "seconds_per_epoch", "predicted_ratio"]
-    keys += ["train_examples", "test_examples", "epochs"]
-    buffer, writer = _csv(["variant", "row", "method", "parameter", "norm", "semantics", "seed", "run", *keys])
+    keys += ["train_examples", "test_examples", "epochs", "diverged_step", "last_good_epoch"]
+    heads = ["variant", "row", "method", "parameter", "norm", "semantics", "seed", "run"]
+    buffer, writer = _csv([*heads, *keys, "changed"])
     for run in findings.runs:
-        result = store.read_json(findings.folder(run) / store.RESULT)
+        result = findings.results.get(run.name)
         if result:
             method = run.method
-            head = [run.variant, run.row, method.key, method.parameter, method.norm, method.semantics]
-            writer.writerow([*head, run.seeds.order, run.name, *(result.get(key) for key in keys)])
+            head = [cell(run.variant), cell(run.row), method.key, method.parameter, method.norm, method.semantics]
+            changed = " ".join(findings.changed.get(run.name, []))
+            writer.writerow([*head, run.seeds.order, run.name, *(result.get(key) for key in keys), changed])
     return buffer.getvalue()
+
+
+def cell(label: str) -> str:
+    """A label that no spreadsheet takes for a formula."""
+    return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) else label
 
 
 def _csv(columns: list[str]) -> tuple[io.StringIO, Any]:
@@ -197,11 +258,11 @@ def parameter(row: Row) -> str:
 
 def _published(findings: Findings, row: Row) -> list[str]:
     paper, base = findings.published(row), findings.base(row)
-    if paper is None:
+    if paper is None or not row.errors:
         return ["", "", "", ""]
     cells = [error_text(paper.mean, paper.sd), f"{row.mean - paper.mean:+.2f}"]
     base_paper = findings.published(base) if base else None
-    if base is None or base is row or base_paper is None:
+    if base is None or base is row or base_paper is None or not base.errors:
         return [*cells, "", ""]
     ours, theirs = _sign(row.mean - base.mean), _sign(paper.mean - base_paper.mean)
     holds = "–" if theirs == 0 else ("yes" if ours == theirs else "no")
@@ -233,7 +294,7 @@ def _paper_ratio(findings: Findings, row: Row) -> str:
 
 
 def _note(findings: Findings) -> str:
-    known = [(row, paper) for row in findings.chosen if (paper := findings.published(row))]
+    known = [(row, paper) for row in findings.chosen if row.errors and (paper := findings.published(row))]
     notes = []
     if any(findings.against_base(row) for row in findings.chosen):
         notes.append("+ examples gained and − lost against bp, the seeds of both pooled; p is McNemar's exact test.")
