@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
-import re
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from ibp_triton.harness import presets
+from ibp_triton.harness import presets, yamltext
 from ibp_triton.harness.config import Evaluate, Experiment
+
+LIMIT = 10 << 20  # bytes of a YAML file
+CHAIN = 20  # files that extend each other
+COMMON = ("name", "title", "select", "evaluate", "compare", "workers", "output", "runs", "variants", "extends")
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the file, the key and the cure."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also reads 1e-3 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
 
 
 @dataclass(frozen=True)
@@ -47,20 +32,29 @@ class Plan:
     tree: dict[str, Any]
     where: str
 
-    def variants(self) -> Iterator[tuple[str, Experiment]]:
+    def variants(self) -> list[tuple[str, Experiment]]:
         """The experiment once for each variant, its overrides applied; once, nameless, where there is none."""
+        return self._variants
+
+    @cached_property
+    def _variants(self) -> list[tuple[str, Experiment]]:
         if not self.experiment.variants:
-            yield "", self.experiment
-        for label, overrides in self.experiment.variants.items():
-            tree = copy.deepcopy({key: value for key, value in self.tree.items() if key != "variants"})
-            where = f"{self.where}: variants.{label}"
-            for dotted, value in overrides.items():
-                override(tree, dotted, value, where)
-            yield label, validate(tree, where)
+            return [("", self.experiment)]
+        return [(label, self._variant(label, overrides)) for label, overrides in self.experiment.variants.items()]
+
+    def _variant(self, label: str, overrides: dict[str, Any]) -> Experiment:
+        tree = {key: value for key, value in self.tree.items() if key != "variants"}
+        where = f"{self.where}: variants.{label}"
+        for dotted, value in overrides.items():
+            key = dotted.partition(".")[0]
+            if key in COMMON:
+                raise ConfigError(f"{where}: {dotted}: {key} is one for the whole experiment; set it beside variants:")
+            override(tree, dotted, value, where)
+        return validate(tree, where)
 
     def text(self) -> str:
         """YAML that `load` reads back to the same plan."""
-        return yaml.safe_dump(self.tree, sort_keys=False, allow_unicode=True)
+        return yamltext.dump(self.tree)
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Plan:
@@ -68,8 +62,7 @@ def load(path: Path, overrides: Iterable[str] = ()) -> Plan:
     tree = read_tree(path)
     apply(tree, overrides)
     plan = Plan(validate(tree, str(path)), tree, str(path))
-    for _ in plan.variants():
-        pass
+    plan.variants()
     return plan
 
 
@@ -95,42 +88,56 @@ def apply(tree: dict[str, Any], overrides: Iterable[str]) -> None:
 
 def read_tree(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, laid over the one it `extends`, if any; raises ConfigError."""
-    try:
-        tree = parse(path.read_text(encoding="utf-8"), str(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file in UTF-8; give the path of a YAML file") from error
+    tree = parse(_content(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys at the top, got {type(tree).__name__}")
     base = tree.pop("extends", None)
     if base is None:
         return _named_network(tree)
-    chain = (*extended_by, path.resolve())
-    if not isinstance(base, str) or (path.parent / base).resolve() in chain:
-        raise ConfigError(f"{path}: extends: expected the name of another YAML file beside this one, got {base!r}")
+    chain = (*extended_by, Path(os.path.realpath(path)))
+    if not isinstance(base, str) or Path(os.path.realpath(path.parent / base)) in chain or len(chain) > CHAIN:
+        raise ConfigError(
+            f"{path}: extends: expected the name of another YAML file beside this one, got {base!r}; "
+            f"files must not extend each other in a ring, and at most {CHAIN} in a chain"
+        )
     return presets.merge(read_tree(path.parent / base, chain), _named_network(tree))
+
+
+def _content(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LIMIT + 1)
+        if len(raw) > LIMIT:
+            raise ConfigError(f"{path}: larger than {LIMIT >> 20} MB; give the path of an experiment's YAML file")
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path!s}: not a text file in UTF-8; give the path of a YAML file") from error
 
 
 def parse(text: str, where: str) -> Any:
     """YAML text as plain Python values; raises ConfigError naming `where` and the line."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}:{line} is not valid YAML: {getattr(error, 'problem', error)}") from error
+        return yamltext.parse(text)
+    except yamltext.YamlError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def override(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
-    """Set tree[a][b] = value for "a.b", in place; raises ConfigError where a path runs through a plain value."""
+    """Set tree[a][b] = value for "a.b"; raises ConfigError where a path runs through a plain value.
+
+    The mappings on the way are replaced by copies, for other trees may share them.
+    """
     *parents, last = dotted.split(".")
     for name in parents:
-        if tree.get(name) is None:
-            tree[name] = {}
-        tree = tree[name]
-        if not isinstance(tree, dict):
+        below = {} if tree.get(name) is None else tree[name]
+        if not isinstance(below, dict):
             raise ConfigError(f"{where}: {dotted}: {name} holds a plain value, so it has no key under it")
+        tree[name] = dict(below)
+        tree = tree[name]
     tree[last] = value
     if last == "network":
         _named_network(tree)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ibp_triton.harness import grid, loading, presets
+from ibp_triton.harness import grid, loading, presets, yamltext
 from ibp_triton.harness.loading import ConfigError
 
 Tree = dict[str, Any]
@@ -74,6 +74,125 @@ def test_malformed_missing_and_doubled(tmp_path: Path) -> None:
     path.write_text("extends: other.yaml", encoding="utf-8")
     (tmp_path / "other.yaml").write_text("extends: broken.yaml", encoding="utf-8")
     assert "other.yaml: extends: expected the name of another YAML file" in refusal(path)
+
+
+HEAD = "name: a\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("day: 2024-01-01", "line 2: 2024-01-01 is read as a date; put it in quotes"),
+        ("seeds: [1, 2024-01-01 10:00:00]", "line 2: 2024-01-01 10:00:00 is read as a date"),
+        ("2024-01-01: 1", "line 2: 2024-01-01 is read as a date"),
+        ("seeds: !!set {1, 2}", "line 2: !!set has no place in a configuration"),
+        ("seeds: !!python/object:os.system {}", "line 2: !!python/object:os.system has no place"),
+        ("x: !!binary aGk=", "line 2: aGk= is read as !!binary; leave the tag out"),
+        ("output: {{ folder }}", "line 2: a list or mapping stands for a key; put text with {{ }} in quotes"),
+        ("training: {epochs: 1:30}", "line 2: 1:30 is read as a number to base 60"),
+        ("x: 190:20:30.15", "read as a number to base 60"),
+        ("seeds: [010]", "line 2: 010 is read as a number to base 8; write it without the 0, or in quotes"),
+        ("methods: {on: {}}", "line 2: the key 'on' is read as true or false; put it in quotes"),
+        ("variants: {10: {}}", "line 2: the key '10' is read as a number; put it in quotes"),
+        ('variants: {"a\\e[31m": {}}', "holds a character that cannot be shown"),
+        ('output: "a\\0b"', "holds a character that no file can"),
+        ('title: "\\ud800"', "line 2"),
+        ("a: &a [*a]", "line 2: an alias (*name) stands for what it is a part of"),
+        ("---\nname: b", "not valid YAML"),
+        ("a: " + "[" * 20_000, ""),
+        ("a: " + "9" * 5_000, ""),
+    ],
+)
+def test_what_yaml_reads_as_something_else_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(HEAD + text, encoding="utf-8")
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_an_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 30)]
+    (tmp_path / "a.yaml").write_text("\n".join(lines), encoding="utf-8")
+    assert "its aliases (*name) stand for" in refusal(tmp_path / "a.yaml")
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    huge, loop, folder = (tmp_path / name for name in ("huge.yaml", "loop.yaml", "folder.yaml"))
+    with huge.open("wb") as file:
+        file.truncate(100 << 20)
+    loop.symlink_to(loop)
+    folder.mkdir()
+    assert "larger than 10 MB" in refusal(huge)
+    assert "loop.yaml: cannot be read" in refusal(loop)
+    assert "folder.yaml: cannot be read" in refusal(folder)
+    assert "larger than 10 MB" in refusal(Path("/dev/zero"))
+    (tmp_path / "a.yaml").write_text("extends: loop.yaml", encoding="utf-8")
+    assert "loop.yaml: cannot be read" in refusal(tmp_path / "a.yaml")
+    for k in range(40):
+        (tmp_path / f"{k}.yaml").write_text(f"extends: {k + 1}.yaml", encoding="utf-8")
+    assert "at most 20 in a chain" in refusal(tmp_path / "0.yaml")
+
+
+def test_merge_keys_fill_what_a_mapping_leaves_out(tree: Tree, write: Write) -> None:
+    path = write({**tree, "methods": {"bp": None}})
+    text = path.read_text(encoding="utf-8")
+    text += "variants:\n  a: &a {training.epochs: 7, training.decay: 0.5}\n  b: {<<: *a, training.epochs: 8}\n"
+    path.write_text(text + "  c: {<<: [*a, {seeds: [3]}]}\n", encoding="utf-8")
+    found = dict(loading.load(path).variants())
+    assert {label: (v.training.epochs, v.training.decay) for label, v in found.items()} == {
+        "a": (7, 0.5),
+        "b": (8, 0.5),
+        "c": (7, 0.5),
+    }
+    assert found["c"].seeds == [3]
+
+
+@pytest.mark.parametrize("key", ["name", "evaluate.pgd", "workers", "output", "runs", "select", "compare", "title"])
+def test_a_variant_cannot_change_what_is_one_for_all(tree: Tree, write: Write, key: str) -> None:
+    message = refusal(write({**tree, "variants": {"a": {key: "x"}}}))
+    top = key.partition(".")[0]
+    assert f"variants.a: {key}: {top} is one for the whole experiment; set it beside variants:" in message
+
+
+def test_variants_leave_each_other_and_the_file_alone(tree: Tree, write: Write) -> None:
+    tree["variants"] = {"a": {"network.hidden": 9, "training.augment.shift": 1.0}, "b": {"network.widths": [3, 3]}}
+    plan = loading.load(write(tree))
+    (_, a), (_, b) = plan.variants()
+    assert (a.network.hidden, b.network.hidden, b.network.widths, a.network.widths) == (9, 8, [3, 3], [4, 4])
+    assert b.training.augment is None
+    assert plan.tree["network"] == tree["network"]
+
+
+def test_labels_that_look_like_numbers_come_back_as_text(tree: Tree, tmp_path: Path) -> None:
+    labels = ["1e-3", "010", "1:30", "2024-01-01", "on", "=", "<<", "{{ x }}", "|", "&a", "# no"]
+    again = tmp_path / "again.yaml"
+    again.write_text(
+        yamltext.dump({**tree, "methods": {label: {"method": "bp"} for label in labels}}), encoding="utf-8"
+    )
+    plan = loading.load(again)
+    again.write_text(plan.text(), encoding="utf-8")
+    assert list(loading.load(again).experiment.methods) == labels
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"seeds": [0, 1, 0]}, "seeds: 0 is given twice"),
+        ({"seeds": [0, {"subset": 0, "weights": 0, "order": 0}]}, "seeds: 0 is given twice"),
+        ({"methods": {"loss_ibp": {"beta": [0.1, 0.1]}}}, "methods.loss_ibp.beta: 0.1 is given twice"),
+        ({"methods": {"at": {"epsilon": [1, 1.0]}}}, "methods.at.epsilon: 1.0 is given twice"),
+        ({"variants": {"a": {"seeds": [2, 2]}}}, "variants.a: (top): seeds: 2 is given twice"),
+        ({"name": ".."}, "name: String should match pattern"),
+        ({"name": "."}, "name: String should match pattern"),
+    ],
+)
+def test_what_would_count_twice_or_lie_elsewhere_is_refused(
+    tree: Tree, write: Write, change: Tree, expected: str
+) -> None:
+    assert expected in refusal(write({**tree, "select": "test", **change}))
 
 
 def test_overrides_and_numbers_with_exponents(tree: Tree, write: Write) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-import yaml
 from jinja2 import Environment
 
-from ibp_triton.harness import store
+from ibp_triton.harness import store, yamltext
 from ibp_triton.harness.loading import Plan
 from ibp_triton.harness.report import figures, tables
 from ibp_triton.harness.report.figures import Sketch
@@ -62,4 +61,4 @@ def protocols(findings: Findings) -> list[tuple[str, str]]:
 
 
 def _yaml(value: object) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return yamltext.dump(value)
