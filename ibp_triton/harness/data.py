@@ -43,6 +43,8 @@ def load(data: Data, subset_seed: int) -> Dataset:
     """
     train, test, classes = sources.load(data)
     train, validation = _draw(train, data, subset_seed)
+    if not len(test.labels):
+        raise DataError(f"{data.source}: the test set is empty; give examples to measure the error on")
     test = _first(test, data.test, "data.test")
     train, validation, test = (_crop(split, data.crop) for split in (train, validation, test))
     train, validation, test = (Split(_unit(s.images), s.labels) for s in (train, validation, test))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import tarfile
 import zlib
@@ -15,10 +16,13 @@ import pooch
 import torch
 from torch import Tensor
 
+from ibp_triton.harness.store import digest as digest_of
 from ibp_triton.harness.store import write_bytes
 
 Bytes = npt.NDArray[np.uint8]
 ENVIRONMENT = "IBP_TRITON_DATA"
+LARGE = 256 << 20  # bytes of an unpacked file, more than any of the public sets has
+DIGESTS = ".unpacked.sha256"
 
 
 class DataError(ValueError):
@@ -74,10 +78,23 @@ def fetch(remote: Remote, target: Path) -> Path:
 def read(path: Path) -> bytes:
     """All bytes of a plain or gzipped file; raises DataError for a truncated or damaged one."""
     try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            raw = stream.read(LARGE + 1)
+        if len(raw) > LARGE:
+            raise DataError(f"{path}: holds more than {LARGE >> 20} MB; delete it and fetch it again")
+        return raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}); delete it and fetch it again") from error
+
+
+def is_as_unpacked(path: Path, archive: str) -> bool:
+    """Whether a file has the digest that `unpack` noted beside the archive of that name; True if it noted none."""
+    notes = [folder / f"{archive}{DIGESTS}" for folder in (path.parent, path.parent.parent)]
+    lines = [line for note in notes if note.is_file() for line in note.read_text("utf-8", "replace").splitlines()]
+    known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    return path.name not in known or known[path.name] == digest_of(path)
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
@@ -115,15 +132,23 @@ def read_cifar10(path: Path) -> tuple[Tensor, Tensor]:
 def unpack(archive: Path, wanted: set[str], target: Path) -> None:
     """Copy the `wanted` plain files out of a tar archive into `target`, whatever folders they lie in.
 
-    Each is there whole or not at all, also for a process that reads or unpacks them meanwhile. Raises DataError.
+    Each is there whole or not at all, also for a process that reads or unpacks them meanwhile; their digests are
+    written beside the archive, as sha256sum reads them. Raises DataError.
     """
+    digests = {}
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 name = Path(member.name).name
                 if member.isfile() and name in wanted:
+                    if member.size > LARGE:
+                        raise DataError(f"{archive}: {name} has {member.size >> 20} MB; delete it and fetch it again")
                     stream = tar.extractfile(member)
                     assert stream is not None
-                    write_bytes(target / name, stream.read())
+                    content = stream.read()
+                    digests[name] = hashlib.sha256(content).hexdigest()
+                    write_bytes(target / name, content)
+        lines = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+        write_bytes(archive.with_name(archive.name + DIGESTS), lines.encode())
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{archive}: cannot be unpacked ({error}); delete it and fetch it again") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ibp_triton.harness import files, remotes
@@ -21,6 +21,9 @@ from ibp_triton.harness.seeds import stream
 
 Shape = tuple[int, int, int]
 CIFAR_FOLDER, CIFAR_BATCH = "cifar-10-batches-bin", 10_000
+NAMES = ("x_train", "y_train", "x_test", "y_test")
+BOMB = 100  # times its own size that an .npz file may unpack to, if that is large
+CLASSES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,13 @@ def _find(given: str | None, subfolder: str, name: str, remote: files.Remote) ->
     """The file in the folder the user names, else in the cache, downloaded; unpacked if only its archive is there."""
     place = files.given_folder(given)
     root = place or files.cache_folder()
-    if found := files.locate(root, subfolder, name):
+    found = files.locate(root, subfolder, name)
+    if found and (place or not _is_fetched(found, name)) and files.is_as_unpacked(found, remote.name):
         return found
     archive = files.locate(root, subfolder, remote.name) if place else files.fetch(remote, root / subfolder)
     if archive is None:
+        if found:
+            raise DataError(f"{found}: not as it was unpacked from {remote.name}; delete it and unpack it again")
         packed = f", nor {remote.name}" if remote.name.endswith(".tar.gz") else ""
         raise DataError(
             f"{root / subfolder / name}: no such file, plain or .gz, there or in {root}{packed}; put it there, or "
@@ -161,35 +167,70 @@ def _find(given: str | None, subfolder: str, name: str, remote: files.Remote) ->
     raise DataError(f"{archive}: holds no {name}; delete it and fetch it again")
 
 
+def _is_fetched(found: Path, name: str) -> bool:
+    """Whether a file of the cache is one as it was downloaded, whose SHA-256 `fetch` checks anew."""
+    return found.name == f"{name}.gz"
+
+
 def _arrays(data: Data) -> Loaded:
     path = _path(data, "an .npz file with x_train, y_train, x_test, y_test")
-    expected = f"{path}: expected an .npz file with plain arrays x_train, y_train, x_test, y_test"
-    if not zipfile.is_zipfile(path):  # numpy takes anything else for a single array or a pickle
-        raise DataError(f"{expected}, this is no .npz file; write one with numpy.savez")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{expected} ({error})") from error
+    arrays = _read_npz(path)
     train, test = (_array_split(arrays, part, path) for part in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"{path}: x_train and x_test hold images of different shapes; make them equal")
-    return train, test, int(max(train.labels.max(), test.labels.max())) + 1
+    found = torch.cat([train.labels, test.labels]).unique()
+    if int(found[-1]) + 1 != len(found):
+        missing = next(number for number, label in enumerate(found.tolist()) if number != label)
+        raise DataError(f"{path}: label {int(found[-1])} is there and {missing} is not; number the classes from 0 on")
+    return train, test, len(found)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    expected = f"{path}: expected an .npz file with plain arrays {', '.join(NAMES)}"
+    if not zipfile.is_zipfile(path):  # numpy takes anything else for a single array or a pickle
+        raise DataError(f"{expected}, this is no .npz file; write one with numpy.savez")
+    try:
+        _check_size(path)
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in NAMES}
+    except DataError:
+        raise
+    except Exception as error:  # what a damaged or hostile file makes zipfile, zlib and numpy raise
+        raise DataError(f"{expected} ({error or type(error).__name__})") from error
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a file that unpacks to far more than it holds."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > files.LARGE and size > BOMB * path.stat().st_size:
+        raise DataError(f"{path}: would unpack to {size >> 20} MB, far more than it holds; write it with numpy.savez")
 
 
 def _array_split(arrays: dict[str, Any], part: str, path: Path) -> Split:
     x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
     images = x[:, None] if x.ndim == 3 else x
-    if images.ndim != 4 or y.shape != (len(x),) or y.dtype.kind not in "iu" or not len(x):
+    if images.ndim != 4 or y.shape != (len(x),) or y.dtype.kind not in "iu" or not images.size:
         raise DataError(
-            f"{path}: expected x_{part} [N, C, H, W] or [N, H, W] and integer y_{part} [N], "
+            f"{path}: expected x_{part} [N, C, H, W] or [N, H, W] and integer y_{part} [N], none of them empty, "
             f"got {x.shape} and {y.dtype} {y.shape}"
         )
-    if y.min() < 0:
-        raise DataError(f"{path}: y_{part} holds the label {y.min()}; number the classes from 0")
-    if images.dtype != np.uint8 and not (images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1):
-        raise DataError(f"{path}: x_{part} must be uint8, or float in [0, 1]; got {images.dtype}")
-    return Split(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(y.astype(np.int64)))
+    if images.shape[1] > 4 >= images.shape[3]:
+        raise DataError(f"{path}: x_{part} is {x.shape}, its channels last; write x_{part}.transpose(0, 3, 1, 2)")
+    if y.min() < 0 or y.max() >= CLASSES:
+        wrong = y.min() if y.min() < 0 else y.max()
+        raise DataError(f"{path}: y_{part} holds the label {wrong}; number the classes from 0")
+    return Split(_pixels(images, part, path), torch.from_numpy(y.astype(np.int64)))
+
+
+def _pixels(images: Any, part: str, path: Path) -> Tensor:
+    """uint8, or float32 in [0, 1], in the machine's byte order."""
+    if images.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(images))
+    if images.dtype.kind != "f" or not (images.min() >= 0 and images.max() <= 1):
+        span = f", from {images.min()} to {images.max()}" if images.dtype.kind in "fiu" else ""
+        raise DataError(f"{path}: x_{part} must be uint8, or float in [0, 1]; got {images.dtype}{span}")
+    return torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
 
 
 def _image_folder(data: Data) -> Loaded:
@@ -232,12 +273,27 @@ def _folder_split(root: Path, data: Data) -> tuple[Split, list[str]]:
 
 
 def _picture(path: Path, data: Data) -> Tensor:
+    """Pixels [C, size, size] uint8, turned upright as its camera says."""
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if data.channels == 1 else "RGB").resize((data.size, data.size)))
-    except (OSError, UnidentifiedImageError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.verify()  # a PNG's checksums, down to its end
+            with Image.open(path) as image:
+                upright = _eight_bits(ImageOps.exif_transpose(image))
+        mode = "L" if data.channels == 1 else "RGB"
+        pixels = np.asarray(upright.convert(mode).resize((data.size, data.size)))
+    except Exception as error:  # what a damaged or hostile picture makes its decoder raise
         raise DataError(f"{path}: cannot be read as an image ({error}); replace or delete it") from error
     return torch.from_numpy(pixels.copy()).reshape(data.size, data.size, data.channels).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Sixteen bits a pixel scaled to eight, which `convert` would cut off at white."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def _path(data: Data, what: str) -> Path:

@@ -4,6 +4,7 @@ import gzip
 import io
 import struct
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -175,6 +176,48 @@ def test_archive_is_unpacked_by_name_only(tmp_path: Path) -> None:
     assert not (tmp_path / "outside").exists()
 
 
+@pytest.mark.usefixtures("two_a_batch")
+def test_a_file_that_changed_since_it_was_unpacked_is_unpacked_again(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "cifar-10-batches-bin")
+    root = tmp_path / "data"
+    root.mkdir()
+    with tarfile.open(root / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    choice = Data(source="cifar10", dir=str(root), mean="none")
+    whole = data.load(choice, 0)
+    path = root / "cifar-10-batches-bin" / "test_batch.bin"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:100] + b"\x07" + raw[101:])
+    assert torch.equal(data.load(choice, 0).test.images, whole.test.images)
+    assert path.read_bytes() == raw
+    path.write_bytes(raw[:100] + b"\x07" + raw[101:])
+    (root / "cifar-10-binary.tar.gz").unlink()
+    assert "test_batch.bin: not as it was unpacked from cifar-10-binary.tar.gz" in refusal(choice)
+
+
+def test_a_damaged_download_in_the_cache_is_seen(mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("IBP_TRITON_DATA", raising=False)
+    monkeypatch.setattr(files, "cache_folder", lambda: mnist)
+    asked = []
+
+    def fetch(remote: Remote, target: Path) -> Path:
+        asked.append(remote.name)
+        return target / remote.name
+
+    monkeypatch.setattr(files, "fetch", fetch)
+    data.load(Data(source="mnist"), 0)
+    assert asked == ["train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"], "fetch compares the SHA-256"
+
+
+@pytest.mark.parametrize("bomb", [True, False])
+def test_files_that_unpack_to_too_much_are_refused(mnist: Path, monkeypatch: pytest.MonkeyPatch, bomb: bool) -> None:
+    monkeypatch.setattr(files, "LARGE", 1 << 20)
+    path = mnist / "mnist" / "train-labels-idx1-ubyte"
+    content = bytes(3 << 20)
+    path.write_bytes(gzip.compress(content) if bomb else content)
+    assert "train-labels-idx1-ubyte: holds more than 1 MB" in refusal(Data(source="mnist", dir=str(mnist)))
+
+
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Keep the test's output clean."""
@@ -223,6 +266,15 @@ def test_arrays(tmp_path: Path) -> None:
         ({"x_train": np.full((12, 8, 8), 2.0)}, "must be uint8, or float in [0, 1]"),
         ({"x_test": np.zeros((4, 9, 9))}, "images of different shapes"),
         ({"x_test": np.array([{}, {}])}, "plain arrays"),
+        ({"x_train": np.zeros((12, 8, 8, 3))}, "its channels last; write x_train.transpose(0, 3, 1, 2)"),
+        ({"y_train": np.arange(12) * 2}, "label 22 is there and 3 is not; number the classes from 0 on"),
+        ({"y_train": np.full(12, 2**64 - 1, np.uint64)}, "holds the label 18446744073709551615"),
+        ({"y_train": np.full(12, 2**40)}, "holds the label 1099511627776"),
+        ({"x_test": np.zeros((0, 8, 8)), "y_test": np.zeros(0, np.int64)}, "none of them empty"),
+        ({"x_test": np.zeros((4, 0, 8))}, "none of them empty"),
+        ({"x_train": np.full((12, 8, 8), np.nan)}, "must be uint8, or float in [0, 1]; got float64, from nan"),
+        ({"x_train": np.zeros((12, 8, 8), np.uint16)}, "must be uint8, or float in [0, 1]; got uint16, from 0 to 0"),
+        ({"x_train": np.zeros((12, 8, 8), complex)}, "must be uint8, or float in [0, 1]; got complex128"),
     ],
 )
 def test_faults_of_arrays(tmp_path: Path, change: dict[str, np.ndarray], expected: str) -> None:
@@ -230,6 +282,34 @@ def test_faults_of_arrays(tmp_path: Path, change: dict[str, np.ndarray], expecte
     arrays = {"x_train": x, "y_train": y, "x_test": x[:4], "y_test": y[:4], **change}
     np.savez(tmp_path / "a.npz", **arrays)
     assert expected in refusal(Data(source="arrays", path=str(tmp_path / "a.npz")))
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8", np.float16, np.longdouble])
+def test_arrays_of_any_float(tmp_path: Path, kind: object) -> None:
+    x, y = np.linspace(0, 1, 12 * 64).reshape(12, 8, 8).astype(kind), (np.arange(12) % 3).astype(">u8")  # type: ignore[call-overload]
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    loaded = data.load(Data(source="arrays", path=str(tmp_path / "a.npz")), 0)
+    assert torch.equal(loaded.test.images[:, 0], torch.from_numpy(x.astype(np.float32)))
+
+
+def test_an_npz_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LARGE", 1 << 20)
+    x, y = np.zeros((4000, 32, 32), np.uint8), np.zeros(4000, np.int64)
+    np.savez_compressed(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    monkeypatch.setattr(np, "load", None)
+    assert "a.npz: would unpack to 7 MB, far more than it holds" in refusal(
+        Data(source="arrays", path=str(tmp_path / "a.npz"))
+    )
+
+
+def test_an_array_that_claims_to_be_huge_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**13, 8, 8)})
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in sources.NAMES:
+            archive.writestr(f"{name}.npy", header.getvalue())
+    assert refusal(Data(source="arrays", path=str(path))).startswith(f"{path}: expected an .npz file")
 
 
 @pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[:-40], lambda raw: raw[:80] + raw[120:]])
@@ -268,6 +348,82 @@ def test_image_folder(tmp_path: Path) -> None:
     assert "needs data.path" in refusal(choice.model_copy(update={"path": None}))
     (tmp_path / "empty").mkdir()
     assert "no PNG or JPEG files" in refusal(choice.model_copy(update={"path": str(tmp_path / "empty")}))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two classes of two pictures, left half white, 8×8."""
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:, :4] = 200
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+def greys(folder: Path) -> Data:
+    return Data(source="image_folder", path=str(folder), size=8, channels=1, holdout=2, mean="none")
+
+
+def test_hidden_and_empty_folders_are_no_classes(pictures: Path) -> None:
+    for name in (".git", "empty", ".ipynb_checkpoints"):
+        (pictures / name).mkdir()
+    (pictures / ".git" / "a.png").write_bytes(b"no picture")
+    (pictures / "empty" / "notes.txt").write_text("nothing", encoding="utf-8")
+    (pictures / "cat" / "._0.png").write_bytes(b"no picture")
+    (pictures / "cat" / "folder.png").mkdir()
+    loaded = data.load(greys(pictures), 0)
+    assert (loaded.classes, len(loaded.train.labels)) == (2, 2)
+
+
+def test_sixteen_bits_a_pixel_are_greys_and_not_white(pictures: Path) -> None:
+    for path in pictures.glob("*/*.png"):
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+        Image.fromarray(pixels.astype(np.uint16) * 257).save(path)
+        with Image.open(path) as image:
+            assert image.mode.startswith("I")
+    for channels in (1, 3):
+        images = data.load(greys(pictures).model_copy(update={"channels": channels}), 0).train.images
+        assert {round(255 * value) for value in images.unique().tolist()} == {0, 200}
+
+
+def test_pictures_stand_upright_as_the_camera_says(pictures: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90°
+    for path in pictures.glob("*/*.png"):
+        with Image.open(path) as image:
+            image.copy().save(path, exif=turned)
+    upright = data.load(greys(pictures), 0).train.images[0, 0]
+    assert upright[:4].min() > 0.7
+    assert upright[4:].max() == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw[:-12],
+        lambda raw: raw[:40],
+        lambda raw: raw[:45] + bytes([raw[45] ^ 255]) + raw[46:],
+        lambda raw: raw[:16] + struct.pack(">II", 60_000, 60_000) + raw[24:],
+        lambda raw: raw[:16] + struct.pack(">II", 13_000, 13_000) + raw[24:],
+        lambda raw: raw[:8] + struct.pack(">I", 2**31) + raw[12:],
+        lambda raw: b"",
+    ],
+)
+def test_truncated_and_hostile_pictures_are_named(pictures: Path, damage: object) -> None:
+    path = pictures / "dog" / "1.png"
+    path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
+    assert refusal(greys(pictures)).startswith(f"{path}: cannot be read as an image")
+
+
+def test_an_empty_test_set_is_refused(mnist: Path) -> None:
+    for name, shape in (("images-idx3", (0, 28, 28)), ("labels-idx1", (0,))):
+        for path in (mnist / "mnist").glob(f"t10k-{name}-ubyte*"):
+            path.write_bytes(idx(np.zeros(shape, np.uint8)))
+    assert "mnist: the test set is empty" in refusal(Data(source="mnist", dir=str(mnist)))
 
 
 def test_mnist5k_is_split_by_class_with_a_fixed_seed() -> None:
