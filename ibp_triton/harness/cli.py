@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,6 +41,7 @@ from ibp_triton.harness.progress import Progress, curve_table, result_table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
+SHOWN = 200  # runs of a dry run
 ACCEPT = "keep stored runs although their data or imported code have changed since"
 
 
@@ -118,19 +120,24 @@ def _state(left: float | None) -> str:
 
 
 def _list(job: Job, workers: int) -> None:
-    console = Console(emoji=False)
+    """The first runs with their cost, and the time that all of them need."""
+    console, left = Console(emoji=False), remaining(job)
     table = Table("run", "epochs", "examples", "× BP", "estimate", "state")
-    left = remaining(job)
-    work = []
-    for each in job.runs:
-        seconds, share = cost.seconds(each), left.get(each.name)
-        work.append((share or 0.0) * (seconds or 0.0))
+    for each in job.runs[:SHOWN]:
+        seconds = cost.seconds(each)
         size = str(cost.examples(each) or "all")
         shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
-        table.add_row(
-            escape(each.label), str(each.training.epochs), size, f"{cost.ratio(each):.2f}", shown, _state(share)
-        )
+        epochs, ratio = str(each.training.epochs), f"{cost.ratio(each):.2f}"
+        table.add_row(escape(each.label), epochs, size, ratio, shown, _state(left.get(each.name)))
     console.print(table)
+    if len(job.runs) > SHOWN:
+        console.print(f"… and {len(job.runs) - SHOWN} more; --only shows others", highlight=False)
+    states = Counter(_state(left.get(each.name)) for each in job.runs)
+    if len(states) > 1:
+        console.print(", ".join(f"{count} {state}" for state, count in states.items()), highlight=False)
+    for module, file in provenance.imported().items():
+        console.print(f"imported {module} ({file}) for these figures", highlight=False, markup=False, soft_wrap=True)
+    work = [(left.get(each.name) or 0.0) * (cost.seconds(each) or 0.0) for each in job.runs]
     time = timedelta(seconds=round(cost.makespan(work, workers)))
     console.print(f"{len(job.runs)} runs, about {time} left with {workers} worker(s) on this machine", highlight=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -179,10 +180,11 @@ class Seeds(Strict):
     weights: int
     order: int
 
-    @classmethod
-    def of(cls, seed: int) -> Seeds:
+    @staticmethod
+    @lru_cache(maxsize=100_000)
+    def of(seed: int) -> Seeds:
         """The same number for all three."""
-        return cls(subset=seed, weights=seed, order=seed)
+        return Seeds(subset=seed, weights=seed, order=seed)
 
     def __str__(self) -> str:
         numbers = {self.subset, self.weights, self.order}

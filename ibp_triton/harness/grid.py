@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -56,7 +56,7 @@ class Run:
             "network": _text(self.network),
             # an option younger than stored runs counts only where it is set: they keep their names
             "training": _text(self.training, "device", *(() if self.training.compile else ("compile",))),
-            "method": json.dumps(vars(self.method), sort_keys=True),
+            "method": _method_text(self.method),
             "tangents": _text(self.tangents) if self.method.key in ("tbp", "fast_tbp") else "null",
             "seeds": _text(self.seeds),
             "track_cosine": json.dumps(self.track_cosine),
@@ -120,6 +120,11 @@ def _text(section: BaseModel, *without: str) -> str:
         plain = section.model_dump(by_alias=True, exclude=set(without))
         _TEXTS[key] = section, json.dumps(plain, sort_keys=True)
     return _TEXTS[key][1]
+
+
+@lru_cache(maxsize=10_000)
+def _method_text(method: MethodChoice) -> str:
+    return json.dumps(vars(method), sort_keys=True)
 
 
 def runs(plan: Plan) -> list[Run]:

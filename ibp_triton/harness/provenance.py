@@ -99,6 +99,12 @@ def code_in_use(target: str) -> str | None:
     return _IN_USE.setdefault(target.partition(":")[0], code_digest(target))
 
 
+def imported() -> dict[str, str]:
+    """Module → file of the users' code that this process has imported."""
+    found = {module: sys.modules.get(module) for module in _IN_USE}
+    return {module: str(getattr(loaded, "__file__", "")) for module, loaded in found.items() if loaded}
+
+
 def _joined(parts: dict[str, str]) -> str:
     text = "".join(f"{digest} {name}\n" for name, digest in sorted(parts.items()))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -25,7 +25,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     """Safe YAML that also reads 1e-3 as a number."""
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """Writes what the loader reads back: the text "1e-3" in quotes, nothing as an alias."""
 
     def ignore_aliases(self, data: Any) -> bool:

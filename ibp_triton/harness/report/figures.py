@@ -6,8 +6,10 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import matplotlib
@@ -19,6 +21,7 @@ from ibp_triton.harness.report.gather import CURVES, Curve, Findings, title
 
 INK = "#0a0b0c"
 COLOURS = ("#808080", "#1f8fe0", "#2aa775", "#d9822b", "#b08d1a", "#a66bd4", "#d4569a", "#e0483e", "#3aa6a6", "#8f8f3a")
+MOST = 40  # lines of a figure
 MARKERS = "osD^vPX*<>"
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -54,8 +57,12 @@ class Sketch:
 
     def svg(self) -> str:
         """SVG text, the same bytes for the same drawing."""
+        return self._svg
+
+    @cached_property
+    def _svg(self) -> str:
         buffer = io.StringIO()
-        with _styled({"svg.hashsalt": self.name}):
+        with _styled({"svg.hashsalt": self.name}), _any_letter():
             self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         return buffer.getvalue()
 
@@ -70,7 +77,7 @@ class Sketch:
     def png(self) -> bytes:
         """PNG on white at 160 dots an inch."""
         buffer = io.BytesIO()
-        with _styled():
+        with _styled(), _any_letter():
             self.figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
         return buffer.getvalue()
 
@@ -89,9 +96,9 @@ def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
     if not curves:  # nothing stored, or one size, which the tables tell
         return
     symbol, perturbation, caption = CURVES[name]
-    caption = f"{caption}: error with 95 % bands over seeds and examples"
+    caption = f"{caption}: error with 95 % bands over seeds and examples{_cut(len(curves))}"
     sketch = Sketch(name, caption, f"{symbol} {perturbation}", "error %")
-    for number, (_, curve) in enumerate(curves):
+    for number, (_, curve) in enumerate(curves[:MOST]):
         _banded(sketch, number, curve, markersize=3)
     yield _legend(sketch)
 
@@ -112,8 +119,8 @@ def _sizes(findings: Findings) -> Iterator[Sketch]:
     if max(map(len, lines.values()), default=0) < 2:
         return
     caption = "Error against the number of training examples, with 95 % bands over seeds and examples"
-    sketch = Sketch("sizes", caption, "training examples", "error %")
-    for number, (label, line) in enumerate(lines.items()):
+    sketch = Sketch("sizes", caption + _cut(len(lines)), "training examples", "error %")
+    for number, (label, line) in enumerate(list(lines.items())[:MOST]):
         sizes = sorted(line)
         mean, low, high = ([getattr(line[size], name)[0] for size in sizes] for name in ("mean", "low", "high"))
         _banded(sketch, number, Curve(label, [float(size) for size in sizes], mean, low, high), markersize=4)
@@ -131,11 +138,12 @@ def _training(findings: Findings) -> Iterator[Sketch]:
         ("cosine", "semantics_cosine", "cosine of paper's and exact penalty gradient"),
         ("norm_ratio", "semantics_norms", "norm of paper's over exact penalty gradient"),
     ):
-        lines = [(row, *findings.metrics(row, key)) for row in findings.chosen]
+        lines = [(row, *findings.metrics(row, key)) for row in findings.chosen[:MOST]]
         shown = [(number, row, epochs, values) for number, (row, epochs, values) in enumerate(lines) if epochs]
         if not shown:
             continue
-        sketch = Sketch(name, f"{label[0].upper()}{label[1:]} over training, mean over seeds", "epoch", label)
+        caption = f"{label[0].upper()}{label[1:]} over training, mean over seeds{_cut(len(findings.chosen))}"
+        sketch = Sketch(name, caption, "epoch", label)
         for number, row, epochs, values in shown:
             style = {**_look(number), "marker": "" if len(epochs) > 12 else _look(number)["marker"]}
             sketch.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -149,7 +157,8 @@ def _ratios(findings: Findings) -> Iterator[Sketch]:
     rows = [row for row in findings.chosen if row.measured is not None]
     if len(rows) < 2:
         return
-    sketch = Sketch("ratios", "Time of an epoch relative to bp", "× bp", "")
+    sketch = Sketch("ratios", f"Time of an epoch relative to bp{_cut(len(rows))}", "× bp", "")
+    rows = rows[:MOST]
     sketch.grow(max(0.0, 0.3 * (len(rows) - 8)))
     positions = range(len(rows))
     measured = [row.measured or 0.0 for row in rows]
@@ -160,6 +169,11 @@ def _ratios(findings: Findings) -> Iterator[Sketch]:
     sketch.axes.set_yticks(list(positions), [plain(title(row)) for row in rows])
     sketch.axes.invert_yaxis()
     yield _legend(sketch)
+
+
+def _cut(count: int) -> str:
+    """What a caption says of a figure of which not all lines can be drawn."""
+    return f"; the first {MOST} of {count}" if count > MOST else ""
 
 
 def plain(label: str) -> str:
@@ -184,6 +198,14 @@ def _legend(sketch: Sketch) -> Sketch:
             sketch.grow(0.19 * math.ceil(len(labels) / columns))
             sketch.figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
     return sketch
+
+
+@contextmanager
+def _any_letter() -> Iterator[None]:
+    """Labels may hold letters that the font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def _styled(more: dict[str, Any] | None = None) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from ibp_triton.harness.report import figures, tables
 from ibp_triton.harness.report.figures import Sketch
 from ibp_triton.harness.report.gather import Findings
 
+PROTOCOLS = 50
 LABELS_ONLY = ("name", "title", "output", "runs", "workers")
 
 
@@ -52,12 +53,14 @@ def page(findings: Findings, sketches: list[Sketch]) -> str:
 
 
 def protocols(findings: Findings) -> list[tuple[str, str]]:
-    """Each variant's protocol, its preset filled in, as YAML."""
-    hidden = {*LABELS_ONLY, "variants"}
-    return [
+    """The protocol of each of the first variants, its preset filled in, as YAML; what the others change."""
+    hidden, variants = {*LABELS_ONLY, "variants"}, findings.plan.variants()
+    found = [
         (label or "Resolved configuration", _yaml(variant.model_dump(by_alias=True, exclude=hidden, exclude_none=True)))
-        for label, variant in findings.plan.variants()
+        for label, variant in variants[:PROTOCOLS]
     ]
+    others = {label: findings.experiment.variants[label] for label, _ in variants[PROTOCOLS:]}
+    return [*found, *([("What the other variants change", _yaml(others))] if others else [])]
 
 
 def _yaml(value: object) -> str:
