@@ -76,7 +76,7 @@ def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = No
     packed = {name: torch.from_numpy(np.packbits(right.numpy(), axis=1)) for name, right in outcomes.items()}
     packed[_EXAMPLES] = torch.tensor([len(labels)])  # the last byte of a row may hold bits of none
     outcomes_file = folder / f"{file_stem(choice)}.safetensors"
-    store.write_tensors(outcomes_file, packed)
+    store.write_tensors(outcomes_file, packed, last=False)
     summary[store.SEAL] = store.digest(outcomes_file)
     store.write_json(folder / f"{file_stem(choice)}.json", summary)
     return summary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from ibp_triton.harness import files, remotes
+from ibp_triton.harness import files, pictures, remotes
 from ibp_triton.harness.config import Data
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.seeds import stream
@@ -60,8 +58,8 @@ def own_files(data: Data) -> dict[str, Path]:
     if data.source == "arrays" and path and path.is_file():
         return {"": path}
     if data.source == "image_folder" and path and path.is_dir():
-        parts = [path / "train", path / "test"] if _has_parts(path) else [path]
-        found = [file for part in parts for files_ in _classes(part).values() for file in files_]
+        parts = [path / "train", path / "test"] if pictures.has_parts(path) else [path]
+        found = [file for part in parts for files_ in pictures.classes(part).values() for file in files_]
         return {file.relative_to(path).as_posix(): file for file in found}
     return {}
 
@@ -237,7 +235,7 @@ def _image_folder(data: Data) -> Loaded:
     root = _path(data, "a folder with one subfolder of PNG or JPEG files for each class")
     if not root.is_dir():
         raise DataError(f"{root}: a file; data.path must name the folder that holds one subfolder for each class")
-    if _has_parts(root):
+    if pictures.has_parts(root):
         train, names = _folder_split(root / "train", data)
         test, test_names = _folder_split(root / "test", data)
         if names != test_names:
@@ -248,52 +246,13 @@ def _image_folder(data: Data) -> Loaded:
     return train, test, len(names)
 
 
-def _has_parts(root: Path) -> bool:
-    return (root / "train").is_dir() and (root / "test").is_dir()
-
-
-def _classes(root: Path) -> dict[str, list[Path]]:
-    """The pictures of each class, by name; hidden files and folders, and folders without a picture, are no class."""
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = {folder.name: sorted(filter(_is_picture, folder.iterdir())) for folder in folders}
-    return {name: pictures for name, pictures in found.items() if pictures}
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in (".png", ".jpg", ".jpeg") and not path.name.startswith(".") and path.is_file()
-
-
 def _folder_split(root: Path, data: Data) -> tuple[Split, list[str]]:
-    classes = _classes(root)
-    found = [(path, label) for label, pictures in enumerate(classes.values()) for path in pictures]
+    classes = pictures.classes(root)
+    found = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
     if not found:
         raise DataError(f"{root}: no PNG or JPEG files in subfolders; make one subfolder for each class")
-    images = torch.stack([_picture(path, data) for path, _ in found])
+    images = torch.stack([pictures.read(path, data) for path, _ in found])
     return Split(images, torch.tensor([label for _, label in found])), list(classes)
-
-
-def _picture(path: Path, data: Data) -> Tensor:
-    """Pixels [C, size, size] uint8, turned upright as its camera says."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.verify()  # a PNG's checksums, down to its end
-            with Image.open(path) as image:
-                upright = _eight_bits(ImageOps.exif_transpose(image))
-        mode = "L" if data.channels == 1 else "RGB"
-        pixels = np.asarray(upright.convert(mode).resize((data.size, data.size)))
-    except Exception as error:  # what a damaged or hostile picture makes its decoder raise
-        raise DataError(f"{path}: cannot be read as an image ({error}); replace or delete it") from error
-    return torch.from_numpy(pixels.copy()).reshape(data.size, data.size, data.channels).permute(2, 0, 1)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Sixteen bits a pixel scaled to eight, which `convert` would cut off at white."""
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image).astype(np.float64)
-    return Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def _path(data: Data, what: str) -> Path:

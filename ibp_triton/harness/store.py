@@ -12,6 +12,7 @@ import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,11 @@ class DamageError(ValueError):
     """A stored file that cannot be used; the message names it and the cure."""
 
 
-def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> None:
+def write_bytes(path: Path, content: bytes, previous: Path | None = None, last: bool = True) -> None:
     """Replace `path` atomically: a temporary file beside it, flushed to disk, then renamed; the folder flushed too.
 
-    What was at `path` before is kept as `previous`, if that is given.
+    What was at `path` before is kept as `previous`, if that is given. Not `last`: another file of the same folder
+    follows, with which this one is flushed.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY}")
@@ -53,7 +55,8 @@ def write_bytes(path: Path, content: bytes, previous: Path | None = None) -> Non
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    if last:
+        _flush(path.parent)
 
 
 def make_folder(folder: Path) -> None:
@@ -84,9 +87,9 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, last: bool = True) -> None:
     """Indented JSON, atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(), last=last)
 
 
 def read_json(path: Path) -> Record | None:
@@ -126,7 +129,7 @@ def _is_number(value: object) -> bool:
 
 def write_metrics(folder: Path, records: list[Record]) -> None:
     """All records so far, one JSON object a line."""
-    write_bytes(folder / METRICS, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_bytes(folder / METRICS, "".join(json.dumps(record) + "\n" for record in records).encode(), last=False)
 
 
 def read_metrics(folder: Path, epochs: int | None = None) -> list[Record]:
@@ -157,7 +160,11 @@ def count_epochs(folder: Path) -> int:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None, previous: Path | None = None
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    previous: Path | None = None,
+    last: bool = True,
 ) -> None:
     """A safetensors file, atomically; tensors are stored contiguous, on the CPU, shared ones once for each name.
 
@@ -165,7 +172,7 @@ def write_tensors(
     """
     plain = _unshared(tensors)
     sealed = {**metadata, SEAL: _seal(plain, metadata)} if metadata else {}
-    write_bytes(path, save(plain, {"format": "pt", **sealed}), previous)
+    write_bytes(path, save(plain, {"format": "pt", **sealed}), previous, last)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -248,6 +255,7 @@ def environment() -> Record:
     }
 
 
+@cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

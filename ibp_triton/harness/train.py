@@ -28,6 +28,7 @@ from ibp_triton.harness.sources import Split
 Report = Callable[[store.Record], None]
 Say = Callable[[str], None]
 PROBE = 256
+_RATIOS: dict[tuple[object, ...], float] = {}
 
 
 @dataclass
@@ -53,8 +54,8 @@ def train(run: Run, folder: Path, report: Report, data_dir: str | None = None, s
     device = torch.device(run.training.device)
     dataset = data.load(run.data.found_in(data_dir), run.seeds.subset).to(device)
     state = restore(run, folder, start(run, dataset, device), say)
-    store.write_json(folder / store.CONFIG, provenance.config(run))
-    store.write_json(folder / store.ENVIRONMENT, store.environment())
+    store.write_json(folder / store.CONFIG, provenance.config(run), last=False)
+    store.write_json(folder / store.ENVIRONMENT, store.environment(), last=False)
     batches = Batches(dataset, run.training, run.seeds, run.tangents if methods.needs_tangents(run.method) else None)
     step = _step(run, state, batches)
     for epoch in range(len(state.metrics), run.training.epochs):
@@ -248,8 +249,8 @@ def _buffers(optimizer: torch.optim.SGD) -> list[Tensor]:
 def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Record:
     """Final errors, the model as a plain state dict, the input mean; result.json last: it marks the run as finished."""
     checkpoint = folder / store.CHECKPOINT
-    store.write_tensors(checkpoint, state.model.state_dict())
-    store.write_tensors(folder / store.MEAN, {"mean": dataset.mean})
+    store.write_tensors(checkpoint, state.model.state_dict(), last=False)
+    store.write_tensors(folder / store.MEAN, {"mean": dataset.mean}, last=False)
     result: store.Record = {
         "run": run.name,
         "method": run.method.key,
@@ -259,7 +260,7 @@ def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Reco
         **errors(state.model, dataset, run.training.channels_last),
         "seconds_per_epoch": statistics.median(record["seconds"] for record in state.metrics),
         "clock": "cpu" if run.training.device == "cpu" else "wall",
-        "predicted_ratio": methods.predicted_ratio(run.method, state.model, run.training.batch_size, dataset.shape),
+        "predicted_ratio": _predicted_ratio(run, state.model, dataset),
         "train_examples": len(dataset.train.labels),
         "test_examples": len(dataset.test.labels),
         store.SEAL: {path.name: store.digest(path) for path in (checkpoint, folder / store.MEAN)},
@@ -269,6 +270,15 @@ def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Reco
     for name in leftover:
         (folder / name).unlink(missing_ok=True)
     return result
+
+
+def _predicted_ratio(run: Run, model: nn.Module, dataset: Dataset) -> float:
+    """Of a network of ours worked out once for all runs alike."""
+    batch = run.training.batch_size
+    key = (run.network.model_dump_json(), dataset.shape, dataset.classes, batch, run.method)
+    if key not in _RATIOS or not run.network.name:
+        _RATIOS[key] = methods.predicted_ratio(run.method, model, batch, dataset.shape)
+    return _RATIOS[key]
 
 
 def divergence(records: list[store.Record]) -> store.Record:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ibp_triton.harness import grid, loading, store
 from ibp_triton.harness.cli import app
 from ibp_triton.harness.launch import Job, launch
-from ibp_triton.harness.report import tables, write_report
+from ibp_triton.harness.report import csvfiles, tables, write_report
 from ibp_triton.harness.report.gather import Findings, pairs_in_order
 from ibp_triton.harness.report.paper import TABLES
 from ibp_triton.harness.summary import Row
@@ -87,7 +87,7 @@ def test_a_diverged_run_leaves_the_mean_and_the_choice_and_is_named(stored: Find
     assert [line[2] + line[4] + line[5] for line in tables.diverged(found).cells] == ["0173", "1173", "0173"]
     assert "6 of 6 runs are finished." in tables.state(found)
     assert "3 runs diverged and count in no mean." in tables.state(found)
-    lines = list(csv.DictReader(io.StringIO(tables.results_csv(found))))
+    lines = list(csv.DictReader(io.StringIO(csvfiles.results_csv(found))))
     assert [line["diverged_step"] for line in lines].count("17") == 3
     assert write_report(stored.plan, stored.root, stored.root.parent / "report")
 
@@ -168,7 +168,7 @@ def test_results_of_changed_data_are_marked(tree: Tree, write: Write, tmp_path: 
     np.savez(tmp_path / "a.npz", **{**arrays, "x_train": images[::-1]})
     found = Findings(plan, tmp_path / "runs")
     assert "the files at data.path changed since the training of 1 run: bp-" in tables.state(found)
-    assert tables.results_csv(found).splitlines()[1].endswith(",data")
+    assert csvfiles.results_csv(found).splitlines()[1].endswith(",data")
 
 
 def test_columns_without_content_are_left_out() -> None:

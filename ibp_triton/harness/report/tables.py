@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -210,45 +208,6 @@ def robustness(findings: Findings) -> Iterator[Table]:
             cells = [[title(row), parameter(row), *(f"{e:.2f}" for e in curve.mean[::step])] for row, curve in curves]
             note = "Errors in %, mean over seeds; curves.csv has every size and the bands."
             yield Table(f"Error against {symbol} {perturbation}", columns, cells, note)
-
-
-def curves_csv(findings: Findings) -> str:
-    """One line for each level of each curve of the chosen rows; errors in per cent."""
-    buffer, writer = _csv(["curve", "variant", "row", "parameter", "seeds", "level", "error", "low", "high"])
-    for name, curves in findings.curves.items():
-        for row, curve in curves:
-            head = [name, cell(row.variant), cell(row.label), row.parameter, len(findings.outcomes(row, name))]
-            columns = zip(curve.levels, curve.mean, curve.low, curve.high, strict=True)
-            writer.writerows([*head, *(f"{value:.6g}" for value in line)] for line in columns)
-    return buffer.getvalue()
-
-
-def results_csv(findings: Findings) -> str:
-    """One line for each finished run."""
-    keys = ["test_error", "validation_error", "final_loss", "diverged", "seconds_per_epoch", "predicted_ratio"]
-    keys += ["train_examples", "test_examples", "epochs", "diverged_step", "last_good_epoch"]
-    heads = ["variant", "row", "method", "parameter", "norm", "semantics", "seed", "run"]
-    buffer, writer = _csv([*heads, *keys, "changed"])
-    for run in findings.runs:
-        result = findings.results.get(run.name)
-        if result:
-            method = run.method
-            head = [cell(run.variant), cell(run.row), method.key, method.parameter, method.norm, method.semantics]
-            changed = " ".join(findings.changed.get(run.name, []))
-            writer.writerow([*head, run.seeds.order, run.name, *(result.get(key) for key in keys), changed])
-    return buffer.getvalue()
-
-
-def cell(label: str) -> str:
-    """A label that no spreadsheet takes for a formula."""
-    return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) else label
-
-
-def _csv(columns: list[str]) -> tuple[io.StringIO, Any]:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    return buffer, writer
 
 
 def parameter(row: Row) -> str:

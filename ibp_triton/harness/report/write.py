@@ -9,7 +9,7 @@ from jinja2 import Environment
 
 from ibp_triton.harness import store, yamltext
 from ibp_triton.harness.loading import Plan
-from ibp_triton.harness.report import figures, tables
+from ibp_triton.harness.report import csvfiles, figures, tables
 from ibp_triton.harness.report.figures import Sketch
 from ibp_triton.harness.report.gather import Findings
 
@@ -24,8 +24,8 @@ def write_report(plan: Plan, root: Path, folder: Path) -> list[Path]:
     contents: dict[str, bytes] = {
         "report.html": page(findings, sketches).encode(),
         "tables.md": tables.markdown(findings).encode(),
-        "results.csv": tables.results_csv(findings).encode(),
-        "curves.csv": tables.curves_csv(findings).encode(),
+        "results.csv": csvfiles.results_csv(findings).encode(),
+        "curves.csv": csvfiles.curves_csv(findings).encode(),
     }
     for sketch in sketches:
         contents[f"figures/{sketch.name}.svg"] = sketch.svg().replace(figures.INK, "#000000").encode()
