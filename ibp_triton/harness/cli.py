@@ -23,6 +23,7 @@ from ibp_triton.harness import cost, grid, loading, provenance, store, summary
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import BoardError, with_board
 from ibp_triton.harness.crew import LaunchError
+from ibp_triton.harness.doctor import doctor
 from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
@@ -48,6 +49,7 @@ ACCEPT = "keep stored runs although their data or imported code have changed sin
 KNOWN = (bench.BenchError, BoardError, ConfigError, DataError, ModelError, LaunchError, store.DamageError)
 
 app.command()(kernels)
+app.command()(doctor)
 
 
 @app.callback()
@@ -110,7 +112,8 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
         console.print(f"{others} runs are in the hands of another process", highlight=False)
     console.print(f"report: ibp-triton report {folder}", highlight=False, soft_wrap=True, markup=False)
     if failures:
-        raise LaunchError(f"some runs failed; their folders in {job.root} hold {ERROR}:\n" + "\n".join(failures))
+        shown = [*failures[:10], *([f"… and {len(failures) - 10} more"] if len(failures) > 10 else [])]
+        raise LaunchError(f"some runs failed; their folders in {job.root} hold {ERROR}:\n" + "\n".join(shown))
 
 
 def _state(left: float | None) -> str:

@@ -45,6 +45,14 @@ def test_a_regression_beyond_the_files_own_noise_exits_1(tmp_path, factor, noise
     assert ("slower" in result.output) == bool(code)
 
 
+def test_a_name_in_brackets_is_no_markup(tmp_path):
+    path = written(tmp_path / "a.json", entry("step[cpu-mnist-bp]", 1.0, group="[/x]"))
+    result = CliRunner().invoke(app, ["bench-report", str(path), "--compare", str(path)], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    assert result.output.count("step[cpu-mnist-bp]") == 2
+    assert "[/x]" in result.output
+
+
 def test_bars(file, tmp_path):
     path = bench_report.plot(bench_report.read(file), tmp_path / "bars.svg")
     text = path.read_text()

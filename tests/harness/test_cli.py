@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,60 @@ def test_errors_are_one_message_without_traceback(
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert ibp_triton(monkeypatch, *arguments) == 1
     assert expected in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("config", ['{"name": "a web project"}', "{}", "{", '{"data": 3}'])
+def test_evaluating_another_folder_touches_nothing_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str
+) -> None:
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    for name in (".eslintrc.json", ".env.local", ".config.json.123.ibp-tmp"):
+        (tmp_path / name).write_text("precious", encoding="utf-8")
+    assert ibp_triton(monkeypatch, "evaluate", str(tmp_path)) == 1
+    assert "config.json" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_large_dry_run_shows_the_first_runs_and_counts_all(
+    tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree |= {"seeds": list(range(3000)), "methods": {"bp": None, "loss_ibp": {"beta": [0.1, 0.2]}}, "select": "test"}
+    begin = time.monotonic()
+    assert ibp_triton(monkeypatch, "run", str(write(tree)), "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert time.monotonic() - begin < 4
+    assert out.count("to do") == cli.SHOWN
+    assert f"… and {9000 - cli.SHOWN} more" in out
+    assert "9000 runs, about" in out
+
+
+MODEL = "print('{name} is imported')\nfrom torch import nn\n"
+MODEL += "def build(shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(256, classes))\n"
+
+
+def test_a_dry_run_imports_what_its_rows_name_once_and_says_so(tree: Tree, write: Write, tmp_path: Path) -> None:
+    for name in ("first_net", "second_net"):
+        (tmp_path / f"{name}.py").write_text(MODEL.format(name=name), encoding="utf-8")
+    (tmp_path / "wave.py").write_text("raise SystemExit('the standard module is hidden')", encoding="utf-8")
+    (tmp_path / "first_net.py").write_text(MODEL.format(name="first_net") + "import wave\n", encoding="utf-8")
+    tree |= {"network": {"import": "first_net:build"}, "output": "out"}
+    tree["variants"] = {"a": {}, "b": {"network": {"import": "second_net:build"}}}
+    command = [
+        sys.executable,
+        "-m",
+        "ibp_triton.harness.cli",
+        "run",
+        str(write(tree)),
+        "--dry-run",
+        "--only",
+        "variant=a",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("first_net is imported") == 1
+    assert "second_net" not in done.stdout
+    assert f"imported first_net ({tmp_path / 'first_net.py'})" in done.stdout
 
 
 def test_unknown_evaluation_keys_name_the_nearest(
