@@ -61,7 +61,7 @@ def read(path: Path) -> list[Row]:
         return [_row(each) for each in found]
     except FileNotFoundError:
         raise BenchError(f"{path}: no such file; write one with pytest benchmarks --benchmark-json={path}") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BenchError(f"{path}: not a file of pytest-benchmark's --benchmark-json ({error!r})") from error
 
 

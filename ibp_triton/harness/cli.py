@@ -93,11 +93,10 @@ def run(
 def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
     console = Console(emoji=False)
     left = remaining(job)
-    console.print(
-        f"{len(job.runs)} runs, {len(job.runs) - len(left)} finished before, in {job.root}",
-        highlight=False,
-        markup=False,
-    )
+    untested = sum(share == 0.0 for share in left.values())
+    done = f"{len(job.runs) - len(left) + untested} finished before"
+    more = f", {untested} of them to evaluate" if untested else ""
+    console.print(f"{len(job.runs)} runs, {done}{more}, in {job.root}", highlight=False, markup=False)
     check_changes(job)
     try:
         download(job)
@@ -155,10 +154,11 @@ def evaluate(
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
 ) -> None:
     """Measure the robustness of a finished run's checkpoint; without --config as its experiment says."""
-    choice = loading.evaluation(config or run_dir.parent.parent / PLAN, override or [])
+    root = run_dir.resolve().parent
+    choice = loading.evaluation(config or root.parent / PLAN, override or [])
     check_device(device, "--device")
     trained = _run_in(run_dir)
-    check_changes(Job([trained], run_dir.parent, accept_changed=accept_changed))
+    check_changes(Job([trained], root, accept_changed=accept_changed))
     with store.lock(run_dir) as mine:
         if not mine:
             raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")

@@ -172,9 +172,9 @@ def _one(run: Run, listen: Listener, job: Job) -> None:
             if not finished(job, run):
                 listen({"kind": "start", "run": run.name})
                 listen({"kind": "done", "run": run.name, **_trained(run, folder, job, listen)})
-    except LaunchError:
+    except (LaunchError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         if isinstance(error, OSError) and error.errno in FULL:
             listen({"kind": "fatal", "run": run.name, "message": _full(error)})
         with suppress(OSError):
@@ -211,4 +211,4 @@ def _reason(error: BaseException) -> Event:
 
 
 def _full(error: OSError) -> str:
-    return f"{error}; make space, or let this user write there; finished runs and epochs are stored, then go on"
+    return f"{error}; is there space, and may this user write there? Finished runs and epochs are stored"

@@ -129,7 +129,12 @@ def _is_number(value: object) -> bool:
 
 def write_metrics(folder: Path, records: list[Record]) -> None:
     """All records so far, one JSON object a line."""
-    write_bytes(folder / METRICS, "".join(json.dumps(record) + "\n" for record in records).encode(), last=False)
+    write_bytes(folder / METRICS, metrics_text(records).encode(), last=False)
+
+
+def metrics_text(records: list[Record]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def read_metrics(folder: Path, epochs: int | None = None) -> list[Record]:
@@ -138,10 +143,11 @@ def read_metrics(folder: Path, epochs: int | None = None) -> list[Record]:
         lines = (folder / METRICS).read_bytes().splitlines()
     except OSError:
         return []
-    return list(_sound(lines))[:epochs]
+    return list(sound_records(lines))[:epochs]
 
 
-def _sound(lines: list[bytes]) -> Iterator[Record]:
+def sound_records(lines: list[bytes]) -> Iterator[Record]:
+    """The records of the lines, up to the first that is none of its epoch."""
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -155,8 +161,12 @@ def _sound(lines: list[bytes]) -> Iterator[Record]:
 
 
 def count_epochs(folder: Path) -> int:
-    """How many epochs of a run have a record."""
-    return len(read_metrics(folder))
+    """How many epochs of a run are done, by its resume file, or by their records where there is none."""
+    try:
+        with safe_open(folder / RESUME, framework="pt") as file:
+            return int((file.metadata() or {})["epochs"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return len(read_metrics(folder))
 
 
 def write_tensors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -130,7 +129,7 @@ def _epoch(run: Run, step: EagerStep, state: State, batches: Batches, epoch: int
 
 
 def _is_finite(model: nn.Module) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def _clock(run: Run) -> Callable[[], float]:
@@ -175,7 +174,7 @@ def save(run: Run, folder: Path, state: State) -> None:
         good = store.read_tensors(folder / store.RESUME)
         assert good is not None, "save or restore has left it"
         store.write_tensors(folder / store.LAST_GOOD, _model_part(good[0]))
-    metadata = {"epochs": str(len(state.metrics)), "run": run.name, "metrics": json.dumps(state.metrics)}
+    metadata = {"epochs": str(len(state.metrics)), "run": run.name, "metrics": store.metrics_text(state.metrics)}
     store.write_tensors(folder / store.RESUME, _tensors(state), metadata, folder / store.PREVIOUS)
     store.write_metrics(folder, state.metrics)
 
@@ -202,7 +201,7 @@ def restore(run: Run, folder: Path, state: State, say: Say = warn) -> State:
             os.replace(path, folder / store.RESUME)
             break
         refused.append(f"{path}: {reason}")
-    lost = store.count_epochs(folder)
+    lost = len(store.read_metrics(folder))
     if not state.metrics and (refused or lost):
         refused = refused or [f"{folder / store.RESUME}: missing, {lost} epochs had been done"]
         say(f"{'; '.join(refused)}; the run is trained from the start")
@@ -236,9 +235,10 @@ def _adopt(run: Run, path: Path, state: State) -> str | None:
 
 def _records(metadata: dict[str, str], folder: Path) -> list[store.Record] | None:
     """The records beside the weights; files of before they were stored there have them in metrics.jsonl alone."""
-    epochs = int(metadata.get("epochs", -1))
-    text = metadata.get("metrics")
-    records: list[store.Record] = store.read_metrics(folder, epochs) if text is None else json.loads(text)
+    text, count = metadata.get("metrics"), metadata.get("epochs", "")
+    epochs = int(count) if count.isdecimal() else -1
+    lines = text.encode().splitlines() if text else None
+    records = store.read_metrics(folder, epochs) if lines is None else list(store.sound_records(lines))
     return records if len(records) == epochs else None
 
 

@@ -133,6 +133,38 @@ def test_data_unfit_for_some_runs_leave_the_others(tree: Tree, write: Write, tmp
     assert len(list(tmp_path.glob(f"*/{store.RESULT}"))) == 4
 
 
+def test_a_run_computes_on_one_thread_and_leaves_the_others_to_their_owner(
+    tree: Tree, write: Write, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+    torch.set_num_threads(2)
+    launch(job(write(tree), tmp_path), 1, lambda _: seen.append(torch.get_num_threads()))
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
+    environments = [store.read_json(path) or {} for path in tmp_path.glob(f"*/{store.ENVIRONMENT}")]
+    assert {one["threads"] for one in environments} == {1}
+
+
+class OddError(BaseException):
+    """As asyncio.CancelledError, no Exception."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), OddError("odd"), MemoryError()])
+def test_whatever_a_run_raises_the_others_go_on(
+    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    task, original = job(write(tree), tmp_path), train.train
+
+    def refuse(run: grid.Run, *rest: Any) -> store.Record:
+        if run.name == task.runs[1].name:
+            raise error
+        return original(run, *rest)
+
+    monkeypatch.setattr("ibp_triton.harness.launch.train", refuse)
+    assert launch(task, 1, lambda _: None) == [f"{task.runs[1].name}: {type(error).__name__}: {error}"]
+    assert len(list(tmp_path.glob(f"*/{store.RESULT}"))) == 3
+
+
 def test_a_full_disk_stops_everything(
     tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +172,7 @@ def test_a_full_disk_stops_everything(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LaunchError, match="No space left on device; make space"):
+    with pytest.raises(LaunchError, match="No space left on device; is there space"):
         launch(job(write(tree), tmp_path / "runs"), 1, lambda _: None)
 
 

@@ -178,7 +178,7 @@ def _warnings(findings: Findings) -> Iterator[str]:
     gone = sum(len(row.diverged) for row in findings.rows)
     if gone:
         yield f"{_runs(gone)} diverged and count in no mean."
-    if findings.unevaluated and len(findings.unevaluated) < len(findings.results):
+    if findings.unevaluated:
         yield f"{_runs(len(findings.unevaluated))} still to be evaluated."
     if findings.changed:
         kinds = dict.fromkeys(kind for found in findings.changed.values() for kind in found)
