@@ -61,7 +61,13 @@ def test_bars(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "no such file"), ("{", "not a file of pytest-benchmark"), ("[]", "not a file")]
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("{", "not a file of pytest-benchmark"),
+        ("[]", "not a file"),
+        ("[" * 100_000, "not a file"),
+    ],
 )
 def test_files_that_are_none(tmp_path, text, message):
     path = tmp_path / "x.json"

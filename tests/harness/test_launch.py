@@ -54,6 +54,13 @@ def test_what_remains_of_each_run(tree: Tree, write: Write, tmp_path: Path) -> N
     assert remaining(task) == {trained.name: 0.0, stopped.name: 0.5, new.name: 1.0}
 
 
+def test_the_resume_file_tells_what_remains_better_than_the_metrics(tree: Tree, write: Write, tmp_path: Path) -> None:
+    task = job(write({**tree, "training": {"epochs": 4, "batch_size": 16}}), tmp_path)
+    name = task.runs[0].name
+    store.write_tensors(tmp_path / name / store.RESUME, {"a": torch.zeros(1)}, {"epochs": "3"})
+    assert remaining(task)[name] == 0.25
+
+
 def test_two_workers_give_the_bits_of_one(tree: Tree, write: Write, tmp_path: Path) -> None:
     path = write(tree)
     events: Events = []

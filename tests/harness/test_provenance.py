@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from ibp_triton.harness import grid, loading, provenance, store
+from ibp_triton.harness.cli import app
 from ibp_triton.harness.crew import LaunchError
 from ibp_triton.harness.launch import Job, launch, remaining
 
@@ -78,6 +80,18 @@ def test_changed_data_or_code_are_refused_until_accepted(own: Tree, write: Write
     config = store.read_json(root / name / store.CONFIG)
     assert config is not None
     assert len(config["accepted"]) == 1
+
+
+def test_a_checkpoint_is_not_evaluated_on_other_data_without_a_word(
+    own: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (name,) = run_all(job(write(own), tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path / "runs" / name)
+    assert CliRunner().invoke(app, ["evaluate", "."]).exit_code == 0
+    arrays(tmp_path / "a.npz", 1)
+    result = CliRunner().invoke(app, ["evaluate", "."])
+    assert isinstance(result.exception, LaunchError)
+    assert CliRunner().invoke(app, ["evaluate", ".", "--accept-changed"]).exit_code == 0
 
 
 def test_half_trained_runs_are_not_mixed_from_two_data_sets(own: Tree, write: Write, tmp_path: Path) -> None:

@@ -276,6 +276,14 @@ def test_the_state_before_it_diverged_is_kept(
     assert good.read_bytes() == two.read_bytes()
 
 
+def test_a_mask_of_infinities_has_not_diverged() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    assert train._is_finite(model)
+    model.weight.data[0, 0] = math.inf
+    assert not train._is_finite(model)
+
+
 def test_weights_that_are_no_numbers_have_diverged_though_the_loss_before_was_one() -> None:
     records = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.4, "diverged_step": 8}]
     assert train.divergence(records) == {"diverged": True, "diverged_step": 8, "last_good_epoch": 1}
