@@ -147,6 +147,12 @@ class Span(Strict):
     stop: float
     step: Positive
 
+    @model_validator(mode="after")
+    def _countable(self) -> Span:
+        if not 0 <= (self.stop - self.start) / self.step <= 10_000:
+            raise ValueError("from start up to stop must be 10 000 steps at most; make step larger")
+        return self
+
     def values(self) -> list[float]:
         """The numbers, rounded to nine digits so that 0.005 · 3 is 0.015."""
         count = math.floor((self.stop - self.start) / self.step + 1.5)

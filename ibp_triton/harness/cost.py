@@ -15,7 +15,7 @@ import ibp_triton as ibp
 from ibp_triton.harness import data, methods, models
 from ibp_triton.harness.config import Network
 from ibp_triton.harness.grid import MethodChoice, Run
-from ibp_triton.harness.models import Shape
+from ibp_triton.harness.models import ModelError, Shape
 
 T = TypeVar("T")
 _SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
@@ -37,10 +37,19 @@ def examples(run: Run) -> int | None:
 def ratio(run: Run) -> float:
     """Multiply-adds of one step of `run` relative to BP; in sweeps alone where only files tell the image shape."""
     if data.shape_of(run.data) is None:
-        return float(methods.build(run.method).sweeps / ibp.METHODS["bp"]().sweeps)
+        return _sweeps(run)
     network = run.network.model_dump_json(by_alias=True)
     method = run.method if run.method.parameter is None else replace(run.method, parameter=1.0)
-    return _ratio(network, method, run.training.batch_size, *shape_of(run))
+    try:
+        return _ratio(network, method, run.training.batch_size, *shape_of(run))
+    except ModelError:
+        raise
+    except Exception:  # too large for this machine, or a model that cannot be counted: its run will say so
+        return _sweeps(run)
+
+
+def _sweeps(run: Run) -> float:
+    return float(methods.build(run.method).sweeps / ibp.METHODS["bp"]().sweeps)
 
 
 @lru_cache
@@ -55,16 +64,23 @@ def weight(run: Run) -> float:
 
 
 def seconds(run: Run) -> float | None:
-    """Estimated seconds of a run on this machine; None where its number of examples is not known yet."""
+    """Estimated seconds of a run on this machine; None where its examples are not counted yet, or it is too large."""
     return _once(_seconds, run)
 
 
 def _weight(run: Run) -> float:
-    return ratio(run) * (examples(run) or 1000) * run.training.epochs
+    try:
+        relative = ratio(run)
+    except ModelError:  # one network that cannot be built leaves the other runs alone
+        relative = _sweeps(run)
+    return relative * (examples(run) or 1000) * run.training.epochs
 
 
 def _seconds(run: Run) -> float | None:
-    return None if examples(run) is None else weight(run) * example_seconds(run)
+    try:
+        return None if examples(run) is None else weight(run) * example_seconds(run)
+    except (RuntimeError, MemoryError):
+        return None
 
 
 _KNOWN: dict[tuple[Any, ...], tuple[Run, Any]] = {}  # by what a grid's runs share, beside a run that keeps it alive

@@ -111,7 +111,7 @@ def build(network: Network, shape: Shape, classes: int, seed: int) -> nn.Module:
     """The network of a config for images of `shape` [C, H, W]; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights"))
-        if network.target:
+        if network.target is not None:
             return imported(network.target, shape, classes, network.options)
         choices = network.model_dump(exclude={"name", "target", "options"}, exclude_none=True)
         return BUILDERS[network.name or ""](shape, classes, **choices)

@@ -204,6 +204,17 @@ def test_a_dry_run_imports_what_its_rows_name_once_and_says_so(tree: Tree, write
     assert f"imported first_net ({tmp_path / 'first_net.py'})" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "bad", [{"network": {"import": "no_such_module:build"}}, {"network.widths": [4]}, {"network.hidden": 10**12}]
+)
+def test_one_network_that_cannot_be_built_leaves_the_other_runs(
+    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: Tree
+) -> None:
+    config = write({**tree, "seeds": [0], "methods": {"bp": None}, "variants": {"bad": bad, "good": {}}})
+    assert ibp_triton(monkeypatch, "run", str(config)) == 1
+    assert len(list((tmp_path / "out" / "runs").glob("*/result.json"))) == 1
+
+
 def test_unknown_evaluation_keys_name_the_nearest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,8 @@ def test_unknown_key_names_file_key_path_and_nearest_key(tree: Tree, write: Writ
         ("methods.loss_ibp.beta", "[0.1, 0.2]", "set data.validation to a number of examples, or select: test"),
         ("network", "{hidden: 3}", "network: give either name (paper_mnist, paper_cifar10) or import"),
         ("preset", "toolbox", "preset: Input should be 'paper', 'toolbox-2015' or 'toolbox-2016', got 'toolbox'"),
+        ("evaluate.gaussian", "{stop: 1.0e+9, step: 1.0e-9}", "must be 10 000 steps at most; make step larger"),
+        ("evaluate.gaussian", "{start: 1, stop: 0, step: 1}", "must be 10 000 steps at most"),
         ("training", "3", "training: Input should be a valid dictionary"),
     ],
 )
