@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ibp_triton.checks import check_batch, check_hyperparameters, check_labels, check_tangents
+from ibp_triton.errors import InputTypeError
+from ibp_triton.interface import check_extra
 from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.network import Network
 from ibp_triton.objective import objective
+from ibp_triton.snapshot import Snapshot
 from ibp_triton.sweeps import Linear, Reverse, Sweep, Term, linear_sweep, reverse, weight_gradients
 from ibp_triton.trace import Trace
 
@@ -37,25 +39,33 @@ class Step:
     x: Tensor
     labels: Tensor
     tangents: Tensor | None
+    extra: Mapping[str, Any]
     parameters: Mapping[str, Tensor]
+    start: Snapshot | None = None  # the state before the first pass, for recipes with several forward passes
     value_only: bool = False
     frugal: bool = False  # whether sweeps may let go of what only exact semantics would read again
+    used: set[str] = field(default_factory=set)  # the parameters that took part in a forward pass
 
-    @cached_property
-    def head(self) -> Any:
-        """The loss head of the network's backend."""
-        return self.network.head
-
-    def objective(self, *parts: tuple[Any, Tensor]) -> Tensor:
+    def objective(self, run: Pass, *parts: tuple[Any, Tensor]) -> Tensor:
         """Σ coefficient · Σ numbers, mean over the batch."""
-        return self.head.objective(self.x.shape[0], *parts)  # type: ignore[no-any-return]
+        return run.head.objective(self.x.shape[0], *parts)  # type: ignore[no-any-return]
 
-    def first_pass(self, x: Tensor | None = None, first: Pass | None = None) -> Pass:
-        """Forward at x; with ``first``, its dropout masks and no second update of running statistics."""
-        earlier = None if first is None else first.trace
-        trace = self.network.forward(self.x if x is None else x, self.parameters, earlier, self.frugal)
+    def first_pass(self) -> Pass:
+        """Forward at x."""
+        return self._forward(self.x)
+
+    def second_forward(self, x: Tensor) -> Pass:
+        """Forward at another x, with the first pass's random numbers; buffers move only once."""
+        assert self.start is not None
+        with self.start.again(self.network.model, self.x):
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Pass:
+        trace = self.network.forward(x, self.parameters, self.extra, frugal=self.frugal, keep=False)
+        self.used.update(trace.graph.parameters.values())
         check_labels(self.labels, trace.logits)
-        return Pass(self.head, trace, *self.head.cross_entropy(trace.logits, self.labels))
+        head = self.network.head(trace)
+        return Pass(head, trace, *head.cross_entropy(trace.logits, self.labels))
 
     def second_pass(self, run: Pass, *, to_input: bool) -> Sweep:
         """The reverse sweep from c; one that stops short of the input runs along with the weight gradient it is for."""
@@ -74,11 +84,19 @@ class Method:
     title: ClassVar[str]
     parameter: ClassVar[str | None] = None
     needs_tangents: ClassVar[bool] = False
+    forward_passes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
 
-    def __call__(self, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        network: Network,
+        x: Tensor,
+        labels: Tensor,
+        tangents: Tensor | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """The objective, mean over the batch, as a 0-d tensor whose ``backward()`` adds the method's gradient to .grad.
 
         Args:
@@ -86,11 +104,12 @@ class Method:
             x: [N, ...] in the parameters' dtype (any dtype if the network has one of its own).
             labels: [N], integers from 0 to M − 1.
             tangents: [T, N, ...] tangent vectors, for tangent methods only (``lie_tangents``).
+            extra: the other inputs of the model's forward by name, such as {"attention_mask": mask}: constants.
 
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or value; the message names cause and cure.
         """
-        return objective(self, network, x, labels, tangents)
+        return objective(self, network, x, labels, tangents, extra)
 
     def gradients(
         self,
@@ -99,25 +118,47 @@ class Method:
         labels: Tensor,
         tangents: Tensor | None = None,
         parameters: Mapping[str, Tensor] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective and {parameter name: gradient}, without touching ``.grad``; arguments as in ``__call__``.
 
         A pure function of tensors (but for the running statistics of BatchNorm in train mode): it runs under
         torch.func.vmap over stacked ``parameters`` ({name: tensor}, the rest is the model's own), x, β and ε.
         """
-        own = self._check(network, x, labels, tangents, parameters)
+        value, found, _ = self._gradients(network, x, labels, tangents, parameters, extra)
+        own = network.parameters()
+        trainable = {name: (parameters or {}).get(name, p) for name, p in own.items() if p.requires_grad}
+        return value, {n: found[n] if n in found else torch.zeros_like(p) for n, p in trainable.items()}
+
+    def _gradients(
+        self, network: Network, x: Tensor, labels: Any, tangents: Any, parameters: Any, extra: Any
+    ) -> tuple[Tensor, dict[str, Tensor], set[str]]:
+        """The objective, the gradients of the parameters that it depends on, and those that took part in a pass."""
+        labels = self._check(network, x, labels, tangents, parameters)
         with torch.no_grad():
             exact = getattr(self, "semantics", "paper") == "exact"
-            step = Step(network, x.detach(), labels, tangents, parameters or {}, frugal=not exact)
+            start = Snapshot.of(network.model, x) if self.forward_passes > 1 else None
+            step = Step(
+                network, x.detach(), labels, tangents, check_extra(extra), parameters or {}, start, frugal=not exact
+            )
             value, terms = self.recipe(step)
-            gradients = weight_gradients(terms, x.shape[0], exact)
-            return value, _complete(gradients, own, parameters or {})
+            found = weight_gradients(terms, x.shape[0], exact)
+            own = network.parameters()
+            return value, {n: g.to((parameters or {}).get(n, own[n]).dtype) for n, g in found.items()}, step.used
 
-    def value(self, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None = None) -> Tensor:
+    def value(
+        self,
+        network: Network,
+        x: Tensor,
+        labels: Tensor,
+        tangents: Tensor | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """The objective alone, 0-d, without the passes that only its gradient needs."""
-        self._check(network, x, labels, tangents, None)
+        labels = self._check(network, x, labels, tangents, None)
         with torch.no_grad():
-            step = Step(network, x.detach(), labels, tangents, {}, value_only=True)
+            start = Snapshot.of(network.model, x) if self.forward_passes > 1 else None
+            step = Step(network, x.detach(), labels, tangents, check_extra(extra), {}, start, value_only=True)
             return self.recipe(step)[0]
 
     def recipe(self, step: Step) -> Recipe:
@@ -142,14 +183,15 @@ class Method:
         """Cost in sweeps over the network (BP: 3), for five tangents where there are tangents."""
         return self.multiply_adds(MultiplyAdds(1, 1, 1, 1, 1, 1), 5)
 
-    def _check(
-        self, network: Network, x: Tensor, labels: Tensor, tangents: Any, parameters: Any
-    ) -> dict[str, nn.Parameter]:
-        """The model's parameters, if everything fits them."""
-        own = network.parameters()
-        check_batch(network, own, x, labels, parameters or {})
+    def _check(self, network: Network, x: Tensor, labels: Any, tangents: Any, parameters: Any) -> Tensor:
+        """The labels as a tensor, if everything fits the network."""
+        if not isinstance(network, Network):
+            raise InputTypeError(
+                f"the first argument is the wrapped model, not {type(network).__name__}: network = ibp.Network(model), "
+                "once, then method(network, x, labels)"
+            )
         check_tangents(self.key, self.needs_tangents, x, tangents)
-        return own
+        return check_batch(network.parameters(), network.dtype, x, labels, parameters or {})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self))})"
@@ -165,7 +207,7 @@ class BP(Method):
         """g(a, d)."""
         run = step.first_pass()
         terms = [] if step.value_only else [Term(1, run.trace, step.second_pass(run, to_input=False))]
-        return step.objective((1, run.losses)), terms
+        return step.objective(run, (1, run.losses)), terms
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:
         """F + V + W, without the first layer's vjp."""
@@ -185,8 +227,8 @@ class LossIBP(Method):
         """g(a + βt, d) with t_0 = ψ(d_0); exact: and g(a, δ) with δ_K = H t_K."""
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
-        seed, penalty = step.head.input_seed(_input(run, d), self.norm, not step.value_only)
-        value = step.objective((1, run.losses), (self.beta, penalty))
+        seed, penalty = run.head.input_seed(_input(run, d), self.norm, not step.value_only)
+        value = step.objective(run, (1, run.losses), (self.beta, penalty))
         return value, [] if step.value_only else _along_seed(run, d, seed, self.beta, self.semantics)
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:
@@ -210,8 +252,8 @@ class PredictionIBP(Method):
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
         t = linear_sweep(run.trace, _input(run, d), to_output=True)
-        e_K, penalty = step.head.seed(_output(run, t), self.norm, not step.value_only)
-        value = step.objective((1, run.losses), (self.beta, penalty))
+        e_K, penalty = run.head.seed(_output(run, t), self.norm, not step.value_only)
+        value = step.objective(run, (1, run.losses), (self.beta, penalty))
         if step.value_only:
             return value, []
         exact = self.semantics == "exact"
@@ -236,15 +278,15 @@ class PredictionIBP(Method):
 class AdversarialTraining(Method):
     """Adversarial Training: minimises (L(x) + L(x*)) / 2 at x* = x + ε sign(∇_x L), x* a constant."""
 
-    key, title, parameter = "at", "Adversarial Training", "epsilon"
+    key, title, parameter, forward_passes = "at", "Adversarial Training", "epsilon", 2
     epsilon: float
 
     def recipe(self, step: Step) -> Recipe:
         """½ g(a, d) + ½ g(a*, d*)."""
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
-        other = step.first_pass(step.head.fgsm_step(step.x, _input(run, d), self.epsilon), run)
-        value = step.objective((0.5, run.losses), (0.5, other.losses))
+        other = step.second_forward(run.head.fgsm_step(step.x, _input(run, d), self.epsilon))
+        value = step.objective(run, (0.5, run.losses), (0.5, other.losses))
         if step.value_only:
             return value, []
         d_star = step.second_pass(other, to_input=False)
@@ -259,16 +301,16 @@ class AdversarialTraining(Method):
 class FastAdversarialTraining(Method):
     """Fast Adversarial Training: minimises L(x*) at x* = x + ε sign(∇_x L), x* a constant."""
 
-    key, title, parameter = "fast_at", "Fast AT", "epsilon"
+    key, title, parameter, forward_passes = "fast_at", "Fast AT", "epsilon", 2
     epsilon: float
 
     def recipe(self, step: Step) -> Recipe:
         """g(a*, d*)."""
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
-        other = step.first_pass(step.head.fgsm_step(step.x, _input(run, d), self.epsilon), run)
+        other = step.second_forward(run.head.fgsm_step(step.x, _input(run, d), self.epsilon))
         terms = [] if step.value_only else [Term(1, other.trace, step.second_pass(other, to_input=False))]
-        return step.objective((1, other.losses)), terms
+        return step.objective(run, (1, other.losses)), terms
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:
         """F + V, then F + V + W."""
@@ -288,8 +330,8 @@ class TangentBP(Method):
         """g(a, d) + β Σ_j g(t^j, e^j) with t^j_0 = τ_j, e^j_K = ψ(t^j_K); exact: and g(a, η) of curved layers."""
         run = step.first_pass()
         t = linear_sweep(run.trace, _seed(run, step.tangents), to_output=True)
-        e_K, penalty = step.head.seed(_output(run, t), self.norm, not step.value_only)
-        value = step.objective((1, run.losses), (self.beta, penalty))
+        e_K, penalty = run.head.seed(_output(run, t), self.norm, not step.value_only)
+        value = step.objective(run, (1, run.losses), (self.beta, penalty))
         if step.value_only:
             return value, []
         d = step.second_pass(run, to_input=False)
@@ -318,8 +360,8 @@ class FastTangentBP(Method):
         run = step.first_pass()
         d = step.second_pass(run, to_input=True)
         tau = _seed(run, step.tangents)
-        seed, penalty = step.head.tangent_seed(_input(run, d), tau, self.norm, not step.value_only)
-        value = step.objective((1, run.losses), (self.beta, penalty))
+        seed, penalty = run.head.tangent_seed(_input(run, d), tau, self.norm, not step.value_only)
+        value = step.objective(run, (1, run.losses), (self.beta, penalty))
         return value, [] if step.value_only else _along_seed(run, d, seed, self.beta, self.semantics)
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int) -> int:
@@ -353,14 +395,6 @@ def _output(run: Pass, sweep: Sweep) -> Tensor:
     """The tangent of the logits."""
     t_K = sweep[run.trace.graph.output]
     return torch.zeros_like(run.trace.logits) if t_K is None else t_K
-
-
-def _complete(
-    gradients: dict[str, Tensor], own: Mapping[str, Tensor], given: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """A gradient for every trainable parameter, in its dtype; zeros for those that the model does not use."""
-    trainable = {name: given.get(name, p) for name, p in own.items() if p.requires_grad}
-    return {n: gradients[n].to(p.dtype) if n in gradients else torch.zeros_like(p) for n, p in trainable.items()}
 
 
 METHODS: dict[str, type[Method]] = {

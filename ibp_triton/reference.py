@@ -14,14 +14,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ibp_triton import calls
 from ibp_triton.attacks import fgsm_step
+from ibp_triton.interface import Interface
 
 Gradients = dict[str, Tensor]
 Function = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 def gradients(
-    model: nn.Module, method: Any, x: Tensor, labels: Tensor, tangents: Tensor | None = None
+    model: nn.Module,
+    method: Any,
+    x: Tensor,
+    labels: Tensor,
+    tangents: Tensor | None = None,
+    extra: Mapping[str, Any] | None = None,
+    interface: Interface | None = None,
 ) -> tuple[Tensor, Gradients]:
     """The method's objective (mean over the batch) and {parameter name: gradient}, by automatic differentiation.
 
@@ -32,11 +40,13 @@ def gradients(
         x: [N, ...]; use float64 for comparisons.
         labels: [N] integers.
         tangents: [T, N, ...] for tbp and fast_tbp.
+        extra: the model's other inputs by name.
+        interface: how the model is called and its logits picked, as ``Network(model, x=…, output=…).interface``.
 
     Raises:
         KeyError: for an unknown ``method.key``.
     """
-    function = _pure(model)
+    function = _pure(model, interface or Interface(), dict(extra or {}))
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     run = {
         "bp": _bp,
@@ -53,16 +63,27 @@ def gradients(
     return value.detach() / n, {name: g.detach() / n for name, g in result.items()}
 
 
-def _pure(model: nn.Module) -> Function:
+class _Called:
+    """The model with other parameters and buffers, called as the interface says."""
+
+    def __init__(self, model: nn.Module, interface: Interface, extra: Mapping[str, Any]) -> None:
+        self.model, self.interface, self.extra = model, interface, extra
+
+    def __call__(self, state: Mapping[str, Tensor], x: Tensor) -> Any:
+        with torch.nn.utils.stateless._reparametrize_module(self.model, dict(state)):
+            return self.interface.call(self.model, x, self.extra)
+
+
+def _pure(model: nn.Module, interface: Interface, extra: Mapping[str, Any]) -> Function:
     """The model as a function of parameters and x, at fixed buffers and random numbers."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     state = torch.get_rng_state()
 
     def function(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         copies = {name: b.clone() for name, b in buffers.items()}
-        with torch.random.fork_rng(devices=[]), _no_fast_path(), _SteadyDropout():
+        with torch.random.fork_rng(devices=[]), _no_fast_path(), _NoGradConstants(), _SteadyDropout():
             torch.set_rng_state(state)
-            return torch.func.functional_call(model, {**parameters, **copies}, (x.clone(),))  # type: ignore[no-any-return]
+            return interface.pick(_Called(model, interface, extra)({**parameters, **copies}, x.clone()))
 
     return function
 
@@ -202,13 +223,26 @@ class _SteadyDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NoGradConstants(TorchFunctionMode):
+    """What runs with gradients off is a constant in forward mode too, which torch's duals go through."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled() or calls.KINDS.get(func) in (calls.Kind.READ, calls.Kind.NUMBER):
+            return func(*args, **kwargs)
+        if calls.in_place(func) is not None and args and isinstance(args[0], Tensor):
+            func(args[0].detach(), *args[1:], **kwargs)  # the numbers change, the derivatives do not
+            return args[0]
+        return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, func(*args, **kwargs))
+
+
 class _CutPrimals(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return tree_map(_cut, func(*args, **(kwargs or {})))
 
 
 def _cut(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return value
     primal, tangent = forward_ad.unpack_dual(value)
     return value if tangent is None else forward_ad.make_dual(primal.detach(), tangent)

@@ -67,8 +67,7 @@ class Reverse(Sweep):
         trace, layer = self.trace, self.trace.layers[node.index]
         if layer is None or node.kind != "active":
             return
-        candidates = trace.plan.wants[self.to_input][node.index]
-        wanted = [name for name in candidates if _differentiable(trace.values[node.operands[name]])]
+        wanted = trace.plan.wants[self.to_input][node.index]
         if wanted and self[node.index] is not None:
             self._receive(node, layer.vjp(self[node.index], wanted))
         for r, t in self.bends if wanted else ():
@@ -104,10 +103,10 @@ class Linear(Sweep):
             return
         if self.needed[node.index]:
             tangents = _tangents_of(node, self)
-            if tangents and _differentiable(trace.values[node.index]):
+            if tangents:
                 self[node.index] = layer.jvp(tangents)
         for index in trace.graph.last_uses[node.index] if trace.frugal else ():
-            if not any(self._keeps(user) for user in trace.graph.nodes[index].consumers):
+            if not any(self._keeps(user) for user in trace.graph.consumers[index]):
                 self[index] = None
 
 
@@ -119,10 +118,6 @@ def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[t
 def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
     """The third pass, run: see ``Linear``."""
     return Linear(trace, t, to_output=to_output).run()
-
-
-def _differentiable(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.is_floating_point()
 
 
 def _sum(a: Any, b: Any) -> Any:
@@ -152,11 +147,24 @@ class Term:
 
 
 def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> dict[str, Tensor]:
-    """Sum of the terms divided by ``batch``: {parameter name: gradient}, of each trainable parameter in the graph.
+    """Sum of the terms divided by ``batch``: {parameter name: gradient}, of each trainable parameter in the graphs.
 
     Sweeps that have not run do so here, in one order. Bilinear layers get all their products at once and merge those
-    that share a right side (see ``Bilinear.merged``). Frugal traces and their sweeps are used up.
+    that share a right side (see ``Bilinear.merged``). Frugal traces and their sweeps are used up. Passes that took
+    different ways through the model are summed up one by one.
     """
+    groups: dict[int, list[Term]] = {}
+    for term in terms:
+        groups.setdefault(id(term.trace.graph), []).append(term)
+    total: dict[str, Tensor] = {}
+    for group in groups.values():
+        for name, part in _gradients(group, batch, exact).items():
+            total[name] = total[name] + part if name in total else part
+    return total
+
+
+def _gradients(terms: Sequence[Term], batch: int, exact: bool) -> dict[str, Tensor]:
+    """``weight_gradients`` of terms that share a graph."""
     trace = terms[0].trace
     nodes, means = trace.graph.nodes, dict[int, Any]()
     running = {id(s): s for term in terms for s in (term.right, term.tangents) if s is not None and not s.done}
@@ -193,7 +201,7 @@ def _let_go(term: Term, node: Node, forward: bool) -> None:
         term.right[node.index] = None
     if term.tangents is not None and term.tangents.done:
         for index in node.operands.values():
-            if term.trace.graph.nodes[index].consumers[-1 if forward else 0] == node.index:
+            if term.trace.graph.consumers[index][-1 if forward else 0] == node.index:
                 term.tangents[index] = None
 
 

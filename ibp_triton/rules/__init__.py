@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ibp_triton.rules.base import Bilinear, Layer, Product
 from ibp_triton.rules.dense import Conv1d, Conv2d, Linear
-from ibp_triton.rules.generic import BatchNormTrain, DetachPrimals, Generic, ModuleCall
+from ibp_triton.rules.generic import Generic
 from ibp_triton.rules.pointwise import (
     GELU,
     BatchNormEval,
@@ -30,14 +30,12 @@ from ibp_triton.rules.pooling import MaxPool1d, MaxPool2d
 from ibp_triton.rules.structural import Add, BatchedMap, Concatenate, Item, LinearMap, Pad, Pieces, Reshape, Subtract
 
 __all__ = [
-    "BatchNormTrain",
     "Bilinear",
-    "DetachPrimals",
     "Generic",
     "Layer",
-    "ModuleCall",
     "Pieces",
     "Product",
+    "candidate",
     "rule_for",
 ]
 
@@ -89,7 +87,7 @@ def rule_for(function: Callable[..., Any], kinds: Mapping[str, str], static: Map
     rule = _RULES.get(function)
     if rule is None or not rule.accepts(kinds):
         return None
-    if rule is BatchNormEval and (static.get("training") is not False or "running_mean" not in kinds):
+    if rule is BatchNormEval and (static.get("training") is not False or static.get("running_mean") is None):
         return None
     if static.get("rounding_mode") is not None:
         return None

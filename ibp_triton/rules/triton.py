@@ -267,7 +267,7 @@ def is_signed(u: Tensor) -> bool:
 
 def reads_signs(graph: Graph) -> bool:
     """Whether x goes into linear and convolution kernels alone, which take a sign on the way in."""
-    return all(graph.nodes[i].rule in (TritonLinear, TritonConv2d) for i in graph.nodes[graph.input].consumers)
+    return all(graph.nodes[i].rule in (TritonLinear, TritonConv2d) for i in graph.consumers[graph.input])
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -296,8 +296,11 @@ def _pair(value: Any) -> list[int]:
 # ------------------------------------------------------------------------------------------------------ lowering
 
 
-def lower(graph: Graph) -> Graph:
-    """Give the nodes of a freshly built graph their kernels, and fuse each ReLU; changes and returns the graph."""
+def lower(plain: Graph) -> Graph:
+    """A recorded graph with its nodes given their kernels, and each ReLU fused."""
+    graph = Graph(
+        [replace(node, fused=set(), settings={}) for node in plain.nodes], plain.input, plain.output, plain.parameters
+    )
     for node in graph.nodes:
         if node.kind == "active":
             node.rule = _replacement(node) or node.rule
@@ -379,6 +382,7 @@ def _absorb_margin(graph: Graph, pad: Node) -> None:
 
 
 def _only_consumer(graph: Graph, node: Node) -> Node | None:
-    if len(node.consumers) != 1 or node.index == graph.output:
+    readers = graph.consumers[node.index]
+    if len(readers) != 1 or node.index == graph.output or node.observed:
         return None
-    return graph.nodes[node.consumers[0]]
+    return graph.nodes[readers[0]]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +39,6 @@ def oracle(method: ibp.Method, model: nn.Module, *batch: Tensor | None) -> tuple
     """``reference.gradients`` at the random numbers that ``ours`` uses too."""
     torch.manual_seed(5)
     return ibp.reference.gradients(model, method, *batch)
-
-
-@contextmanager
-def untraceable_allowed() -> Iterator[None]:
-    """Without the warning that a module cannot be traced."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*can't be traced", category=UserWarning)
-        yield
 
 
 def variants(norms: tuple[float, ...] = (1, 2, 1.5)) -> list[ibp.Method]:
