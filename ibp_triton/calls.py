@@ -67,6 +67,34 @@ KINDS: dict[Any, Kind] = {
 }
 
 
+SHAPED_LIKE = frozenset({Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.type_as})  # read no number of it
+
+
+def _listed(tensors: Any) -> list[Tensor]:
+    return list(tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors)
+
+
+def _expanded(*tensors: Any) -> tuple[Tensor, ...]:
+    shape = torch.broadcast_shapes(*(t.shape for t in _listed(tensors)))
+    return tuple(t.expand(shape) for t in _listed(tensors))
+
+
+def _meshed(*tensors: Any, indexing: str = "ij") -> tuple[Tensor, ...]:
+    tensors = tuple(_listed(tensors))
+    axes = [*range(len(tensors))]
+    if indexing == "xy" and len(axes) > 1:
+        axes[:2] = 1, 0
+    shape = [0] * len(axes)
+    for t, axis in zip(tensors, axes, strict=True):
+        shape[axis] = t.numel()
+    views = [[-1 if i == axis else 1 for i in range(len(axes))] for axis in axes]
+    return tuple(t.reshape(view).expand(shape) for t, view in zip(tensors, views, strict=True))
+
+
+# several functions of one operand each, which are not to be taken for one of all of them
+APART: dict[Any, Function] = {torch.broadcast_tensors: _expanded, torch.meshgrid: _meshed}
+
+
 @dataclass(frozen=True)
 class Cloned:
     """An in-place function as a pure one: it works on a copy of its first argument and returns that."""

@@ -48,7 +48,7 @@ class Node:
     @property
     def label(self) -> str:
         """What the node does, for people."""
-        if self.rule is not None and self.rule.label not in ("generic", "linear map", "reshape"):
+        if self.rule is not None and self.rule.label not in ("generic", "linear map", "reshape", "autograd"):
             return self.rule.label
         function = self.function
         return getattr(function, "__name__", str(function)) if function is not None else self.kind
@@ -100,6 +100,11 @@ class Graph:
         if plan is None or plan.trainable != key:
             plan = self._plan = Plan(self.nodes, key, self.output)
         return plan
+
+    @cached_property
+    def computes_parameters(self) -> bool:
+        """Whether weights are computed from parameters, so that what a step's data say may take part in it."""
+        return any(node.kind == "parametric" and node.operands for node in self.nodes)
 
     @cached_property
     def consumers(self) -> list[list[int]]:

@@ -175,9 +175,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _copied(value: Any, storage: Any) -> Any:
-    """The same with copies of the tensors that lie in this memory; autograd watches over those with a history."""
+    """The same with copies of the tensors that lie in this memory; autograd watches over those in its graphs."""
     if isinstance(value, Tensor):
-        return value.clone() if storage_of(value) is storage and value.grad_fn is None else value
+        return value.clone() if storage_of(value) is storage and not value.requires_grad else value
     if isinstance(value, dict):
         return type(value)({key: _copied(part, storage) for key, part in value.items()})
     if isinstance(value, (list, tuple)):

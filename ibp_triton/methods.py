@@ -57,7 +57,7 @@ class Step:
     def second_forward(self, x: Tensor) -> Pass:
         """Forward at another x, with the first pass's random numbers; buffers move only once."""
         assert self.start is not None
-        with self.start.again(self.network.model, self.x):
+        with self.start.again(self.x):
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Pass:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -126,6 +126,11 @@ class Recorder(TorchFunctionMode):
         how, target = calls.written(func, args, kwargs)
         if not torch.is_grad_enabled():
             return self._plain(func, args, kwargs, target)
+        if func in calls.APART:
+            with self:
+                return calls.APART[func](*args, **kwargs)
+        if func in calls.SHAPED_LIKE:
+            args = (args[0], *(a.detach() for a in args[1:]))
         call = self._call = _Call()
         self._casting = self.settings.dtype is not None and func not in _STATISTICS
         call.values, call.keys = bind(args, self._tensor)
@@ -200,7 +205,7 @@ class Recorder(TorchFunctionMode):
         """What a layer gets for a tensor, and the key."""
         if self.memory.writes:
             self._catch_up(a)
-        index, call = self._index(a), self._call
+        call, index = self._call, self._index(a)
         if index is None:
             call.complex = call.complex or a.is_complex()
             return (self._cast(a) if self._casting and id(a) in self._buffers else a), _CONSTANT
@@ -281,6 +286,10 @@ class Recorder(TorchFunctionMode):
         torch._C._set_grad_enabled(False)
         try:
             out = layer.forward(*call.values, **call.named)
+            if isinstance(out, Tensor) and out.is_complex() and not call.complex:  # a rule of real numbers
+                node, call.complex = self._made(func, key, replace(call, complex=True)), True
+                layer = Generic(node)
+                out = layer.forward(*call.values, **call.named)
         finally:
             torch._C._set_grad_enabled(True)
         if not self.strict:  # a lowering may let a layer pass its input on
@@ -387,12 +396,13 @@ class Recorder(TorchFunctionMode):
         inputs = list(last.inputs)
         for position, tensor in zip(last.tensor_indices, last.saved_tensors, strict=True):
             inputs[position] = tensor
-        before = torch.get_rng_state()
+        before, call, casting = torch.get_rng_state(), self._call, self._casting
         if getattr(last, "preserve_rng_state", False):
             torch.set_rng_state(last.fwd_cpu_state)
         with self:
             outputs = last.run_function(*inputs)
         torch.set_rng_state(before)
+        self._call, self._casting = call, casting
         index = self._index(outputs[a.output_nr] if isinstance(outputs, (tuple, list)) else outputs)
         self.memory.track(a, index)
         return index

@@ -70,7 +70,7 @@ class _Called:
         self.model, self.interface, self.extra = model, interface, extra
 
     def __call__(self, state: Mapping[str, Tensor], x: Tensor) -> Any:
-        with torch.nn.utils.stateless._reparametrize_module(self.model, dict(state)):
+        with torch.nn.utils.stateless._reparametrize_module(self.model, dict(state), tie_weights=True):
             return self.interface.call(self.model, x, self.extra)
 
 
@@ -228,6 +228,8 @@ class _NoGradConstants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return func(*args, **kwargs).detach()
         if torch.is_grad_enabled() or calls.KINDS.get(func) in (calls.Kind.READ, calls.Kind.NUMBER):
             return func(*args, **kwargs)
         if calls.in_place(func) is not None and args and isinstance(args[0], Tensor):

@@ -39,11 +39,19 @@ class Snapshot:
                 buffer.data.copy_(numbers)  # unseen by autograd, as a layer's graph may hold the buffer
 
     @contextmanager
-    def again(self, model: nn.Module, x: Tensor) -> Iterator[None]:
-        """Inside, as it was then; afterwards, as it was before this."""
-        now = Snapshot.of(model, x)
-        self.restore()
+    def again(self, x: Tensor) -> Iterator[None]:
+        """Inside, as it was then, on copies of the buffers; afterwards, as it was before this.
+
+        The buffers themselves stay what the first pass's layers know them as.
+        """
+        now = [(module, name, module._buffers.get(name)) for module, name, _, _ in self.buffers]
+        random = RandomState.now([x])
+        self.random.restore()
+        for module, name, _, numbers in self.buffers:
+            module._buffers[name] = numbers.clone()
         try:
             yield
         finally:
-            now.restore()
+            random.restore()
+            for module, name, buffer in now:
+                module._buffers[name] = buffer

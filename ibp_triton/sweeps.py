@@ -155,7 +155,8 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
     """
     groups: dict[int, list[Term]] = {}
     for term in terms:
-        groups.setdefault(id(term.trace.graph), []).append(term)
+        shared = term.trace if term.trace.graph.computes_parameters else term.trace.graph
+        groups.setdefault(id(shared), []).append(term)
     total: dict[str, Tensor] = {}
     for group in groups.values():
         for name, part in _gradients(group, batch, exact).items():

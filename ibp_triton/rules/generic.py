@@ -59,7 +59,7 @@ class Generic(Layer):
         ]
         before = RandomState.now(self.inputs)
         self.random: RandomState | None = None
-        self.bendable: Any = None  # the output with a graph that has second derivatives
+        self.bendable: Any = None  # the output with a graph that has second derivatives, and the leaves of that
         if self.wrapped:
             with SteadyDropout(), sdpa_kernel(SDPBackend.MATH):  # of the attention kernels the one with batching rules
                 self.output = self.node.function(*args, **kwargs)
@@ -115,58 +115,52 @@ class Generic(Layer):
         return {name: self._last[1][name] for name in wanted}
 
     def _pull(self, d: Any, names: list[str]) -> dict[str, Tensor]:
-        return self._pulled(self.graphed, d, names)
+        return self._pulled(self.graphed, self.sources, d, names)
 
-    def _pulled(self, graphed: Any, d: Any, names: list[str], create: bool = False) -> dict[str, Tensor]:
+    def _pulled(self, graphed: Any, roots: Any, d: Any, names: Any, create: bool = False) -> dict[str, Tensor]:
         outputs, seeds = _paired(graphed, d)
-        sources = [self.sources[int(name)] for name in names]
+        sources = [roots[int(name)] for name in names]
         if not outputs:
             return {name: torch.zeros_like(x) for name, x in zip(names, sources, strict=True)}
-        found = torch.autograd.grad(
-            outputs, sources, seeds, retain_graph=True, create_graph=create, allow_unused=True, materialize_grads=True
-        )
+        found = _grad(outputs, sources, seeds, create_graph=create)
+        if create and self.unseen:
+            _refuse_cut(found)
         return dict(zip(names, found, strict=True))
 
     def jvp(self, t: Tangents) -> Any:
-        """Forward-mode autograd, tangents by torch.func.vmap; reverse mode twice where f has no forward mode."""
+        """Forward-mode autograd, one tangent after the other; reverse mode twice where f has no forward mode."""
         names = sorted(t)
-        function, values = self._of(names)
-
-        def push(*tangents: Tensor) -> Any:
-            return torch.func.jvp(function, tuple(values), tangents)[1]
-
         tangents = [t[name] for name in names]
+        function, values = self._of(names)
         batched = tangents[0].dim() > values[0].dim()
+        rows = list(zip(*(tangent.unbind(0) for tangent in tangents), strict=True)) if batched else [tuple(tangents)]
         try:
-            found = torch.func.vmap(push, randomness="same")(*tangents) if batched else push(*tangents)
-            return Pieces(found) if isinstance(found, dict) else found
-        except (NotImplementedError, RuntimeError) as error:
-            if self.wrapped or not any(words in str(error) for words in _NO_FORWARD_MODE):
+            pushed = [torch.func.jvp(function, tuple(values), row)[1] for row in rows]
+        except (NotImplementedError, RuntimeError):
+            if self.wrapped:
                 raise
-        rows = zip(*(tangent.unbind(0) for tangent in tangents), strict=True) if batched else [tuple(tangents)]
-        pushed = [self._pushed_by_reverse(names, row) for row in rows]
-        return _stack(pushed) if batched else pushed[0]
+            pushed = [self._pushed_by_reverse(names, row) for row in rows]
+        found = [Pieces(one) if isinstance(one, dict) else one for one in pushed]
+        return _stack(found) if batched else found[0]
 
     def _pushed_by_reverse(self, names: list[str], tangents: Sequence[Tensor]) -> Any:
-        """J t as the derivative of u ↦ ⟨Jᵀu, t⟩, which is linear in u."""
+        """J t as the derivative of u ↦ ⟨Jᵀu, t⟩, which is linear in u; ⟨J t, J t⟩ = ⟨t, Jᵀ J t⟩ is checked."""
+        outputs = {i: y for i, y in enumerate(_tensors(self.graphed)) if y.requires_grad}
+        sources = [self.sources[int(name)] for name in names]
         with torch.enable_grad():
-            outputs = {i: y for i, y in enumerate(_tensors(self.graphed)) if y.requires_grad}
             seeds = [torch.zeros_like(y).requires_grad_() for y in outputs.values()]
-            sources = [self.sources[int(name)] for name in names]
-            pulled = torch.autograd.grad(
-                list(outputs.values()), sources, seeds, retain_graph=True, create_graph=True, allow_unused=True,
-                materialize_grads=True,
-            )  # fmt: skip
-            return self._along(outputs, pulled, seeds, tangents)
-
-    def _along(self, outputs: dict[int, Tensor], pulled: Any, seeds: Any, tangents: Any) -> Any:
-        moving = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p.requires_grad]
-        if not moving:
-            found: Sequence[Tensor] = [torch.zeros_like(y) for y in outputs.values()]
-        else:
-            pairs = [list(side) for side in zip(*moving, strict=True)]
-            found = torch.autograd.grad(pairs[0], seeds, pairs[1], allow_unused=True, materialize_grads=True)
-        parts = dict(zip(outputs, (part.detach() for part in found), strict=True))
+            pulled = _grad(list(outputs.values()), sources, seeds, create_graph=True)
+            if self.unseen:
+                _refuse_cut(pulled)
+            moving = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p.requires_grad]
+            found = [torch.zeros_like(y) for y in outputs.values()]
+            if moving:
+                found = _grad([p for p, _ in moving], seeds, [t for _, t in moving])
+        back = _grad(list(outputs.values()), sources, found)
+        there, here = _inner(found, found), _inner(tangents, back)
+        if not torch.allclose(there, here, rtol=1e-2, equal_nan=True):
+            raise RuntimeError(f"torch has no right derivative of {self.node.label} forward ({there:g} ≠ {here:g})")
+        parts = dict(zip(outputs, found, strict=True))
         return parts[0] if isinstance(self.graphed, Tensor) else _positions(self.graphed, parts)
 
     def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
@@ -193,27 +187,28 @@ class Generic(Layer):
     def _bent(self, along: list[str], tangents: Sequence[Tensor], d: Any, names: list[str]) -> dict[str, Tensor]:
         """Reverse over reverse, as ``create_graph=True`` does it; by other kernels where torch's have no second one."""
         if self.bendable is None:
-            self.bendable = self.graphed
+            self.bendable = self.graphed, self.sources
         try:
-            return self._bent_by(self.bendable, along, tangents, d, names)
+            return self._bent_by(self.bendable[0], self.bendable[1], along, tangents, d, names)
         except (NotImplementedError, RuntimeError) as error:
-            if "is not implemented" not in str(error) or self.bendable is not self.graphed or self.unseen:
+            if "is not implemented" not in str(error) or self.bendable[0] is not self.graphed or self.unseen:
                 raise RuntimeError(
                     f"{self.node.where}: {self.node.label} has no second derivative, which this method needs "
                     f"({error}); bp, at and fast_at work"
                 ) from error
         replayed = nullcontext() if self.random is None else self.random.again()
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), replayed:
-            self.bendable = self._call(self.sources)
+            sources = [x.detach().requires_grad_() for x in self.inputs]
+            self.bendable = self._call(sources), sources
         return self._bent(along, tangents, d, names)
 
-    def _bent_by(self, graphed: Any, along: Any, tangents: Any, d: Any, names: Any) -> dict[str, Tensor]:
+    def _bent_by(self, graphed: Any, roots: Any, along: Any, tangents: Any, d: Any, names: Any) -> dict[str, Tensor]:
         with torch.enable_grad():
-            pulled = self._pulled(graphed, d, along, create=True)
+            pulled = self._pulled(graphed, roots, d, along, create=True)
             moving = [(pulled[n], t) for n, t in zip(along, tangents, strict=True) if pulled[n].requires_grad]
             if not moving:
                 return {}
-            sources = [self.sources[int(name)] for name in names]
+            sources = [roots[int(name)] for name in names]
             pairs = [list(side) for side in zip(*moving, strict=True)]
             found = torch.autograd.grad(pairs[0], sources, pairs[1], retain_graph=True, allow_unused=True)
         return {name: g for name, g in zip(names, found, strict=True) if g is not None}
@@ -280,9 +275,6 @@ class Generic(Layer):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self._again(*self.inputs)
         return counter.get_total_flops() // 2  # type: ignore[no-any-return]
-
-
-_NO_FORWARD_MODE = ("forward AD", "forward-mode AD", "forward mode AD", "jvp", "Batching rule not implemented", "vmap")
 
 
 class Leaf(Generic):
@@ -356,6 +348,37 @@ class Part(Layer):
         """The tuple's tangent at this position, None where it has none."""
         pieces: Any = t["input"]
         return pieces.get(self.position)
+
+
+def _grad(outputs: Any, sources: Any, seeds: Any, create_graph: bool = False) -> list[Tensor]:
+    found = torch.autograd.grad(
+        outputs,
+        sources,
+        seeds,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return list(found)
+
+
+def _refuse_cut(found: Sequence[Tensor]) -> None:
+    """``once_differentiable`` leaves the graph of a derivative open, and autograd.grad takes that for zero."""
+    done, todo = set(), [g.grad_fn for g in found]
+    while todo:
+        function: Any = todo.pop()
+        if function is None or function in done:
+            continue
+        done.add(function)
+        if function.name() in ("torch::autograd::Error", "torch::autograd::DelayedError"):
+            raise RuntimeError("it is marked once_differentiable")
+        todo += [edge[0] for edge in function.next_functions]
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    parts = [torch.sum((u.conj() * v).real, dtype=torch.float64) for u, v in zip(a, b, strict=True)]
+    return torch.stack(parts).sum()
 
 
 def _differentiable(y: Any) -> bool:
