@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from ibp_triton.rules.base import Bilinear, Layer, Product
+from ibp_triton.rules.batch_norm import BatchNorm, BatchNormEval, InstanceNormEval
 from ibp_triton.rules.dense import Conv1d, Conv2d, Linear
 from ibp_triton.rules.generic import BatchNormTrain, DetachPrimals, Generic, ModuleCall
+from ibp_triton.rules.normalisation import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from ibp_triton.rules.pointwise import (
     GELU,
-    BatchNormEval,
     ChannelDropout,
     Divide,
     Dropout,
@@ -58,7 +59,13 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     GELU: (F.gelu,),
     Dropout: (F.dropout,),
     ChannelDropout: (F.dropout1d, F.dropout2d, F.dropout3d),
+    BatchNorm: (F.batch_norm,),
     BatchNormEval: (F.batch_norm,),
+    LayerNorm: (F.layer_norm,),
+    GroupNorm: (F.group_norm,),
+    InstanceNorm: (F.instance_norm,),
+    InstanceNormEval: (F.instance_norm,),
+    RMSNorm: (F.rms_norm,),
     Multiply: (operator.mul, torch.mul, T.mul, torch.multiply, T.multiply),
     Divide: (operator.truediv, torch.div, T.div, torch.true_divide, T.true_divide),
     Add: (operator.add, torch.add, T.add),
@@ -81,21 +88,23 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
         *(torch.clone, T.clone, T.repeat, torch.t, T.t),
     ),
 }
-_RULES: dict[Any, type[Layer]] = {function: rule for rule, functions in _FUNCTIONS.items() for function in functions}
+_RULES: dict[Any, tuple[type[Layer], ...]] = {}
+for _rule, _functions in _FUNCTIONS.items():
+    for _function in _functions:
+        _RULES[_function] = (*_RULES.get(_function, ()), _rule)
 
 
 def rule_for(function: Callable[..., Any], kinds: Mapping[str, str], static: Mapping[str, Any]) -> type[Layer] | None:
-    """The rule for a call of ``function`` with operands of these kinds, None where only the generic one fits."""
-    rule = _RULES.get(function)
-    if rule is None or not rule.accepts(kinds):
-        return None
-    if rule is BatchNormEval and (static.get("training") is not False or "running_mean" not in kinds):
-        return None
-    if static.get("rounding_mode") is not None:
-        return None
-    return rule
+    """The rule for a call of ``function``, None where only the generic one fits.
+
+    Args:
+        function: the torch function.
+        kinds: of each operand that is a tensor: active, parametric or constant.
+        static: all its arguments by the rule's names; tensors of other nodes are references.
+    """
+    return next((rule for rule in _RULES.get(function, ()) if rule.accepts(kinds, static)), None)
 
 
 def candidate(function: Callable[..., Any]) -> type[Layer] | None:
-    """The rule to bind a call's arguments with, before its operands are known."""
-    return _RULES.get(function)
+    """The rule to bind a call's arguments with, before its operands are known: all of a function's name them alike."""
+    return next(iter(_RULES.get(function, ())), None)

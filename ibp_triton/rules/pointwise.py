@@ -309,11 +309,12 @@ class Divide(Layer):
     label = "divide"
 
     @classmethod
-    def accepts(cls, kinds: Mapping[str, str]) -> bool:
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
         """The divisor must not depend on x or on parameters."""
-        return kinds.get("other", "constant") == "constant" and "input" in kinds
+        plain = kinds.get("other", "constant") == "constant" and "input" in kinds
+        return plain and arguments.get("rounding_mode") is None
 
-    def forward(self, input: Tensor, other: Any) -> Tensor:
+    def forward(self, input: Tensor, other: Any, *, rounding_mode: None = None) -> Tensor:
         """The broadcast shape."""
         self.input, self.other = input, other
         self.output: Tensor = input / other
@@ -326,56 +327,3 @@ class Divide(Layer):
     def jvp(self, t: Tangents) -> Tensor:
         """T / c."""
         return lift(t["input"], self.input, self.output.dim()) / self.other  # type: ignore[no-any-return]
-
-
-class BatchNormEval(Layer):
-    """Batch normalisation with fixed statistics: y = γ (a − μ)/√(σ² + ε) + b, affine in a."""
-
-    label = "batch_norm (eval)"
-
-    @classmethod
-    def accepts(cls, kinds: Mapping[str, str]) -> bool:
-        """Only the input may depend on x; the statistics are buffers."""
-        return kinds.get("input") == "active" and all(k != "active" for n, k in kinds.items() if n != "input")
-
-    def forward(
-        self,
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """[N, C, ...] → the same shape."""
-        self.shape = [1, -1] + [1] * (input.dim() - 2)
-        self.input, self.mean = input, running_mean.view(self.shape)
-        self.scale = (running_var + eps).rsqrt().view(self.shape)
-        self.gain = self.scale if weight is None else self.scale * weight.view(self.shape)
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D γ/√(σ² + ε); the usual sums for γ and b."""
-        out = {}
-        if "input" in wanted:
-            out["input"] = d * self.gain
-        if "weight" in wanted:
-            out["weight"] = self._channels(d * (self.input - self.mean) * self.scale)
-        if "bias" in wanted:
-            out["bias"] = self._channels(d)
-        return out
-
-    def jvp(self, t: Tangents) -> Tensor:
-        """T γ/√(σ² + ε)."""
-        return t["input"] * self.gain
-
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
-        """Σ r t/√(σ² + ε) for γ: not g of the ordinary gradient, so it does not merge."""
-        if "weight" not in wanted:
-            return {}
-        return {"weight": self._channels(without_tangents(r * t["input"], self.input) * self.scale)}
-
-    def _channels(self, d: Tensor) -> Tensor:
-        return d.sum([0, *range(2, d.dim())])

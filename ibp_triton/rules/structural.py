@@ -95,7 +95,7 @@ class LinearMap(Layer):
     label = "linear map"
 
     @classmethod
-    def accepts(cls, kinds: Mapping[str, str]) -> bool:
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
         """One tensor operand, the first argument."""
         return list(kinds) == ["input"]
 
