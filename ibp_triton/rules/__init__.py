@@ -9,10 +9,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ibp_triton.rules.attention import (
+    LogSoftmax,
+    ScaledDotProductAttention,
+    Softmax,
+    TorchLogSoftmax,
+    TorchSoftmax,
+)
 from ibp_triton.rules.base import Bilinear, Layer, Product
 from ibp_triton.rules.batch_norm import BatchNorm, BatchNormEval, InstanceNormEval
 from ibp_triton.rules.dense import Conv1d, Conv2d, Linear
 from ibp_triton.rules.generic import BatchNormTrain, DetachPrimals, Generic, ModuleCall
+from ibp_triton.rules.multihead import MultiHeadAttention
 from ibp_triton.rules.normalisation import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from ibp_triton.rules.pointwise import (
     GELU,
@@ -28,6 +36,7 @@ from ibp_triton.rules.pointwise import (
     Tanh,
 )
 from ibp_triton.rules.pooling import MaxPool1d, MaxPool2d
+from ibp_triton.rules.products import BMM, AddMM, BAddBMM, Einsum, MatMul
 from ibp_triton.rules.structural import Add, BatchedMap, Concatenate, Item, LinearMap, Pad, Pieces, Reshape, Subtract
 
 __all__ = [
@@ -66,6 +75,17 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     InstanceNorm: (F.instance_norm,),
     InstanceNormEval: (F.instance_norm,),
     RMSNorm: (F.rms_norm,),
+    Softmax: (F.softmax,),
+    TorchSoftmax: (torch.softmax, T.softmax),
+    LogSoftmax: (F.log_softmax,),
+    TorchLogSoftmax: (torch.log_softmax, T.log_softmax),
+    ScaledDotProductAttention: (F.scaled_dot_product_attention,),
+    MultiHeadAttention: (F.multi_head_attention_forward,),
+    MatMul: (operator.matmul, torch.matmul, T.matmul, T.__matmul__),
+    BMM: (torch.bmm, T.bmm, torch.mm, T.mm),
+    AddMM: (torch.addmm, T.addmm),
+    BAddBMM: (torch.baddbmm, T.baddbmm),
+    Einsum: (torch.einsum,),
     Multiply: (operator.mul, torch.mul, T.mul, torch.multiply, T.multiply),
     Divide: (operator.truediv, torch.div, T.div, torch.true_divide, T.true_divide),
     Add: (operator.add, torch.add, T.add),
