@@ -234,3 +234,11 @@ def without_tangents(d: Tensor, value: Tensor) -> Tensor:
 def product(numbers: Collection[int]) -> int:
     """The product of sizes, 1 for none."""
     return math.prod(numbers)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last where x lies so and not otherwise; such kernels as torch has are written for one of the two."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or wrapped(x) or x.is_contiguous() or x.stride(1) != 1:
+        return torch.contiguous_format
+    return last

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ibp_triton.rules.base import HALF, Layer, Names, Tangents, wide, without, without_tangents, wrapped
+from ibp_triton.rules.base import HALF, Layer, Names, Tangents, memory_format, wide, without, without_tangents, wrapped
 from ibp_triton.rules.normalisation import Normalisation
 
 
@@ -271,14 +271,9 @@ _NAMES = ("input", "weight", "bias")
 
 def _dense(x: Tensor) -> Tensor:
     """In one of the memory formats that torch's kernels are written for."""
-    return x.contiguous() if wrapped(x) or x.is_contiguous() else x.contiguous(memory_format=_format(x))
+    return x.contiguous() if wrapped(x) or x.is_contiguous() else x.contiguous(memory_format=memory_format(x))
 
 
 def _alike(v: Tensor, x: Tensor) -> Tensor:
     """V in the memory format of x; others take torch's slow path."""
-    return v.contiguous(memory_format=_format(x))
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return last if last is not None and not x.is_contiguous() and x.stride(1) == 1 else torch.contiguous_format
+    return v.contiguous(memory_format=memory_format(x))

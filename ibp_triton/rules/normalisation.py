@@ -20,7 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ibp_triton.rules.base import HALF, Layer, Names, Tangents, each, matched, wide, without, wrapped
+from ibp_triton.rules.base import (
+    HALF,
+    Layer,
+    Names,
+    Tangents,
+    each,
+    matched,
+    memory_format,
+    product,
+    wide,
+    without,
+    wrapped,
+)
 
 
 class Normalisation(Layer):
@@ -65,7 +77,7 @@ class Normalisation(Layer):
         """P(γ d)/s for x, Σ d x̂ for γ and Σ d for b."""
         out, inner = {}, self._view(wide(d))
         if "input" in wanted:
-            out["input"] = self._like(self._project(self._gain(inner)) * self.rstd, d)
+            out["input"] = self._like(self._push(self._gain(inner)), d)
         if "weight" in wanted:
             out["weight"] = self._parameter(inner * self.normal)
         if "bias" in wanted:
@@ -74,32 +86,44 @@ class Normalisation(Layer):
 
     def jvp(self, t: Tangents) -> Tensor:
         """γ P(t)/s."""
-        pushed = self._project(self._view(wide(t["input"]))) * self.rstd
-        return self._like(self._gain(pushed), t["input"])
+        return self._like(self._gain(self._push(self._view(wide(t["input"])))), t["input"])
 
     def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
         """Σ r P(t)/s for γ, which is not g of the ordinary gradient and does not merge; b has none."""
         if "weight" not in wanted:
             return {}
         r, t = matched(r, self.input.dim(), t, {"input": self.input})
-        pushed = self._project(self._view(wide(t["input"]))) * self.rstd
+        pushed = self._push(self._view(wide(t["input"])))
         return {"weight": without(self._parameter(self._view(wide(r)) * pushed), len(self.shape))}
 
     def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        """−(x̂ mean(u p) + mean(x̂ u) p + mean(x̂ t) q)/s²."""
+        """With b = mean(x̂ u), c = mean(x̂ t): −(x̂ mean(u p) + P(b t + c u))/s², and mean(u p) from the means alone."""
         d, t = matched(d, self.input.dim(), t, {"input": self.input})
         push, u, x = self._view(wide(t["input"])), self._gain(self._view(wide(d))), self.normal
-        p, q = self._project(push), self._project(u)
-        along = self._mean(u * p) * x + self._mean(x * u) * p + self._mean(x * push) * q
-        bent = -without(along, len(self.inner)) * self.rstd.square()
+        b, c = self._product(x, u), self._product(x, push)
+        along = self._product(u, push) - b * c
+        along = along - self._mean(u) * self._mean(push) if self.centred else along
+        moved = self._push(without(torch.addcmul(b * push, c, u), len(self.inner)))
+        bent = torch.addcmul(moved, self.rstd * without(along, len(self.inner)), x) * -self.rstd
         return {"input": self._like(bent, self.input)}
 
-    def _project(self, v: Tensor) -> Tensor:
+    def _push(self, v: Tensor) -> Tensor:
+        """P(v)/s, as a view."""
         x = self.normal
-        return (v - self._mean(v) if self.centred else v) - x * self._mean(x * v)
+        moved = v - self._mean(v) if self.centred else v
+        return torch.addcmul(moved, x, -self._product(x, v)) * self.rstd
 
     def _mean(self, v: Tensor) -> Tensor:
         return v.mean(self.group, keepdim=True)
+
+    def _product(self, u: Tensor, v: Tensor) -> Tensor:
+        """mean(u v); by dot products where a group lies in one piece, without a tensor for u v."""
+        joined = self.group == tuple(range(self.group[0], 0)) and not wrapped(u, v)
+        if not joined or not u.is_contiguous() or not v.is_contiguous():
+            return self._mean(u * v)
+        u, v = (w.flatten(self.group[0]) for w in (u, v))
+        dots = torch.linalg.vecdot(u, v) / u.shape[-1]
+        return dots.view(*dots.shape, *[1] * len(self.group))
 
     def _view(self, v: Tensor) -> Tensor:
         """[..., *S] as [..., *inner]."""
@@ -149,7 +173,82 @@ class InstanceNorm(Normalisation):
         return F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
 
 
-class GroupNorm(Normalisation):
+class _Native(Normalisation):
+    """By torch's own backward kernel, which gives P(γ v)/s, Σ v x̂ and Σ v in one pass over its two operands."""
+
+    def _prepare(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """γ and b so that the kernels keep their statistics in float32 for half precision."""
+        self.memory = WeakTensorKeyDictionary()
+        self.weight = weight
+        if self.input.dtype not in HALF or not self._native:
+            return weight, bias
+        one = torch.ones(self.shape, dtype=torch.float32, device=self.input.device)
+        self.weight = one if weight is None else weight.float()
+        return self.weight, torch.zeros_like(one) if bias is None else bias.float()
+
+    @property
+    def _native(self) -> bool:
+        """Not under torch.func.vmap; in half precision on a CPU only, where kernels take parameters in float32."""
+        half = self.input.dtype in HALF and self.input.is_cuda
+        return not half and not wrapped(self.input, self.weight)
+
+    def _backward(self, v: Tensor, weight: Tensor | None, parameters: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """P(γ v)/s, Σ v x̂ and Σ v."""
+        raise NotImplementedError
+
+    def _push(self, v: Tensor) -> Tensor:
+        """P(v)/s, as a view."""
+        if not self._native or wrapped(v):
+            return super()._push(v)
+        v = v.reshape(*v.shape[: v.dim() - len(self.inner)], *self.input.shape).to(self.input.dtype)
+        return self._view(wide(self._pushed(v)))
+
+    def _pushed(self, t: Tensor) -> Tensor:
+        """P(t)/s."""
+        one = self._one()
+        return each(lambda v: self._backward(v, one, False)[0], t, self.input.dim())
+
+    def _one(self) -> Tensor | None:
+        """No γ."""
+        return torch.ones_like(self.weight) if self.input.dtype in HALF and self.weight is not None else None
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """One call; what is not wanted yet is kept for the next call with the same d."""
+        if not self._native or wrapped(d) or d.dim() > self.input.dim():
+            return super().vjp(d, wanted)
+        known = self.memory.pop(d, {})
+        if not all(name in known for name in wanted):
+            found = self._backward(d, self.weight, self.weight is not None)
+            known = dict(zip(("input", "weight", "bias"), found, strict=True))
+        out = {name: known.pop(name) for name in wanted}
+        self.memory[d] = known
+        return out
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """γ P(t)/s."""
+        tangent = t["input"]
+        if not self._native or wrapped(tangent):
+            return super().jvp(t)
+        pushed = self.memory.pop(tangent, None)
+        pushed = self._pushed(tangent) if pushed is None else pushed
+        return self._like(self._gain(self._view(pushed)), tangent)
+
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+        """Σ r P(t)/s for γ; P(t)/s is kept for the jvp that follows."""
+        if not self._native or wrapped(r, t["input"]):
+            return super().tangent_param_vjp(t, r, wanted, exact)
+        if "weight" not in wanted:
+            return {}
+        pushed = self.memory[t["input"]] = self._pushed(t["input"])
+        r, pushes = matched(r, self.input.dim(), {"input": pushed}, {"input": self.input})
+        return {"weight": self._dot(r, pushes["input"])}
+
+    def _dot(self, r: Tensor, p: Tensor) -> Tensor:
+        """Σ r p in γ's shape."""
+        return without(self._parameter(self._view(wide(r)) * self._view(p)), len(self.shape))
+
+
+class GroupNorm(_Native):
     """Groups of channels of each sample, [N, C, ...]."""
 
     label = "group_norm"
@@ -168,8 +267,24 @@ class GroupNorm(Normalisation):
         self.inner = (input.shape[0], *split, *input.shape[2:])
         self.group = tuple(range(1 - input.dim(), 0))
         self.affine = (*split, *[1] * (input.dim() - 2))
-        plain = input.contiguous() if wrapped(input) else input  # torch.func views it as if it were
-        return F.group_norm(plain, num_groups, weight, bias, eps)
+        self.sizes = (input.shape[0], input.shape[1], product(input.shape[2:]), num_groups)
+        weight, bias = self._prepare(weight, bias)
+        if not self._native:  # torch.func views the input as if it were contiguous
+            return F.group_norm(input.contiguous(), num_groups, weight, bias, eps)
+        self.layout = memory_format(input)
+        self.input = input.contiguous(memory_format=self.layout)
+        output, mean, rstd = torch.native_group_norm(self.input, weight, bias, *self.sizes, eps)
+        self.statistics = (mean, rstd)
+        self.mean, self.rstd = (x.view(*x.shape, *[1] * (input.dim() - 1)) for x in (mean, rstd))
+        return output
+
+    def _backward(self, v: Tensor, weight: Tensor | None, parameters: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The kernel reads beyond its memory where the input's derivative is not asked for."""
+        v, mask = v.contiguous(memory_format=self.layout), [True, parameters, parameters]
+        mean, rstd = self.statistics
+        return torch.ops.aten.native_group_norm_backward(  # type: ignore[no-any-return]
+            v, self.input, mean, rstd, weight, *self.sizes, mask
+        )
 
 
 class RMSNorm(Normalisation):
@@ -187,12 +302,12 @@ class RMSNorm(Normalisation):
         return F.rms_norm(input, normalized_shape, weight, eps)
 
 
-class LayerNorm(RMSNorm):
-    """The last axes by their own statistics, [..., *normalized_shape], by torch's own kernels."""
+class LayerNorm(_Native):
+    """The last axes by their own statistics, [..., *normalized_shape]."""
 
-    label, centred = "layer_norm", True
+    label = "layer_norm"
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         normalized_shape: Any,
@@ -203,54 +318,24 @@ class LayerNorm(RMSNorm):
         """The same shape."""
         self.input, self.weight, self.eps, self.shape = input, weight, eps, tuple(normalized_shape)
         self.inner, self.group, self.affine = tuple(input.shape), tuple(range(-len(self.shape), 0)), self.shape
-        self.memory = WeakTensorKeyDictionary()
-        if input.dtype in HALF:
+        weight, bias = self._prepare(weight, bias)
+        if not self._native:
             return F.layer_norm(input, normalized_shape, weight, bias, eps)
-        output, mean, rstd = torch.native_layer_norm(input, self.shape, weight, bias, eps)
-        self.mean, self.rstd = mean, rstd
+        output, self.mean, self.rstd = torch.native_layer_norm(input, self.shape, weight, bias, eps)
         return output
 
-    @property
-    def _native(self) -> bool:
-        return self.input.dtype not in HALF and not wrapped(self.input, self.weight)
-
-    def _backward(self, v: Tensor, weight: Tensor | None, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        """P(γ v)/s, Σ v x̂ and Σ v."""
+    def _backward(self, v: Tensor, weight: Tensor | None, parameters: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """In any memory format."""
         return torch.ops.aten.native_layer_norm_backward(  # type: ignore[no-any-return]
-            v, self.input, self.shape, self.mean, self.rstd, weight, weight, mask
+            v, self.input, self.shape, self.mean, self.rstd, weight, weight, [True, parameters, parameters]
         )
 
-    def _push(self, t: Tensor) -> Tensor:
-        """P(t)/s."""
-        return each(lambda one: self._backward(one, None, [True, False, False])[0], t, self.input.dim())
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """One call of torch's kernel; what is not wanted yet is kept for the next call with the same d."""
-        if not self._native or wrapped(d) or d.dim() > self.input.dim():
-            return super().vjp(d, wanted)
-        known = self.memory.pop(d, {})
-        if not all(name in known for name in wanted):
-            mask = [True, self.weight is not None, self.weight is not None]
-            known = dict(zip(("input", "weight", "bias"), self._backward(d, self.weight, mask), strict=True))
-        out = {name: known.pop(name) for name in wanted}
-        self.memory[d] = known
-        return out
-
-    def jvp(self, t: Tangents) -> Tensor:
-        """γ P(t)/s."""
-        tangent = t["input"]
-        if not self._native or wrapped(tangent):
-            return super().jvp(t)
-        pushed = self.memory.pop(tangent, None)
-        pushed = self._push(tangent) if pushed is None else pushed
-        return pushed if self.weight is None else pushed * self.weight
-
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
-        """Σ r P(t)/s for γ; P(t)/s is kept for the jvp that follows."""
-        if not self._native or wrapped(r, t["input"]):
-            return super().tangent_param_vjp(t, r, wanted, exact)
-        if "weight" not in wanted:
-            return {}
-        pushed = self.memory[t["input"]] = self._push(t["input"])
-        r, pushes = matched(r, self.input.dim(), {"input": pushed}, {"input": self.input})
-        return {"weight": without(self._parameter(r * pushes["input"]), len(self.shape))}
+    def _dot(self, r: Tensor, p: Tensor) -> Tensor:
+        """Σ r p by the kernel for γ: that of input p, mean 0 and deviation 1; tangents are further rows."""
+        shape = (*r.shape[: r.dim() - len(self.shape)], *[1] * len(self.shape))
+        rstd = torch.ones(shape, dtype=self.rstd.dtype, device=r.device)
+        weight = torch.ones(self.shape, dtype=self.rstd.dtype, device=r.device)
+        found = torch.ops.aten.native_layer_norm_backward(
+            r, p, self.shape, torch.zeros_like(rstd), rstd, weight, None, [False, True, False]
+        )
+        return found[1]  # type: ignore[no-any-return]
