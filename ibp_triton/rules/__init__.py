@@ -9,6 +9,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ibp_triton.rules.activations import (
+    CELU,
+    ELU,
+    GLU,
+    UNARY,
+    Clamp,
+    ClampMax,
+    ClampMin,
+    Hardtanh,
+    Power,
+    PReLU,
+)
 from ibp_triton.rules.attention import (
     LogSoftmax,
     ScaledDotProductAttention,
@@ -28,16 +40,31 @@ from ibp_triton.rules.pointwise import (
     Divide,
     Dropout,
     LeakyReLU,
+    Maximum,
+    Minimum,
     Multiply,
     ReLU,
+    ReverseDivide,
     Sigmoid,
     SiLU,
     Softplus,
     Tanh,
+    Where,
 )
 from ibp_triton.rules.pooling import MaxPool1d, MaxPool2d
 from ibp_triton.rules.products import BMM, AddMM, BAddBMM, Einsum, MatMul
-from ibp_triton.rules.structural import Add, BatchedMap, Concatenate, Item, LinearMap, Pad, Pieces, Reshape, Subtract
+from ibp_triton.rules.structural import (
+    Add,
+    BatchedMap,
+    Concatenate,
+    Item,
+    LinearMap,
+    Pad,
+    Pieces,
+    Reshape,
+    ReverseSubtract,
+    Subtract,
+)
 
 __all__ = [
     "BatchNormTrain",
@@ -53,6 +80,12 @@ __all__ = [
 
 T = torch.Tensor
 
+_TRUE_DIVISIONS = (torch.true_divide, T.true_divide, T.__truediv__, T.__div__)
+_ACTIVATIONS = {
+    name: (getattr(F, name),)
+    for name in ("logsigmoid", "softsign", "tanhshrink", "relu6", "hardsigmoid", "hardswish", "mish")
+} | {"selu": (F.selu, torch.selu)}
+_ELEMENTARY = ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "abs", "sin", "cos", "erf")
 _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     Linear: (F.linear,),
     Conv1d: (F.conv1d,),
@@ -86,10 +119,26 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     AddMM: (torch.addmm, T.addmm),
     BAddBMM: (torch.baddbmm, T.baddbmm),
     Einsum: (torch.einsum,),
-    Multiply: (operator.mul, torch.mul, T.mul, torch.multiply, T.multiply),
-    Divide: (operator.truediv, torch.div, T.div, torch.true_divide, T.true_divide),
-    Add: (operator.add, torch.add, T.add),
-    Subtract: (operator.sub, torch.sub, T.sub, torch.subtract, T.subtract),
+    ELU: (F.elu,),
+    CELU: (F.celu, torch.celu),
+    GLU: (F.glu,),
+    PReLU: (F.prelu, torch.prelu, T.prelu),
+    Hardtanh: (F.hardtanh,),
+    Clamp: (torch.clamp, T.clamp, torch.clip, T.clip),
+    ClampMin: (torch.clamp_min, T.clamp_min),
+    ClampMax: (torch.clamp_max, T.clamp_max),
+    Power: (operator.pow, torch.pow, T.pow, T.__pow__),
+    Multiply: (operator.mul, torch.mul, T.mul, torch.multiply, T.multiply, T.__mul__, T.__rmul__),
+    Divide: (operator.truediv, torch.div, T.div, torch.divide, T.divide, *_TRUE_DIVISIONS),
+    ReverseDivide: (T.__rtruediv__, T.__rdiv__),
+    Add: (operator.add, torch.add, T.add, T.__add__, T.__radd__),
+    Subtract: (operator.sub, torch.sub, T.sub, torch.subtract, T.subtract, T.__sub__),
+    ReverseSubtract: (torch.rsub, T.__rsub__),
+    Maximum: (torch.maximum, T.maximum),
+    Minimum: (torch.minimum, T.minimum),
+    Where: (torch.where,),
+    **{UNARY[name]: functions for name, functions in _ACTIVATIONS.items()},
+    **{UNARY[name]: (getattr(torch, name), getattr(T, name)) for name in _ELEMENTARY},
     Concatenate: (torch.cat, torch.concat, torch.concatenate),
     Item: (operator.getitem,),
     Reshape: (

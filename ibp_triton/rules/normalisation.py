@@ -123,7 +123,7 @@ class Normalisation(Layer):
             return self._mean(u * v)
         u, v = (w.flatten(self.group[0]) for w in (u, v))
         dots = torch.linalg.vecdot(u, v) / u.shape[-1]
-        return dots.view(*dots.shape, *[1] * len(self.group))
+        return dots.view(*dots.shape, *[1] * len(self.group))  # type: ignore[no-any-return]
 
     def _view(self, v: Tensor) -> Tensor:
         """[..., *S] as [..., *inner]."""
