@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils._pytree import tree_flatten
 
-from ibp_triton.graph import Node, Ref
+from ibp_triton.graph import Constant, Node, Ref
 from ibp_triton.rules import Generic, candidate, rule_for
 
 
@@ -36,8 +36,9 @@ def _own_rule(node: Node, nodes: list[Node]) -> bool:
         return False
     bound.apply_defaults()
     arguments = dict(list(bound.arguments.items())[1:])
-    operands = {name: ref.index for name, ref in _named_refs(arguments)}
-    kinds = {name: nodes[index].kind for name, index in operands.items()}
+    tensors = dict(_named_tensors(arguments))
+    operands = {name: ref.index for name, ref in tensors.items() if isinstance(ref, Ref)}
+    kinds = {name: nodes[operands[name]].kind if name in operands else "constant" for name in tensors}
     node.rule = rule_for(node.function, kinds, arguments | arguments.get("kwargs", {}))
     node.operands = operands
     return node.rule is not None
@@ -48,9 +49,9 @@ def _signature(forward: Any) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def _named_refs(arguments: dict[str, Any]) -> Iterator[tuple[str, Ref]]:
+def _named_tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Ref | Constant]]:
     for name, value in arguments.items():
-        if isinstance(value, Ref):
+        if isinstance(value, (Ref, Constant)):
             yield name, value
         elif isinstance(value, (tuple, list)):
-            yield from ((f"{name}.{i}", part) for i, part in enumerate(value) if isinstance(part, Ref))
+            yield from ((f"{name}.{i}", part) for i, part in enumerate(value) if isinstance(part, (Ref, Constant)))

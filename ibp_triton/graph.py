@@ -34,13 +34,13 @@ class Node:
     index: int
     where: str
     kind: str
-    call: Any = None
     function: Any = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     rule: type[Layer] | None = None
     operands: dict[str, int] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
+    call: Any = None
     observed: bool = False  # the model reads its numbers otherwise than through its consumers
     fused: set[str] = field(default_factory=set)  # what a backend's lowering makes this node do besides, or leave out
     settings: dict[str, Any] = field(default_factory=dict)  # and with which numbers

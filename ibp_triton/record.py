@@ -304,7 +304,7 @@ class Recorder(TorchFunctionMode):
     def _made(self, func: Any, key: Any, call: _Call) -> Node:
         """A new node: its rule, and the names of its operands."""
         args, kwargs = tuple(map(unbind, call.keys)), {name: unbind(key) for name, key in call.named_keys}
-        node = Node(len(self.nodes), self._where(), self._kind(call.operands), key, func, args, kwargs)
+        node = Node(len(self.nodes), self._where(), self._kind(call.operands), func, args, kwargs, call=key)
         choose(node, self.nodes, generic=call.complex)
         return node
 
@@ -332,7 +332,7 @@ class Recorder(TorchFunctionMode):
         node = self._followed(call)
         if node is None:
             whole = self.nodes[of]
-            node = Node(place, whole.where, whole.kind, call, Part, rule=Part, operands={"input": of})
+            node = Node(place, whole.where, whole.kind, Part, rule=Part, operands={"input": of}, call=call)
         layer = Part(node)
         self._append(node, layer.forward(part, position), layer)
         return self._publish(part, place)
@@ -356,8 +356,9 @@ class Recorder(TorchFunctionMode):
         call, place = ("autograd", last.name(), tuple(found)), len(self.nodes)
         node = self._followed(call)
         if node is None:
-            node = Node(place, self._where(), self._kind(found), call, _Named(last.name().removesuffix("Backward")))
-            node.rule, node.operands = Hooked if hooked else Leaf, {str(k): i for k, i in enumerate(found)}
+            rule, function = Hooked if hooked else Leaf, _Named(last.name().removesuffix("Backward"))
+            operands = {str(k): i for k, i in enumerate(found)}
+            node = Node(place, self._where(), self._kind(found), function, rule=rule, operands=operands, call=call)
         layer = node.rule(node)  # type: ignore[misc]
         self._append(node, layer.forward(a, *found.values()), layer)
         self._unseen[last] = a
@@ -463,7 +464,7 @@ class Recorder(TorchFunctionMode):
         node = self._followed(call)
         if node is None:
             kind = self._kind(operands.values())
-            node = Node(place, self._where(), kind, call, Written, rule=Written, operands=operands)
+            node = Node(place, self._where(), kind, Written, rule=Written, operands=operands, call=call)
         layer = Written(node)
         now = layer.forward(a.detach(), torch.from_numpy(positions).to(a.device), write.place[0])
         self._append(node, now, layer)
