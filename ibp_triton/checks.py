@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,16 +27,18 @@ def readable(tensor: Any) -> bool:
 
 
 def check_hyperparameters(method: Any) -> None:
-    """β, ε ≥ 0, norm ≥ 1, a known semantics.
+    """β, ε, λ, step_size ≥ 0, norm ≥ 1, steps and projections from 1, a known semantics.
 
     Raises:
         InputTypeError (a TypeError): for a value that is no number.
         MethodError (a ValueError): for a value out of range.
     """
-    if method.parameter is not None:
-        _number(method, method.parameter, 0)
-    if hasattr(method, "norm"):
-        _number(method, "norm", 1)
+    for name in (f.name for f in dataclasses.fields(method)):
+        value = getattr(method, name)
+        if name in _LEAST:
+            _number(method, name, value, _LEAST[name])
+        elif name in _COUNTS and not (name == "projections" and value == "all"):
+            _count(method, name, value)
     semantics = getattr(method, "semantics", "paper")
     if semantics not in SEMANTICS:
         raise MethodError(
@@ -43,8 +46,11 @@ def check_hyperparameters(method: Any) -> None:
         )
 
 
-def _number(method: Any, name: str, least: float) -> None:
-    value: Any = getattr(method, name)
+_LEAST = {"beta": 0, "epsilon": 0, "lam": 0, "step_size": 0, "norm": 1}
+_COUNTS = ("steps", "projections")
+
+
+def _number(method: Any, name: str, value: Any, least: float) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or not readable(value):
             return
@@ -53,6 +59,13 @@ def _number(method: Any, name: str, least: float) -> None:
         raise InputTypeError(f"{type(method).__name__}: {name} must be a number, not {value!r}")
     if not least <= value < float("inf"):
         raise MethodError(f"{type(method).__name__}: {name} must be finite and at least {least}, not {value}")
+
+
+def _count(method: Any, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputTypeError(f"{type(method).__name__}: {name} must be a whole number, not {value!r}")
+    if value < 1:
+        raise MethodError(f"{type(method).__name__}: {name} must be at least 1, not {value}")
 
 
 def check_batch(

@@ -60,6 +60,7 @@ class Network:
         self.interface = Interface(x, output)
         self._recordings: dict[bool, Recordings] = {}  # by torch's layers, and by kernels
         self._shape: tuple[int, ...] | None = None
+        self._classes: int | None = None
 
     def graph(self) -> Graph | None:
         """The nodes of the last forward pass; None before the first."""
@@ -108,7 +109,19 @@ class Network:
         """
         self._shape = tuple(x.shape)
         settings = Settings(self.model, parameters, self.dtype, keep)
-        return finished(*self._of(self.native).record(settings, x, dict(extra or {})), frugal)
+        trace = finished(*self._of(self.native).record(settings, x, dict(extra or {})), frugal)
+        self._classes = trace.logits.shape[-1] if trace.logits.dim() else None
+        return trace
+
+    def classes(self, x: Tensor, extra: Mapping[str, Any] | None = None) -> int:
+        """The number of logits: that of the last batch, else found by a forward pass that leaves no trace."""
+        if self._classes is None:
+            before = Snapshot.of(self.model, x)
+            self.forward(x, {}, extra, keep=False)
+            before.restore()
+        if self._classes is None:
+            raise ModelError("the model returned a single number instead of logits [N, M]")
+        return self._classes
 
     def summary(self, input_shape: Sequence[int] | None = None, extra: Mapping[str, Any] | None = None) -> str:
         """The nodes, the rule each uses and the multiply-adds of every sweep, as text to print.

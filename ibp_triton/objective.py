@@ -12,7 +12,7 @@ from ibp_triton.checks import readable
 from ibp_triton.errors import InputError
 
 if TYPE_CHECKING:
-    from ibp_triton.methods import Method
+    from ibp_triton.methods.base import Method
     from ibp_triton.network import Network
 
 
@@ -22,7 +22,7 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: tuple[Any, ...], names: list[str], *parameters: Tensor) -> Tensor:
         method, network, x, labels, tangents, extra = step
-        loss, gradients, used = method._gradients(network, x, labels, tangents, None, extra)
+        loss, gradients, used = method.step(network, x, labels, tangents, None, extra)
         # a parameter without part in the model keeps .grad as it is
         zeros = {
             n: torch.zeros_like(p) for n, p in zip(names, parameters, strict=True) if n in used and n not in gradients

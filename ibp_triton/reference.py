@@ -46,21 +46,31 @@ def gradients(
     Raises:
         KeyError: for an unknown ``method.key``.
     """
-    function = _pure(model, interface or Interface(), dict(extra or {}))
+    run = ORACLES[method.key]
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    run = {
-        "bp": _bp,
-        "loss_ibp": _seeded,
-        "fast_tbp": _seeded,
-        "prediction_ibp": _prediction,
-        "tbp": _prediction,
-        "at": _adversarial,
-        "fast_at": _adversarial,
-    }[method.key]
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        value, result = run(function, parameters, method, x.detach(), labels, tangents)
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        numbers = _own_numbers(model, method, x, interface or Interface(), dict(extra or {}))
+        function = _pure(model, interface or Interface(), dict(extra or {}))
+        value, result = run(function, parameters, method, x.detach(), labels, tangents if numbers is None else numbers)
     n = x.shape[0]
     return value.detach() / n, {name: g.detach() / n for name, g in result.items()}
+
+
+def _own_numbers(model: nn.Module, method: Any, x: Tensor, interface: Interface, extra: Any) -> Tensor | None:
+    """What a method draws for itself, before the model draws anything."""
+    if method.key == "pgd_training" and method.random_start:
+        return torch.rand(x.shape, dtype=x.dtype)
+    if method.key == "trades":
+        return torch.randn(x.shape, dtype=x.dtype)
+    if method.key != "jacobian":
+        return None
+    with torch.random.fork_rng(devices=[]):
+        function = _pure(model, interface, extra)
+        classes = function({k: p.detach() for k, p in model.named_parameters()}, x).shape[1]
+    if method.projections == "all":
+        return torch.eye(classes, dtype=x.dtype)[:, None].repeat(1, x.shape[0], 1)
+    v = torch.randn(method.projections, x.shape[0], classes, dtype=x.dtype)
+    return v / v.norm(dim=2, keepdim=True)
 
 
 class _Called:
@@ -248,3 +258,58 @@ def _cut(value: Any) -> Any:
         return value
     primal, tangent = forward_ad.unpack_dual(value)
     return value if tangent is None else forward_ad.make_dual(primal.detach(), tangent)
+
+
+def _jacobian(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, v: Any) -> Any:
+    """(M / 2n) Σ_j ‖Jᵀ v_j‖²: Tangent BP along (M/n) Jᵀ v_j, with v_j in place of ψ."""
+    value, gradient = _loss_gradient(f, parameters, x, labels)
+    scale = v.shape[2] / v.shape[0]
+    for direction in v:
+        r = torch.func.vjp(lambda u: f(parameters, u), x)[1](direction)[0]
+        value = value + method.beta * scale / 2 * r.square().sum()
+        change = _prediction_change if method.semantics == "exact" else _paper_term
+        gradient = _add(gradient, change(f, parameters, x, scale * r, direction), method.beta)
+    return value, gradient
+
+
+def _clamped(star: Tensor, x: Tensor, epsilon: float) -> Tensor:
+    return torch.minimum(torch.maximum(star, x - epsilon), x + epsilon)
+
+
+def _pgd(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, u: Any) -> Any:
+    star = x if u is None else x + method.epsilon * (2 * u - 1)
+    for _ in range(method.steps):
+        star = fgsm_step(star, _input_gradient(f, parameters, star, labels), method.step_size)
+        star = _clamped(star, x, method.epsilon)
+    return _loss_gradient(f, parameters, star, labels)
+
+
+def _trades(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, n: Any) -> Any:
+    p, star = f(parameters, x).log_softmax(1).detach(), x + 0.001 * n
+    for _ in range(method.steps):
+        u = star.clone().requires_grad_()
+        distance = F.kl_div(f(parameters, u).log_softmax(1), p, reduction="sum", log_target=True)
+        star = fgsm_step(star, torch.autograd.grad(distance, u)[0], method.step_size)
+        star = _clamped(star, x, method.epsilon)
+    leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+    logits = f(leaves, x)
+    q = f(leaves, star).log_softmax(1)
+    divergence = F.kl_div(q, logits.log_softmax(1), reduction="sum", log_target=True)
+    value = _loss(logits, labels) + method.lam * divergence
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return value, dict(zip(leaves, found, strict=True))
+
+
+Oracle = Callable[[Function, Gradients, Any, Tensor, Tensor, Any], tuple[Tensor, Gradients]]
+ORACLES: dict[str, Oracle] = {
+    "bp": _bp,
+    "loss_ibp": _seeded,
+    "fast_tbp": _seeded,
+    "prediction_ibp": _prediction,
+    "tbp": _prediction,
+    "at": _adversarial,
+    "fast_at": _adversarial,
+    "jacobian": _jacobian,
+    "pgd_training": _pgd,
+    "trades": _trades,
+}

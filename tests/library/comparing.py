@@ -47,3 +47,13 @@ def variants(norms: tuple[float, ...] = (1, 2, 1.5)) -> list[ibp.Method]:
     for kind in (ibp.LossIBP, ibp.PredictionIBP, ibp.TangentBP, ibp.FastTangentBP):
         methods += [kind(0.7, norm, semantics) for semantics in ("paper", "exact") for norm in norms]
     return methods
+
+
+def example(key: str, strength: float = 0.3) -> ibp.Method:
+    """A method of that key at that β, ε or λ."""
+    kind = ibp.METHODS[key]
+    more = {
+        "pgd_training": {"step_size": 0.05, "steps": 2, "random_start": False},
+        "trades": {"epsilon": 0.1, "step_size": 0.05, "steps": 2},
+    }
+    return kind() if kind.parameter is None else kind(**{kind.parameter: strength}, **more.get(key, {}))
