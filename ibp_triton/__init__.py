@@ -7,14 +7,18 @@ moves. It has nothing to do with Interval Bound Propagation, which the literatur
 from ibp_triton import reference
 from ibp_triton.attacks import fgsm, gaussian_noise, pgd
 from ibp_triton.capture import CapturedStep
+from ibp_triton.errors import IBPError
 from ibp_triton.methods import (
     BP,
     METHODS,
+    TRADES,
     AdversarialTraining,
     FastAdversarialTraining,
     FastTangentBP,
+    JacobianRegularisation,
     LossIBP,
     Method,
+    PGDTraining,
     PredictionIBP,
     TangentBP,
 )
@@ -24,13 +28,17 @@ from ibp_triton.tangents import lie_tangents
 __all__ = [
     "BP",
     "METHODS",
+    "TRADES",
     "AdversarialTraining",
     "CapturedStep",
     "FastAdversarialTraining",
     "FastTangentBP",
+    "IBPError",
+    "JacobianRegularisation",
     "LossIBP",
     "Method",
     "Network",
+    "PGDTraining",
     "PredictionIBP",
     "TangentBP",
     "fgsm",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton.methods import Method
+from ibp_triton.methods.base import Method
 from ibp_triton.network import Network
 
 WARM_UP = 3  # real steps, run eagerly, before a capture: they create the optimizer's state and fill torch's caches

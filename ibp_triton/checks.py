@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-if TYPE_CHECKING:
-    from ibp_triton.methods import Method
-    from ibp_triton.network import Network
+from ibp_triton.errors import AutocastError, InputError, InputTypeError, MethodError
 
 SEMANTICS = ("paper", "exact")
 
@@ -26,90 +26,127 @@ def readable(tensor: Any) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def check_hyperparameters(method: Method) -> None:
-    """β, ε ≥ 0, norm ≥ 1, a known semantics.
+def check_hyperparameters(method: Any) -> None:
+    """β, ε, λ, step_size ≥ 0, norm ≥ 1, steps and projections from 1, a known semantics.
 
     Raises:
-        TypeError: for a value that is no number.
-        ValueError: for a value out of range.
+        InputTypeError (a TypeError): for a value that is no number.
+        MethodError (a ValueError): for a value out of range.
     """
-    if method.parameter is not None:
-        _number(method, method.parameter, 0)
-    if hasattr(method, "norm"):
-        _number(method, "norm", 1)
+    for name in (f.name for f in dataclasses.fields(method)):
+        value = getattr(method, name)
+        if name in _LEAST:
+            _number(method, name, value, _LEAST[name])
+        elif name in _COUNTS and not (name == "projections" and value == "all"):
+            _count(method, name, value)
     semantics = getattr(method, "semantics", "paper")
     if semantics not in SEMANTICS:
-        raise ValueError(
+        raise MethodError(
             f"semantics must be 'paper' (Algorithm 1) or 'exact' (the objective's true gradient), not {semantics!r}"
         )
 
 
-def _number(method: Method, name: str, least: float) -> None:
-    value: Any = getattr(method, name)
+_LEAST = {"beta": 0, "epsilon": 0, "lam": 0, "step_size": 0, "norm": 1}
+_COUNTS = ("steps", "projections")
+
+
+def _number(method: Any, name: str, value: Any, least: float) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0 or not readable(value):
             return
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{type(method).__name__}: {name} must be a number, not {value!r}")
+        raise InputTypeError(f"{type(method).__name__}: {name} must be a number, not {value!r}")
     if not least <= value < float("inf"):
-        raise ValueError(f"{type(method).__name__}: {name} must be finite and at least {least}, not {value}")
+        raise MethodError(f"{type(method).__name__}: {name} must be finite and at least {least}, not {value}")
+
+
+def _count(method: Any, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputTypeError(f"{type(method).__name__}: {name} must be a whole number, not {value!r}")
+    if value < 1:
+        raise MethodError(f"{type(method).__name__}: {name} must be at least 1, not {value}")
 
 
 def check_batch(
-    network: Network, own: Mapping[str, Tensor], x: Tensor, labels: Tensor, parameters: Mapping[str, Tensor]
-) -> None:
-    """Shapes, dtypes and devices are checked against the network and its model's own parameters.
+    own: Mapping[str, Tensor], dtype: torch.dtype | None, x: Tensor, labels: Any, parameters: Mapping[str, Tensor]
+) -> Tensor:
+    """The labels as int64; shapes, dtypes and devices are checked against the model's own parameters.
 
     Raises:
-        TypeError, ValueError, RuntimeError: naming the cause and the cure.
+        InputError, InputTypeError, AutocastError: naming the cause and the cure.
     """
     unknown = sorted(set(parameters) - set(own))
     if unknown:
-        raise ValueError(f"parameters has names the model lacks: {unknown}; the model's are {sorted(own)}")
+        raise InputError(f"parameters has names the model lacks: {unknown}; the model's are {sorted(own)}")
+    _check_input(x, dtype, own)
+    numbers = _labels(labels, x)
+    if numbers.dim() != 1 or numbers.shape[0] != x.shape[0]:
+        raise InputError(f"labels must have shape [{x.shape[0]}], one a sample of x, not {list(numbers.shape)}")
+    if numbers.device != x.device:
+        raise InputError(f"labels are on {numbers.device}, x on {x.device}; move them to one device")
+    return numbers
+
+
+def _labels(labels: Any, x: Tensor) -> Tensor:
+    """Class numbers of any integer dtype, in a tensor, an array or a list."""
+    if not isinstance(labels, Tensor):
+        try:
+            labels = torch.as_tensor(np.asarray(labels)).to(x.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputTypeError(f"labels must be a tensor of class numbers, not {type(labels).__name__}") from error
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise InputTypeError(f"labels must be int64 class numbers, not {labels.dtype}; use labels.long()")
+    return torch.as_tensor(labels, dtype=torch.int64)
+
+
+def _check_input(x: Any, dtype: torch.dtype | None, own: Mapping[str, Tensor]) -> None:
+    if not isinstance(x, Tensor):
+        raise InputTypeError(f"x must be a tensor, not {type(x).__name__}; use torch.as_tensor(x)")
     if torch.is_autocast_enabled(x.device.type):
-        raise RuntimeError(
+        raise AutocastError(
             "the methods choose the dtype of each sweep themselves: leave torch.autocast before the loss and pass "
             "Network(model, dtype=torch.bfloat16), which computes in bfloat16 with the parameters as master weights"
         )
-    _check_input(network, x, own)
-    if labels.dim() != 1 or labels.shape[0] != x.shape[0]:
-        raise ValueError(f"labels must have shape [{x.shape[0]}], one a sample of x, not {list(labels.shape)}")
-    if labels.dtype not in (torch.int64,):
-        raise TypeError(f"labels must be int64 class numbers, not {labels.dtype}; use labels.long()")
-    if labels.device != x.device:
-        raise ValueError(f"labels are on {labels.device}, x on {x.device}; move them to one device")
-
-
-def _check_input(network: Network, x: Tensor, own: Mapping[str, Tensor]) -> None:
     if x.dim() < 2 or x.shape[0] == 0:
-        raise ValueError(f"x must be a batch [N, ...] with N >= 1, not {list(x.shape)}")
+        raise InputError(f"x must be a batch [N, ...] with N >= 1, not {list(x.shape)}")
     if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, not {x.dtype}: the penalties need derivatives with respect to it")
+        raise InputTypeError(
+            f"x must be floating point, not {x.dtype}: the penalties need derivatives with respect to it. For a model "
+            "of tokens pass their embeddings, as Network(model, x='inputs_embeds') where the model takes them"
+        )
     if not own:
-        raise ValueError("the model has no parameters to train")
+        raise InputError("the model has no parameters to train")
+    meta = [name for name, p in own.items() if p.is_meta]
+    if meta and not x.is_meta:
+        raise InputError(
+            f"parameter '{meta[0]}' is on the meta device, without numbers: model.to_empty(device=…) first"
+        )
     first = next(iter(own.values()))
     if first.device != x.device:
-        raise ValueError(f"x is on {x.device}, the model on {first.device}; move one with .to(device)")
+        raise InputError(f"x is on {x.device}, the model on {first.device}; move one with .to(device)")
     dtypes = {p.dtype for p in own.values() if p.is_floating_point()}
-    if network.dtype is None and dtypes != {x.dtype}:
+    if dtype is None and dtypes and x.dtype not in dtypes:
         names = ", ".join(sorted(map(str, dtypes)))
-        raise TypeError(
-            f"x is {x.dtype}, the parameters are {names}; use x.to({first.dtype}) or Network(model, dtype=...)"
-        )
+        cast = f"use x.to({first.dtype}) or " if len(dtypes) == 1 else "pass "
+        raise InputTypeError(f"x is {x.dtype}, the parameters are {names}; {cast}Network(model, dtype=...)")
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Logits [N, M], and labels from 0 to M − 1 where they can be read.
+    """Logits [N, M] with M > 1, and labels from 0 to M − 1 where they can be read.
 
     Raises:
-        ValueError: otherwise.
+        InputError: otherwise.
     """
     if logits.dim() != 2 or logits.shape[0] != labels.shape[0]:
-        raise ValueError(f"the model must return logits [{labels.shape[0]}, M], not {list(logits.shape)}")
-    if readable(labels) and bool(((labels < 0) | (labels >= logits.shape[1])).any()):
+        raise InputError(f"the model must return logits [{labels.shape[0]}, M], not {list(logits.shape)}")
+    if logits.shape[1] < 2:
+        raise InputError("the model returns one logit, whose cross-entropy is always 0: let it return two, [N, 2]")
+    if not readable(labels):
+        return
+    if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
         low, high = int(labels.min()), int(labels.max())
-        raise ValueError(
+        raise InputError(
             f"labels must lie in 0 … {logits.shape[1] - 1} for {logits.shape[1]} logits, got {low} … {high}"
         )
 
@@ -118,16 +155,20 @@ def check_tangents(key: str, needed: bool, x: Tensor, tangents: Tensor | None) -
     """Tangent methods need [T, N, ...] tangents; others take none.
 
     Raises:
-        ValueError, TypeError: otherwise.
+        InputError, InputTypeError: otherwise.
     """
     if needed != (tangents is not None):
         cure = "pass tangents=lie_tangents(images)" if needed else "leave tangents out"
-        raise ValueError(f"method '{key}' {'needs' if needed else 'takes no'} tangents: {cure}")
+        raise InputError(f"method '{key}' {'needs' if needed else 'takes no'} tangents: {cure}")
     if tangents is None:
         return
+    if not isinstance(tangents, Tensor):
+        raise InputTypeError(f"tangents must be a tensor [T, *x.shape], not {type(tangents).__name__}")
     if tangents.dim() != x.dim() + 1 or tangents.shape[1:] != x.shape:
-        raise ValueError(
+        raise InputError(
             f"tangents must have shape [T, *x.shape] = [T, {str(list(x.shape))[1:]}, not {list(tangents.shape)}"
         )
     if not tangents.is_floating_point() or tangents.device != x.device:
-        raise TypeError(f"tangents must be floating point on {x.device}, not {tangents.dtype} on {tangents.device}")
+        raise InputTypeError(
+            f"tangents must be floating point on {x.device}, not {tangents.dtype} on {tangents.device}"
+        )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-
-from torch.utils._pytree import tree_flatten
 
 if TYPE_CHECKING:
     from ibp_triton.rules import Layer
@@ -20,9 +18,18 @@ class Ref:
     index: int
 
 
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that depends on no input or parameter, inside a call's arguments: whichever the call brings."""
+
+
 @dataclass(eq=False)
 class Node:
-    """One step of the forward pass. ``operands`` names the tensors a derivative may flow to: {name: node}."""
+    """One step of the forward pass. ``operands`` names the tensors a derivative may flow to: {name: node}.
+
+    ``kind`` is active (depends on x) or parametric (on parameters alone). ``call`` is what must be equal for the next
+    step's call to be the same node again. A node holds no tensor.
+    """
 
     index: int
     where: str
@@ -33,47 +40,18 @@ class Node:
     rule: type[Layer] | None = None
     operands: dict[str, int] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
-    consumers: list[int] = field(default_factory=list)
-    shares: bool = False  # an operand has other consumers too
+    call: Any = None
+    observed: bool = False  # the model reads its numbers otherwise than through its consumers
     fused: set[str] = field(default_factory=set)  # what a backend's lowering makes this node do besides, or leave out
     settings: dict[str, Any] = field(default_factory=dict)  # and with which numbers
-
-    @cached_property
-    def _template(self) -> tuple[list[Any], list[tuple[int, int]]] | None:
-        """The positional arguments and which of them are values of other nodes; None where references lie deeper."""
-        refs = [(position, arg.index) for position, arg in enumerate(self.args) if isinstance(arg, Ref)]
-        deep = tree_flatten((self.args, self.kwargs))[0]
-        slices = any(isinstance(leaf, slice) for leaf in deep)
-        return None if slices or sum(isinstance(leaf, Ref) for leaf in deep) > len(refs) else (list(self.args), refs)
-
-    def arguments(self, values: list[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
-        """The arguments of the call, with the values of the nodes they refer to."""
-        if self._template is None:
-            return _resolve(self.args, values), _resolve(self.kwargs, values)
-        args, refs = list(self._template[0]), self._template[1]
-        for position, index in refs:
-            args[position] = values[index]
-        return args, self.kwargs
 
     @property
     def label(self) -> str:
         """What the node does, for people."""
-        if self.rule is not None and self.rule.label not in ("generic", "linear map", "reshape"):
+        if self.rule is not None and self.rule.label not in ("generic", "linear map", "reshape", "autograd"):
             return self.rule.label
         function = self.function
         return getattr(function, "__name__", str(function)) if function is not None else self.kind
-
-
-def _resolve(arguments: Any, values: list[Any]) -> Any:
-    if isinstance(arguments, Ref):
-        return values[arguments.index]
-    if isinstance(arguments, slice):
-        return slice(*(_resolve(part, values) for part in (arguments.start, arguments.stop, arguments.step)))
-    if isinstance(arguments, dict):
-        return {key: _resolve(value, values) for key, value in arguments.items()}
-    if isinstance(arguments, (tuple, list)):
-        return type(arguments)(_resolve(part, values) for part in arguments)
-    return arguments
 
 
 class Plan:
@@ -114,25 +92,34 @@ class Graph:
     input: int
     output: int
     parameters: dict[int, str]
-    _plans: dict[frozenset[int], Plan] = field(default_factory=dict)
+    _plan: Plan | None = None
 
-    def plan(self, trainable: frozenset[int]) -> Plan:
-        """Made once for each set of trainable parameter nodes."""
-        if trainable not in self._plans:
-            self._plans[trainable] = Plan(self.nodes, trainable, self.output)
-        return self._plans[trainable]
+    def plan(self, trainable: Iterable[int]) -> Plan:
+        """For these trainable parameter nodes; made anew when they change."""
+        key, plan = frozenset(trainable), self._plan
+        if plan is None or plan.trainable != key:
+            plan = self._plan = Plan(self.nodes, key, self.output)
+        return plan
+
+    @cached_property
+    def computes_parameters(self) -> bool:
+        """Whether weights are computed from parameters, so that what a step's data say may take part in it."""
+        return any(node.kind == "parametric" and node.operands for node in self.nodes)
+
+    @cached_property
+    def consumers(self) -> list[list[int]]:
+        """For each node those that read its value, in order, each once."""
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for node in self.nodes:
+            for operand in dict.fromkeys(node.operands.values()):
+                found[operand].append(node.index)
+        return found
 
     @cached_property
     def last_uses(self) -> list[list[int]]:
         """For each node the active nodes whose value no later node reads (x and the logits are kept)."""
-        last: dict[int, int] = {}
-        for node in self.nodes:
-            for leaf in tree_flatten((node.args, node.kwargs))[0]:
-                for ref in (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else (leaf,):
-                    if isinstance(ref, Ref):
-                        last[ref.index] = node.index
         found: list[list[int]] = [[] for _ in self.nodes]
-        for index, user in last.items():
-            if self.nodes[index].kind == "active" and index not in (self.input, self.output):
-                found[user].append(index)
+        for index, users in enumerate(self.consumers):
+            if users and self.nodes[index].kind == "active" and index not in (self.input, self.output):
+                found[users[-1]].append(index)
         return found

@@ -1,7 +1,7 @@
 """The loss head: softmax cross-entropy with its first and second derivative, and the seeds of the extra passes.
 
 A backend's head is a module with these functions: ``cross_entropy``, ``hessian_product``, ``seed``, ``input_seed``,
-``tangent_seed``, ``fgsm_step`` and ``objective``. This one is torch's; methods reach theirs through ``network.head``.
+``tangent_seed``, ``fgsm_step`` and ``objective``. This one is torch's; recipes reach theirs through a pass.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.attacks import fgsm_step
+from ibp_triton.seeds import Seed
 
 __all__ = [
     "cross_entropy",
@@ -62,22 +63,22 @@ def penalty(u: Tensor, norm: float) -> Tensor:
     return u.square().sum() / 2 if norm == 2 else u.abs().pow(norm).sum() / norm
 
 
-def seed(u: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
-    """ψ(u) and ‖u‖_r^r / r, in numbers that ``objective`` adds up; without ``wanted`` the first is of no use."""
-    return psi(u, norm) if wanted else u, penalty(u, norm)
+def seed(u: Tensor, norm: float) -> tuple[Seed, Tensor]:
+    """ψ(u) and ‖u‖_r^r / r, in numbers that ``objective`` adds up."""
+    return Seed(psi(u, norm)), penalty(u, norm)
 
 
-def input_seed(d_0: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+def input_seed(d_0: Tensor, norm: float) -> tuple[Seed, Tensor]:
     """``seed`` of the input's derivative, for the linear sweep: a backend may leave the sign to the first layer."""
-    return seed(d_0, norm, wanted)
+    return seed(d_0, norm)
 
 
-def tangent_seed(d_0: Tensor, tau: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
-    """Σ_j ψ(⟨d_0, τ_j⟩) τ_j for tangents [T, N, ...], and Σ_j |⟨d_0, τ_j⟩|^r / r; ``wanted`` as in ``seed``."""
+def tangent_seed(d_0: Tensor, tau: Tensor, norm: float) -> tuple[Seed, Tensor]:
+    """Σ_j ψ(⟨d_0, τ_j⟩) τ_j for tangents [T, N, ...], and Σ_j |⟨d_0, τ_j⟩|^r / r."""
     slopes = torch.linalg.vecdot(tau.flatten(2), d_0.flatten(1))  # [T, N]
-    weights = psi(slopes, norm) if wanted else slopes
-    collapsed = (weights.view(*weights.shape, *([1] * (tau.dim() - 2))) * tau).sum(0) if wanted else d_0
-    return collapsed, penalty(slopes, norm)
+    weights = psi(slopes, norm)
+    collapsed = (weights.view(*weights.shape, *([1] * (tau.dim() - 2))) * tau).sum(0)
+    return Seed(collapsed), penalty(slopes, norm)
 
 
 def objective(batch: int, *parts: tuple[Any, Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
-from ibp_triton.rules import Generic
+from ibp_triton.rules.generic import Generic
 from ibp_triton.trace import Trace
 
 

@@ -11,51 +11,66 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton import ledger
-from ibp_triton.builder import Builder
+from ibp_triton.errors import InputError, MethodError, ModelError
 from ibp_triton.graph import Graph
-from ibp_triton.trace import Trace, run
-from ibp_triton.tracing import signature, trace
+from ibp_triton.interface import Interface, Pick
+from ibp_triton.record import Settings
+from ibp_triton.snapshot import Snapshot
+from ibp_triton.trace import Recordings, Trace, finished
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 class Network:
-    """Any classifier ``model(x) -> logits [N, M]`` as nodes in order, for the explicit sweeps of the methods.
+    """Any classifier ``model(x) -> logits [N, M]`` for the explicit sweeps of the methods.
 
-    The parameters stay the model's own; ``train()`` and ``eval()`` are followed. Submodules that torch.fx cannot trace
-    run as one layer each, named once in a warning; no model is refused for its structure.
+    The parameters stay the model's own. Every forward pass runs the model's own code and records it, so whatever
+    changes between two steps (modes, attributes, layers, branches on data) is followed; hooks fire once a forward pass.
 
     Args:
-        model: the classifier; x is its one input.
+        model: the classifier.
         backend: "torch", "triton", or "auto" (triton where the parameters are on a CUDA device, else torch).
         dtype: the dtype to compute in, e.g. torch.bfloat16 with float32 parameters as master weights; None computes
             in the parameters' own dtype. Gradients always come in the parameters' dtype.
+        x: which argument of the model's forward x is, by position or name; others come as ``extra`` of a loss.
+        output: which part of the model's result the logits are: a key, an attribute, an index or a function. By default
+            the result itself, its ``.logits``, or the only tensor of a tuple.
 
     Raises:
-        TypeError: for a model wrapped for data parallelism or compiled; the message names the cure.
-        ValueError: for an unknown backend or a dtype that is not floating point.
+        ModelError (a TypeError): for a model wrapped for data parallelism or compiled; the message names the cure.
+        MethodError (a ValueError): for an unknown backend or a dtype that is not floating point.
     """
 
-    def __init__(self, model: nn.Module, backend: str = "auto", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: str = "auto",
+        dtype: torch.dtype | None = None,
+        *,
+        x: int | str = 0,
+        output: Pick = None,
+    ) -> None:
         _check_model(model)
         if backend not in ("auto", "torch", "triton"):
-            raise ValueError(f"backend must be 'auto', 'torch' or 'triton', not {backend!r}")
+            raise MethodError(f"backend must be 'auto', 'torch' or 'triton', not {backend!r}")
         if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype}")
+            raise MethodError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype}")
         self.model, self.backend, self.dtype = model, backend, dtype
-        self._graphs: dict[Any, Graph] = {}
-        self._warned = False
+        self.interface = Interface(x, output)
+        self._recordings: dict[bool, Recordings] = {}  # by torch's layers, and by kernels
         self._shape: tuple[int, ...] | None = None
+        self._classes: int | None = None
 
-    def graph(self) -> Graph:
-        """The nodes for the model's present structure and train/eval modes; traced once for each."""
-        fast = self.native
-        key = (signature(self.model), fast)
-        if key not in self._graphs:
-            graph = self._trace()
-            self._graphs[key] = import_module("ibp_triton.rules.triton").lower(graph) if fast else graph
-        return self._graphs[key]
+    def graph(self) -> Graph | None:
+        """The nodes of the last forward pass; None before the first."""
+        return self._of(self.native).last
+
+    def _of(self, native: bool) -> Recordings:
+        if native not in self._recordings:
+            lower = import_module("ibp_triton.rules.triton").lower if native else None
+            self._recordings[native] = Recordings(self.interface, lower)
+        return self._recordings[native]
 
     @property
     def native(self) -> bool:
@@ -69,55 +84,74 @@ class Network:
             raise ImportError("backend='triton' needs the package triton: pip install triton, or use backend='torch'")
         return True
 
-    @property
-    def head(self) -> Any:
+    def head(self, trace: Trace) -> Any:
         """The loss head of the backend in use: see ``ibp_triton.head``."""
         if not self.native:
             return import_module("ibp_triton.head")
-        return import_module("ibp_triton.rules.triton_head").Head(self.graph())
-
-    def _trace(self) -> Graph:
-        warn, self._warned = not self._warned, True
-        graph = trace(self.model, lambda graph, model: Builder(model).build(graph, model), warn)
-        return graph if graph is not None else Builder(self.model).whole()
+        return import_module("ibp_triton.rules.triton_head").Head(trace.graph)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name, each once."""
         return dict(self.model.named_parameters())
 
     def forward(
-        self, x: Tensor, parameters: Mapping[str, Tensor], first: Trace | None = None, frugal: bool = False
+        self,
+        x: Tensor,
+        parameters: Mapping[str, Tensor],
+        extra: Mapping[str, Any] | None = None,
+        *,
+        frugal: bool = False,
+        keep: bool = True,
     ) -> Trace:
-        """The first sweep at x [N, ...]; see ``ibp_triton.trace.run``."""
-        self._shape = tuple(x.shape)
-        return run(self.graph(), self.model, x, parameters, self.dtype, first, frugal)
+        """The first sweep at x [N, ...] with ``parameters`` (the model's own where absent).
 
-    def summary(self, input_shape: Sequence[int] | None = None) -> str:
+        ``frugal``: sweeps may let go of what only curvature would read again. ``keep``: all nodes' values are kept.
+        """
+        self._shape = tuple(x.shape)
+        settings = Settings(self.model, parameters, self.dtype, keep)
+        trace = finished(*self._of(self.native).record(settings, x, dict(extra or {})), frugal)
+        self._classes = trace.logits.shape[-1] if trace.logits.dim() else None
+        return trace
+
+    def classes(self, x: Tensor, extra: Mapping[str, Any] | None = None) -> int:
+        """The number of logits: that of the last batch, else found by a forward pass that leaves no trace."""
+        if self._classes is None:
+            before = Snapshot.of(self.model, x)
+            self.forward(x, {}, extra, keep=False)
+            before.restore()
+        if self._classes is None:
+            raise ModelError("the model returned a single number instead of logits [N, M]")
+        return self._classes
+
+    def summary(self, input_shape: Sequence[int] | None = None, extra: Mapping[str, Any] | None = None) -> str:
         """The nodes, the rule each uses and the multiply-adds of every sweep, as text to print.
 
         Args:
             input_shape: [N, ...]; by default that of the last batch.
+            extra: the model's other inputs, by name.
 
         Raises:
-            ValueError: without a shape before the first batch.
+            InputError (a ValueError): without a shape before the first batch.
         """
-        return ledger.summary(self._rows(input_shape))
+        return ledger.summary(self._rows(input_shape, extra))
 
-    def multiply_adds(self, input_shape: Sequence[int] | None = None) -> ledger.MultiplyAdds:
+    def multiply_adds(
+        self, input_shape: Sequence[int] | None = None, extra: Mapping[str, Any] | None = None
+    ) -> ledger.MultiplyAdds:
         """Multiply-adds of each sweep on inputs [N, ...] of this shape (by default the last batch's)."""
-        return ledger.total(self._rows(input_shape))
+        return ledger.total(self._rows(input_shape, extra))
 
-    def _rows(self, input_shape: Sequence[int] | None) -> list[ledger.Row]:
+    def _rows(self, input_shape: Sequence[int] | None, extra: Mapping[str, Any] | None) -> list[ledger.Row]:
         shape = self._shape if input_shape is None else tuple(input_shape)
         if shape is None:
-            raise ValueError("the network has seen no batch yet: pass the input's shape, summary([32, 1, 28, 28])")
+            raise InputError("the network has seen no batch yet: pass the input's shape, summary([32, 1, 28, 28])")
         first = next(self.model.parameters())
         x = torch.zeros(shape, dtype=first.dtype, device=first.device)
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with torch.no_grad(), torch.random.fork_rng([first.device] if first.is_cuda else []):
-            rows = ledger.rows(run(self.graph(), self.model, x, {}, self.dtype))
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        before, last = Snapshot.of(self.model, x), self._shape
+        with torch.no_grad():
+            rows = ledger.rows(self.forward(x, {}, extra))
+        before.restore()
+        self._shape = last
         return rows
 
     def __repr__(self) -> str:
@@ -127,12 +161,12 @@ class Network:
 
 def _check_model(model: Any) -> None:
     if isinstance(model, _WRAPPERS):
-        raise TypeError(
+        raise ModelError(
             f"Network needs the plain model, not {type(model).__name__}: put the loss inside the wrapper instead. "
             "Write a module whose forward(x, labels) returns method(self.network, x, labels), with self.model = model "
             "and self.network = Network(model), and wrap that module"
         )
     if type(model).__name__ == "OptimizedModule":
-        raise TypeError("Network needs the plain model, not the result of torch.compile: pass the module you compiled")
+        raise ModelError("Network needs the plain model, not the result of torch.compile: pass the module you compiled")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Network needs a torch.nn.Module, not {type(model).__name__}")
+        raise ModelError(f"Network needs a torch.nn.Module, not {type(model).__name__}")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ibp_triton.checks import readable
+from ibp_triton.errors import InputError
 
 if TYPE_CHECKING:
-    from ibp_triton.methods import Method
+    from ibp_triton.methods.base import Method
     from ibp_triton.network import Network
 
 
@@ -20,9 +21,13 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: tuple[Any, ...], names: list[str], *parameters: Tensor) -> Tensor:
-        method, network, x, labels, tangents = step
-        loss, gradients = method.gradients(network, x, labels, tangents)
-        ctx.gradients = [gradients.get(name) for name in names]
+        method, network, x, labels, tangents, extra = step
+        loss, gradients, used = method.step(network, x, labels, tangents, None, extra)
+        # a parameter without part in the model keeps .grad as it is
+        zeros = {
+            n: torch.zeros_like(p) for n, p in zip(names, parameters, strict=True) if n in used and n not in gradients
+        }
+        ctx.gradients = [gradients.get(name, zeros.get(name)) for name in names]
         return loss  # type: ignore[no-any-return]
 
     @staticmethod
@@ -43,15 +48,20 @@ class _Objective(torch.autograd.Function):
         return None, None, *(None if g is None else g * upstream[0].to(g.dtype) for g in gradients)
 
 
-def objective(method: Method, network: Network, x: Tensor, labels: Tensor, tangents: Tensor | None) -> Tensor:
+def objective(
+    method: Method, network: Network, x: Tensor, labels: Any, tangents: Tensor | None, extra: Mapping[str, Any] | None
+) -> Tensor:
     """The loss as a 0-d tensor with history; its value alone where gradients are off or nothing is trainable."""
-    # a parameter without part in the model keeps .grad as it is
-    used = [(name, attrgetter(name)(network.model)) for name in network.graph().parameters.values()]
-    named = [(name, p) for name, p in used if p.requires_grad]
+    named = (
+        [(name, p) for name, p in network.parameters().items() if p.requires_grad]
+        if hasattr(network, "interface")
+        else []
+    )
     if not torch.is_grad_enabled() or not named:
-        return method.value(network, x, labels, tangents)
-    if x.requires_grad:
-        raise ValueError("the loss has no gradient with respect to x: pass x.detach()")
+        return method.value(network, x, labels, tangents, extra)
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise InputError("the loss has no gradient with respect to x: pass x.detach()")
     names, parameters = zip(*named, strict=True)
-    loss: Tensor = _Objective.apply((method, network, x, labels, tangents), list(names), *parameters)  # type: ignore[no-untyped-call]
+    step = (method, network, x, labels, tangents, extra)
+    loss: Tensor = _Objective.apply(step, list(names), *parameters)  # type: ignore[no-untyped-call]
     return loss

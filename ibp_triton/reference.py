@@ -14,14 +14,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ibp_triton import calls
 from ibp_triton.attacks import fgsm_step
+from ibp_triton.interface import Interface
 
 Gradients = dict[str, Tensor]
 Function = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 def gradients(
-    model: nn.Module, method: Any, x: Tensor, labels: Tensor, tangents: Tensor | None = None
+    model: nn.Module,
+    method: Any,
+    x: Tensor,
+    labels: Tensor,
+    tangents: Tensor | None = None,
+    extra: Mapping[str, Any] | None = None,
+    interface: Interface | None = None,
 ) -> tuple[Tensor, Gradients]:
     """The method's objective (mean over the batch) and {parameter name: gradient}, by automatic differentiation.
 
@@ -32,37 +40,60 @@ def gradients(
         x: [N, ...]; use float64 for comparisons.
         labels: [N] integers.
         tangents: [T, N, ...] for tbp and fast_tbp.
+        extra: the model's other inputs by name.
+        interface: how the model is called and its logits picked, as ``Network(model, x=…, output=…).interface``.
 
     Raises:
         KeyError: for an unknown ``method.key``.
     """
-    function = _pure(model)
+    run = ORACLES[method.key]
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    run = {
-        "bp": _bp,
-        "loss_ibp": _seeded,
-        "fast_tbp": _seeded,
-        "prediction_ibp": _prediction,
-        "tbp": _prediction,
-        "at": _adversarial,
-        "fast_at": _adversarial,
-    }[method.key]
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        value, result = run(function, parameters, method, x.detach(), labels, tangents)
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        numbers = _own_numbers(model, method, x, interface or Interface(), dict(extra or {}))
+        function = _pure(model, interface or Interface(), dict(extra or {}))
+        value, result = run(function, parameters, method, x.detach(), labels, tangents if numbers is None else numbers)
     n = x.shape[0]
     return value.detach() / n, {name: g.detach() / n for name, g in result.items()}
 
 
-def _pure(model: nn.Module) -> Function:
+def _own_numbers(model: nn.Module, method: Any, x: Tensor, interface: Interface, extra: Any) -> Tensor | None:
+    """What a method draws for itself, before the model draws anything."""
+    if method.key == "pgd_training" and method.random_start:
+        return torch.rand(x.shape, dtype=x.dtype)
+    if method.key == "trades":
+        return torch.randn(x.shape, dtype=x.dtype)
+    if method.key != "jacobian":
+        return None
+    with torch.random.fork_rng(devices=[]):
+        function = _pure(model, interface, extra)
+        classes = function({k: p.detach() for k, p in model.named_parameters()}, x).shape[1]
+    if method.projections == "all":
+        return torch.eye(classes, dtype=x.dtype)[:, None].repeat(1, x.shape[0], 1)
+    v = torch.randn(method.projections, x.shape[0], classes, dtype=x.dtype)
+    return v / v.norm(dim=2, keepdim=True)
+
+
+class _Called:
+    """The model with other parameters and buffers, called as the interface says."""
+
+    def __init__(self, model: nn.Module, interface: Interface, extra: Mapping[str, Any]) -> None:
+        self.model, self.interface, self.extra = model, interface, extra
+
+    def __call__(self, state: Mapping[str, Tensor], x: Tensor) -> Any:
+        with torch.nn.utils.stateless._reparametrize_module(self.model, dict(state), tie_weights=True):
+            return self.interface.call(self.model, x, self.extra)
+
+
+def _pure(model: nn.Module, interface: Interface, extra: Mapping[str, Any]) -> Function:
     """The model as a function of parameters and x, at fixed buffers and random numbers."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     state = torch.get_rng_state()
 
     def function(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         copies = {name: b.clone() for name, b in buffers.items()}
-        with torch.random.fork_rng(devices=[]), _no_fast_path(), _SteadyDropout():
+        with torch.random.fork_rng(devices=[]), _no_fast_path(), _NoGradConstants(), _SteadyDropout():
             torch.set_rng_state(state)
-            return torch.func.functional_call(model, {**parameters, **copies}, (x.clone(),))  # type: ignore[no-any-return]
+            return interface.pick(_Called(model, interface, extra)({**parameters, **copies}, x.clone()))
 
     return function
 
@@ -202,13 +233,83 @@ class _SteadyDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NoGradConstants(TorchFunctionMode):
+    """What runs with gradients off is a constant in forward mode too, which torch's duals go through."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return func(*args, **kwargs).detach()
+        if torch.is_grad_enabled() or calls.KINDS.get(func) in (calls.Kind.READ, calls.Kind.NUMBER):
+            return func(*args, **kwargs)
+        if calls.in_place(func) is not None and args and isinstance(args[0], Tensor):
+            func(args[0].detach(), *args[1:], **kwargs)  # the numbers change, the derivatives do not
+            return args[0]
+        return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, func(*args, **kwargs))
+
+
 class _CutPrimals(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return tree_map(_cut, func(*args, **(kwargs or {})))
 
 
 def _cut(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return value
     primal, tangent = forward_ad.unpack_dual(value)
     return value if tangent is None else forward_ad.make_dual(primal.detach(), tangent)
+
+
+def _jacobian(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, v: Any) -> Any:
+    """(M / 2n) Σ_j ‖Jᵀ v_j‖²: Tangent BP along (M/n) Jᵀ v_j, with v_j in place of ψ."""
+    value, gradient = _loss_gradient(f, parameters, x, labels)
+    scale = v.shape[2] / v.shape[0]
+    for direction in v:
+        r = torch.func.vjp(lambda u: f(parameters, u), x)[1](direction)[0]
+        value = value + method.beta * scale / 2 * r.square().sum()
+        change = _prediction_change if method.semantics == "exact" else _paper_term
+        gradient = _add(gradient, change(f, parameters, x, scale * r, direction), method.beta)
+    return value, gradient
+
+
+def _clamped(star: Tensor, x: Tensor, epsilon: float) -> Tensor:
+    return torch.minimum(torch.maximum(star, x - epsilon), x + epsilon)
+
+
+def _pgd(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, u: Any) -> Any:
+    star = x if u is None else x + method.epsilon * (2 * u - 1)
+    for _ in range(method.steps):
+        star = fgsm_step(star, _input_gradient(f, parameters, star, labels), method.step_size)
+        star = _clamped(star, x, method.epsilon)
+    return _loss_gradient(f, parameters, star, labels)
+
+
+def _trades(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, n: Any) -> Any:
+    p, star = f(parameters, x).log_softmax(1).detach(), x + 0.001 * n
+    for _ in range(method.steps):
+        u = star.clone().requires_grad_()
+        distance = F.kl_div(f(parameters, u).log_softmax(1), p, reduction="sum", log_target=True)
+        star = fgsm_step(star, torch.autograd.grad(distance, u)[0], method.step_size)
+        star = _clamped(star, x, method.epsilon)
+    leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+    logits = f(leaves, x)
+    q = f(leaves, star).log_softmax(1)
+    divergence = F.kl_div(q, logits.log_softmax(1), reduction="sum", log_target=True)
+    value = _loss(logits, labels) + method.lam * divergence
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return value, dict(zip(leaves, found, strict=True))
+
+
+Oracle = Callable[[Function, Gradients, Any, Tensor, Tensor, Any], tuple[Tensor, Gradients]]
+ORACLES: dict[str, Oracle] = {
+    "bp": _bp,
+    "loss_ibp": _seeded,
+    "fast_tbp": _seeded,
+    "prediction_ibp": _prediction,
+    "tbp": _prediction,
+    "at": _adversarial,
+    "fast_at": _adversarial,
+    "jacobian": _jacobian,
+    "pgd_training": _pgd,
+    "trades": _trades,
+}

@@ -5,21 +5,36 @@ Sweeps are pure functions of tensors. What a sweep saves belongs to its Trace an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ibp_triton.errors import MethodError
 from ibp_triton.graph import Node
 from ibp_triton.rules import Bilinear, Pieces, Product
 from ibp_triton.rules.base import wide
+from ibp_triton.seeds import Seed, numbers
 from ibp_triton.trace import Trace
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Freed:
+    """What a sweep let go of: no derivative, and not zero either."""
+
+    def __repr__(self) -> str:
+        return "freed"
+
+
+FREED = Freed()
 
 
 class Sweep(list[Any]):
-    """A derivative or tangent for each node, None where there is none.
+    """A derivative or tangent for each node, None where there is none, FREED where it was let go of.
 
     ``run()`` fills it. One that has not run yet may enter the terms of a weight gradient: it then runs along with it,
     each node's sides being used while they are in the cache, and let go of before the next node's are made.
@@ -33,12 +48,24 @@ class Sweep(list[Any]):
         """Pass one node."""
         raise NotImplementedError
 
-    def run(self) -> Sweep:
-        """Pass all nodes."""
+    def run(self) -> Self:
+        """Pass all nodes now."""
         self.done = True
         for node in self.trace.graph.nodes if self.forward else reversed(self.trace.graph.nodes):
             self.advance(node)
         return self
+
+    def at(self, index: int) -> Any:
+        """What the sweep has at a node.
+
+        Raises:
+            MethodError: where it has been let go of.
+        """
+        found = self[index]
+        if found is FREED:
+            where = self.trace.graph.nodes[index].where or "the input"
+            raise MethodError(f"a recipe reads a sweep at {where} after it was used up: read it before its terms are")
+        return found
 
     def _keeps(self, index: int) -> bool:
         """Whether a weight gradient will read this node's side after the sweep has passed it."""
@@ -53,30 +80,50 @@ class Reverse(Sweep):
         d: the derivative of the output.
         to_input: whether the input's own derivative is wanted; without it the first layer's vjp is skipped.
         bends: pairs (reverse sweep r, linear sweep t); each adds curvature_i(r_i, t_{i−1}) to δ_{i−1}.
+        passing: nothing else will read the forward pass: its layers are let go of one by one.
     """
 
     def __init__(
-        self, trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[tuple[Sweep, Sweep]] = ()
+        self,
+        trace: Trace,
+        d: Tensor | None,
+        *,
+        to_input: bool,
+        bends: Sequence[tuple[Sweep, Sweep]] = (),
+        passing: bool = False,
     ) -> None:
         super().__init__([None] * len(trace.graph.nodes))
-        self.trace, self.to_input, self.bends = trace, to_input, bends
+        self.trace, self.to_input, self.bends, self.passing = trace, to_input, bends, passing
         self[trace.graph.output] = d
+
+    @property
+    def at_input(self) -> Tensor:
+        """The derivative with respect to x; runs the sweep. Zero where the logits do not depend on it."""
+        if not self.done:
+            self.to_input = True
+            self.run()
+        if not self.to_input:
+            raise MethodError("a recipe reads the input's derivative of a sweep that ran without it: read it first")
+        d_0 = self.at(self.trace.graph.input)
+        return torch.zeros_like(self.trace.input) if d_0 is None else d_0
 
     def advance(self, node: Node) -> None:
         """The node's vjp, added to the derivatives of its operands."""
         trace, layer = self.trace, self.trace.layers[node.index]
         if layer is None or node.kind != "active":
             return
-        candidates = trace.plan.wants[self.to_input][node.index]
-        wanted = [name for name in candidates if _differentiable(trace.values[node.operands[name]])]
-        if wanted and self[node.index] is not None:
-            self._receive(node, layer.vjp(self[node.index], wanted))
+        wanted = trace.plan.wants[self.to_input][node.index]
+        own = self.at(node.index) if wanted else None
+        if own is not None:
+            self._receive(node, layer.vjp(own, wanted))
         for r, t in self.bends if wanted else ():
-            tangents = _tangents_of(node, t)
-            if r[node.index] is not None and tangents:
-                self._receive(node, layer.curvature(r[node.index], tangents, wanted))
+            tangents, side = _tangents_of(node, t), r.at(node.index)
+            if side is not None and tangents:
+                self._receive(node, layer.curvature(side, tangents, wanted))
         if trace.frugal and not self._keeps(node.index):
-            self[node.index] = None
+            self[node.index] = FREED
+        if self.passing:
+            trace.layers[node.index] = None
 
     def _receive(self, node: Node, parts: Mapping[str, Any]) -> None:
         for name, part in parts.items():
@@ -92,23 +139,39 @@ class Linear(Sweep):
 
     forward = True
 
-    def __init__(self, trace: Trace, t: Tensor, *, to_output: bool) -> None:
+    def __init__(self, trace: Trace, t: Tensor | Seed, *, to_output: bool) -> None:
         super().__init__([None] * len(trace.graph.nodes))
-        self.trace, self.needed = trace, trace.plan.needs[to_output]
-        self[trace.graph.input] = t
+        self.trace, self.to_output = trace, to_output
+        self[trace.graph.input] = numbers(t)
+
+    @property
+    def side(self) -> Linear:
+        """As a left side of g: the sweep itself."""
+        return self
+
+    @property
+    def at_output(self) -> Tensor:
+        """The tangent of the logits; runs the sweep. Zero where they do not depend on x."""
+        if not self.done:
+            self.to_output = True
+            self.run()
+        if not self.to_output:
+            raise MethodError("a recipe reads the logits' tangent of a sweep that ran without it: read it first")
+        t_K = self.at(self.trace.graph.output)
+        return torch.zeros_like(self.trace.logits) if t_K is None else t_K
 
     def advance(self, node: Node) -> None:
         """The node's jvp of its operands' tangents."""
         trace, layer = self.trace, self.trace.layers[node.index]
         if layer is None or node.kind != "active":
             return
-        if self.needed[node.index]:
+        if trace.plan.needs[self.to_output][node.index]:
             tangents = _tangents_of(node, self)
-            if tangents and _differentiable(trace.values[node.index]):
+            if tangents:
                 self[node.index] = layer.jvp(tangents)
         for index in trace.graph.last_uses[node.index] if trace.frugal else ():
-            if not any(self._keeps(user) for user in trace.graph.nodes[index].consumers):
-                self[index] = None
+            if not any(self._keeps(user) for user in trace.graph.consumers[index]):
+                self[index] = FREED
 
 
 def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[tuple[Sweep, Sweep]] = ()) -> Sweep:
@@ -121,10 +184,6 @@ def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
     return Linear(trace, t, to_output=to_output).run()
 
 
-def _differentiable(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.is_floating_point()
-
-
 def _sum(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
@@ -134,7 +193,7 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 def _tangents_of(node: Node, sweep: Sweep) -> dict[str, Any]:
-    return {name: sweep[i] for name, i in node.operands.items() if sweep[i] is not None}
+    return {name: t for name, i in node.operands.items() if (t := sweep.at(i)) is not None}
 
 
 @dataclass(eq=False)
@@ -150,18 +209,36 @@ class Term:
     right: Sweep
     tangents: Sweep | None = None
 
+    def __rmul__(self, coefficient: Any) -> Term:
+        """The same, that often."""
+        first = isinstance(self.coefficient, int) and self.coefficient == 1
+        return replace(self, coefficient=coefficient if first else coefficient * self.coefficient)
+
 
 def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> dict[str, Tensor]:
-    """Sum of the terms divided by ``batch``: {parameter name: gradient}, of each trainable parameter in the graph.
+    """Sum of the terms divided by ``batch``: {parameter name: gradient}, of each trainable parameter in the graphs.
 
     Sweeps that have not run do so here, in one order. Bilinear layers get all their products at once and merge those
-    that share a right side (see ``Bilinear.merged``). Frugal traces and their sweeps are used up.
+    that share a right side (see ``Bilinear.merged``). Frugal traces and their sweeps are used up. Passes that took
+    different ways through the model are summed up one by one.
     """
+    groups: dict[int, list[Term]] = {}
+    for term in terms:
+        shared = term.trace if term.trace.graph.computes_parameters else term.trace.graph
+        groups.setdefault(id(shared), []).append(term)
+    total: dict[str, Tensor] = {}
+    for group in groups.values():
+        for name, part in _gradients(group, batch, exact).items():
+            total[name] = total[name] + part if name in total else part
+    return total
+
+
+def _gradients(terms: Sequence[Term], batch: int, exact: bool) -> dict[str, Tensor]:
+    """``weight_gradients`` of terms that share a graph."""
     trace = terms[0].trace
     nodes, means = trace.graph.nodes, dict[int, Any]()
     running = {id(s): s for term in terms for s in (term.right, term.tangents) if s is not None and not s.done}
-    forward = any(sweep.forward for sweep in running.values())
-    assert all(sweep.forward == forward for sweep in running.values())
+    forward = _direction(running.values())
     for node in nodes if forward else reversed(nodes):
         if node.kind != "active":
             continue
@@ -187,19 +264,34 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
     return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}
 
 
+def _direction(sweeps: Collection[Sweep]) -> bool:
+    """Whether the sweeps that run along with a weight gradient go forward.
+
+    Raises:
+        MethodError: for two that go in different directions.
+    """
+    kinds = {sweep.forward: type(sweep).__name__ for sweep in sweeps}
+    if len(kinds) > 1:
+        raise MethodError(
+            "the terms of a recipe bring a reverse and a linear sweep that have not run, and these can't run in one "
+            "order: read .at_output of the linear or .at_input of the reverse one before the terms"
+        )
+    return any(kinds)
+
+
 def _let_go(term: Term, node: Node, forward: bool) -> None:
     """Forget of the sweeps that have run what no later node's weight gradient reads."""
     if term.right.done:
-        term.right[node.index] = None
+        term.right[node.index] = FREED
     if term.tangents is not None and term.tangents.done:
         for index in node.operands.values():
-            if term.trace.graph.nodes[index].consumers[-1 if forward else 0] == node.index:
-                term.tangents[index] = None
+            if term.trace.graph.consumers[index][-1 if forward else 0] == node.index:
+                term.tangents[index] = FREED
 
 
 def _part(term: Term, node: Node, wanted: list[str], exact: bool) -> dict[str, Any]:
     """One term's gradient with respect to the operands of a layer that is not bilinear."""
-    layer, right = term.trace.layers[node.index], term.right[node.index]
+    layer, right = term.trace.layers[node.index], term.right.at(node.index)
     if layer is None or right is None:
         return {}
     if term.tangents is None:
@@ -212,9 +304,9 @@ def _products(terms: Sequence[Term], node: Node) -> list[Product]:
     """What the terms ask of one bilinear layer."""
     products = []
     for term in terms:
-        layer, right, t = term.trace.layers[node.index], term.right[node.index], term.tangents
+        layer, right, t = term.trace.layers[node.index], term.right.at(node.index), term.tangents
         assert isinstance(layer, Bilinear)
-        left = layer.input if t is None else t[node.operands["input"]]
+        left = layer.input if t is None else t.at(node.operands["input"])
         if left is not None and right is not None:
             products.append(Product(term.coefficient, left, right, t is None))
     return products

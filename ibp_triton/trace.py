@@ -1,22 +1,26 @@
-"""One forward pass over a graph: the first sweep, and all that later sweeps read."""
+"""One forward pass, the first sweep: what later sweeps read of it, and how it comes about."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from operator import attrgetter
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ibp_triton.graph import Graph, Node, Plan
-from ibp_triton.rules import Layer
+from ibp_triton.errors import InputTypeError
+from ibp_triton.graph import Graph, Plan
+from ibp_triton.interface import Interface
+from ibp_triton.record import Diverged, Recorder, Restart, Settings
+from ibp_triton.rules.base import Layer
+from ibp_triton.snapshot import Snapshot
 
 
 @dataclass(eq=False)
 class Trace:
-    """One forward pass: the value of each node and the layer that computed it."""
+    """One forward pass: the nodes, the layer that computed each, and of the values those that are read again."""
 
     graph: Graph
     values: list[Any]
@@ -35,54 +39,80 @@ class Trace:
         return self.values[self.graph.input]  # type: ignore[no-any-return]
 
 
-def run(
-    graph: Graph,
-    model: nn.Module,
-    x: Tensor,
-    parameters: Mapping[str, Tensor],
-    dtype: torch.dtype | None = None,
-    first: Trace | None = None,
-    frugal: bool = False,
-) -> Trace:
-    """First pass at x with ``parameters`` (the model's own where absent), computed in ``dtype``.
+class Recordings:
+    """A network's recordings: the last one, which the next follows, and the modules that run under plain autograd."""
 
-    With ``first``, dropout masks and batch statistics' bookkeeping are those of that pass. ``frugal`` keeps of the
-    values only what layers save for themselves; curvature sweeps are not possible then.
-    """
-    own = {name: attrgetter(name)(model) for name in graph.parameters.values()}
-    trainable = frozenset(i for i, name in graph.parameters.items() if own[name].requires_grad)
-    trace = Trace(graph, [], [], graph.plan(trainable), frugal)
-    for node in graph.nodes:
-        layer = None
-        if node.index == graph.input:
-            value: Any = _cast(x, dtype)
-        elif node.index in graph.parameters:
-            name = graph.parameters[node.index]
-            value = _cast(parameters.get(name, own[name]), dtype)
-        elif isinstance(node.function, str):
-            value = _cast(attrgetter(node.function)(model), dtype)
-        else:
-            value, layer = _evaluate(node, trace.values, first)
-        trace.values.append(value)
-        trace.layers.append(layer)
-        for index in graph.last_uses[node.index] if frugal else ():
-            if isinstance(trace.values[index], Tensor) and trace.values[index].is_floating_point():
-                trace.values[index] = None
-    return trace
+    def __init__(self, interface: Interface, lower: Callable[[Graph], Graph] | None = None) -> None:
+        self.interface, self._lower = interface, lower
+        self.opaque: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.last: Graph | None = None
+        self._plain: Graph | None = None
+        self._copies_x = False  # because the model writes to it
+
+    def record(self, settings: Settings, x: Tensor, extra: dict[str, Any]) -> tuple[Recorder, Graph]:
+        """Run the model once on x and record it, by a backend's own layers where there is a lowering."""
+        if self._lower is None:
+            recorder, self.last = self._recorded(settings, x, extra, self.last)
+            return recorder, self.last
+        start, settings = Snapshot.of(settings.model, x), replace(settings, watch=True)
+        for _ in range(2):
+            if self.last is not None:
+                try:
+                    recorder, self.last = self._once(settings, x, extra, self.last, strict=True)
+                    return recorder, self.last
+                except (Diverged, Restart):
+                    start.restore()
+            recorder, self._plain = self._recorded(settings, x, extra, self._plain)
+            if self.opaque:
+                return recorder, self._plain
+            self.last = self._lower(self._plain)
+            start.restore()
+        self.last = None  # code that never runs alike twice: torch's layers
+        return self._recorded(settings, x, extra, self._plain)
+
+    def _recorded(self, settings: Settings, x: Tensor, extra: Any, last: Graph | None) -> tuple[Recorder, Graph]:
+        """A recording by torch's layers; begun again where a module turns out to need plain autograd or a copy of x."""
+        start = Snapshot.of(settings.model, x) if last is None else None
+        while True:
+            try:
+                return self._once(settings, x, extra, last)
+            except Restart as again:
+                if again.module is None:
+                    self._copies_x = True
+                else:
+                    self.opaque.add(again.module)
+                if start is not None:
+                    start.restore()
+
+    def _once(
+        self, settings: Settings, x: Tensor, extra: Any, last: Graph | None, strict: bool = False
+    ) -> tuple[Recorder, Graph]:
+        settings = replace(settings, own_input=self._copies_x)
+        recorder = Recorder(settings, last, self.opaque, strict)
+        try:
+            with torch.enable_grad(), recorder:
+                seen = recorder.input(x.clone() if settings.own_input else x)
+                logits = self.interface.pick(self.interface.call(settings.model, seen, extra))
+        except RuntimeError as error:
+            explained = _explained(error, settings)
+            if explained is None:
+                raise
+            raise explained from error
+        return recorder, recorder.graph(recorder.output(logits))
 
 
-def _evaluate(node: Node, values: list[Any], first: Trace | None) -> tuple[Any, Layer | None]:
-    args, kwargs = node.arguments(values)
-    if node.rule is None:
-        return node.function(*args, **kwargs), None
-    layer = node.rule(node)
-    earlier = first.layers[node.index] if first is not None else None
-    if earlier is not None:
-        return layer.replay(earlier, *args, **kwargs), layer
-    return layer.forward(*args, **kwargs), layer
+def finished(recorder: Recorder, graph: Graph, frugal: bool = False) -> Trace:
+    """The trace of a recording."""
+    plan = graph.plan(i for i, name in graph.parameters.items() if recorder.own[name].requires_grad)
+    return Trace(graph, recorder.values, recorder.layers, plan, frugal)
 
 
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    is_tensor = isinstance(value, Tensor) and value.is_floating_point()
-    value = value.detach() if isinstance(value, Tensor) else value
-    return value.to(dtype) if is_tensor and dtype is not None else value
+def _explained(error: RuntimeError, settings: Settings) -> Exception | None:
+    """torch's complaint about mixed dtypes with the cure; None for any other."""
+    dtypes = {str(p.dtype) for p in settings.model.parameters() if p.is_floating_point()}
+    if settings.dtype is not None or len(dtypes) < 2 or "dtype" not in str(error):
+        return None
+    return InputTypeError(
+        f"{error}. The parameters are {', '.join(sorted(dtypes))}, and the model's forward does not cast between them: "
+        "pass Network(model, dtype=torch.float32) to compute in one dtype"
+    )

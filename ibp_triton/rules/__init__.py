@@ -9,40 +9,81 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ibp_triton.rules.activations import (
+    CELU,
+    ELU,
+    GLU,
+    UNARY,
+    Clamp,
+    ClampMax,
+    ClampMin,
+    Hardtanh,
+    Power,
+    PReLU,
+)
+from ibp_triton.rules.attention import (
+    LogSoftmax,
+    ScaledDotProductAttention,
+    Softmax,
+    TorchLogSoftmax,
+    TorchSoftmax,
+)
 from ibp_triton.rules.base import Bilinear, Layer, Product
+from ibp_triton.rules.batch_norm import BatchNorm, BatchNormEval, InstanceNormEval
 from ibp_triton.rules.dense import Conv1d, Conv2d, Linear
-from ibp_triton.rules.generic import BatchNormTrain, DetachPrimals, Generic, ModuleCall
+from ibp_triton.rules.generic import Generic
+from ibp_triton.rules.multihead import MultiHeadAttention
+from ibp_triton.rules.normalisation import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from ibp_triton.rules.pointwise import (
     GELU,
-    BatchNormEval,
     ChannelDropout,
     Divide,
     Dropout,
     LeakyReLU,
+    Maximum,
+    Minimum,
     Multiply,
     ReLU,
+    ReverseDivide,
     Sigmoid,
     SiLU,
     Softplus,
     Tanh,
+    Where,
 )
 from ibp_triton.rules.pooling import MaxPool1d, MaxPool2d
-from ibp_triton.rules.structural import Add, BatchedMap, Concatenate, Item, LinearMap, Pad, Pieces, Reshape, Subtract
+from ibp_triton.rules.products import BMM, AddMM, BAddBMM, Einsum, MatMul
+from ibp_triton.rules.structural import (
+    Add,
+    BatchedMap,
+    Concatenate,
+    Item,
+    LinearMap,
+    Pad,
+    Pieces,
+    Reshape,
+    ReverseSubtract,
+    Subtract,
+)
 
 __all__ = [
-    "BatchNormTrain",
     "Bilinear",
-    "DetachPrimals",
     "Generic",
     "Layer",
-    "ModuleCall",
     "Pieces",
     "Product",
+    "candidate",
     "rule_for",
 ]
 
 T = torch.Tensor
 
+_TRUE_DIVISIONS = (torch.true_divide, T.true_divide, T.__truediv__, T.__div__)
+_ACTIVATIONS = {
+    name: (getattr(F, name),)
+    for name in ("logsigmoid", "softsign", "tanhshrink", "relu6", "hardsigmoid", "hardswish", "mish")
+} | {"selu": (F.selu, torch.selu)}
+_ELEMENTARY = ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "abs", "sin", "cos", "erf")
 _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     Linear: (F.linear,),
     Conv1d: (F.conv1d,),
@@ -58,11 +99,44 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     GELU: (F.gelu,),
     Dropout: (F.dropout,),
     ChannelDropout: (F.dropout1d, F.dropout2d, F.dropout3d),
+    BatchNorm: (F.batch_norm,),
     BatchNormEval: (F.batch_norm,),
-    Multiply: (operator.mul, torch.mul, T.mul, torch.multiply, T.multiply),
-    Divide: (operator.truediv, torch.div, T.div, torch.true_divide, T.true_divide),
-    Add: (operator.add, torch.add, T.add),
-    Subtract: (operator.sub, torch.sub, T.sub, torch.subtract, T.subtract),
+    LayerNorm: (F.layer_norm,),
+    GroupNorm: (F.group_norm,),
+    InstanceNorm: (F.instance_norm,),
+    InstanceNormEval: (F.instance_norm,),
+    RMSNorm: (F.rms_norm,),
+    Softmax: (F.softmax,),
+    TorchSoftmax: (torch.softmax, T.softmax),
+    LogSoftmax: (F.log_softmax,),
+    TorchLogSoftmax: (torch.log_softmax, T.log_softmax),
+    ScaledDotProductAttention: (F.scaled_dot_product_attention,),
+    MultiHeadAttention: (F.multi_head_attention_forward,),
+    MatMul: (operator.matmul, torch.matmul, T.matmul, T.__matmul__),
+    BMM: (torch.bmm, T.bmm, torch.mm, T.mm),
+    AddMM: (torch.addmm, T.addmm),
+    BAddBMM: (torch.baddbmm, T.baddbmm),
+    Einsum: (torch.einsum,),
+    ELU: (F.elu,),
+    CELU: (F.celu, torch.celu),
+    GLU: (F.glu,),
+    PReLU: (F.prelu, torch.prelu, T.prelu),
+    Hardtanh: (F.hardtanh,),
+    Clamp: (torch.clamp, T.clamp, torch.clip, T.clip),
+    ClampMin: (torch.clamp_min, T.clamp_min),
+    ClampMax: (torch.clamp_max, T.clamp_max),
+    Power: (operator.pow, torch.pow, T.pow, T.__pow__),
+    Multiply: (operator.mul, torch.mul, T.mul, torch.multiply, T.multiply, T.__mul__, T.__rmul__),
+    Divide: (operator.truediv, torch.div, T.div, torch.divide, T.divide, *_TRUE_DIVISIONS),
+    ReverseDivide: (T.__rtruediv__, T.__rdiv__),
+    Add: (operator.add, torch.add, T.add, T.__add__, T.__radd__),
+    Subtract: (operator.sub, torch.sub, T.sub, torch.subtract, T.subtract, T.__sub__),
+    ReverseSubtract: (torch.rsub, T.__rsub__),
+    Maximum: (torch.maximum, T.maximum),
+    Minimum: (torch.minimum, T.minimum),
+    Where: (torch.where,),
+    **{UNARY[name]: functions for name, functions in _ACTIVATIONS.items()},
+    **{UNARY[name]: (getattr(torch, name), getattr(T, name)) for name in _ELEMENTARY},
     Concatenate: (torch.cat, torch.concat, torch.concatenate),
     Item: (operator.getitem,),
     Reshape: (
@@ -81,21 +155,23 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
         *(torch.clone, T.clone, T.repeat, torch.t, T.t),
     ),
 }
-_RULES: dict[Any, type[Layer]] = {function: rule for rule, functions in _FUNCTIONS.items() for function in functions}
+_RULES: dict[Any, tuple[type[Layer], ...]] = {}
+for _rule, _functions in _FUNCTIONS.items():
+    for _function in _functions:
+        _RULES[_function] = (*_RULES.get(_function, ()), _rule)
 
 
 def rule_for(function: Callable[..., Any], kinds: Mapping[str, str], static: Mapping[str, Any]) -> type[Layer] | None:
-    """The rule for a call of ``function`` with operands of these kinds, None where only the generic one fits."""
-    rule = _RULES.get(function)
-    if rule is None or not rule.accepts(kinds):
-        return None
-    if rule is BatchNormEval and (static.get("training") is not False or "running_mean" not in kinds):
-        return None
-    if static.get("rounding_mode") is not None:
-        return None
-    return rule
+    """The rule for a call of ``function``, None where only the generic one fits.
+
+    Args:
+        function: the torch function.
+        kinds: of each operand that is a tensor: active, parametric or constant.
+        static: all its arguments by the rule's names; tensors of other nodes are references.
+    """
+    return next((rule for rule in _RULES.get(function, ()) if rule.accepts(kinds, static)), None)
 
 
 def candidate(function: Callable[..., Any]) -> type[Layer] | None:
-    """The rule to bind a call's arguments with, before its operands are known."""
-    return _RULES.get(function)
+    """The rule to bind a call's arguments with, before its operands are known: all of a function's name them alike."""
+    return next(iter(_RULES.get(function, ())), None)

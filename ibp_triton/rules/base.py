@@ -10,7 +10,7 @@ travel together. Every derivative is per sample: nothing here divides by the bat
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,8 +38,14 @@ class Layer:
         self.node = node
 
     @classmethod
-    def accepts(cls, kinds: Mapping[str, str]) -> bool:
-        """Whether this rule covers a call whose operands have these kinds (active, parametric, constant)."""
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
+        """Whether this rule covers a call.
+
+        Args:
+            kinds: of each operand that is a tensor: "active" (depends on x), "parametric" (on parameters, not on x) or
+                "constant".
+            arguments: all arguments by ``forward``'s names, defaults included; tensors of other nodes are references.
+        """
         return True
 
     def replay(self, first: Layer, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +97,7 @@ class Bilinear(Layer):
     weight: Tensor
 
     @classmethod
-    def accepts(cls, kinds: Mapping[str, str]) -> bool:
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
         """The input carries the tangent; weight and bias may be anything that does not depend on x."""
         return kinds.get("input") == "active" and all(k != "active" for n, k in kinds.items() if n != "input")
 
@@ -190,6 +196,36 @@ def sum_to(d: Tensor, value: Tensor, rank: int) -> Tensor:
     return d.reshape((*d.shape[:extra], *value.shape))
 
 
+def matched(d: Tensor, rank: int, t: Tangents, values: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A derivative and tangents that both have an axis of tangents or both have none.
+
+    What is bilinear in the two and summed over tangents needs of the other side only its sum.
+    """
+    batched = {name: part.dim() > values[name].dim() for name, part in t.items()}
+    if d.dim() > rank and all(batched.values()):
+        return d, dict(t)
+    return without(d, rank), {name: part.sum(0) if batched[name] else part for name, part in t.items()}
+
+
+def without(d: Tensor, rank: int) -> Tensor:
+    """Sum away what ``d`` has in front of ``rank`` axes."""
+    return d.sum(0) if d.dim() > rank else d
+
+
+def each(function: Callable[[Tensor], Tensor], t: Tensor, rank: int) -> Tensor:
+    """``function`` of one tangent after the other, joined along their axis in the memory format they have."""
+    if t.dim() == rank:
+        return function(t)
+    parts = [function(one) for one in t.unbind(0)]
+    return torch.cat(parts).unflatten(0, (len(parts), parts[0].shape[0])) if rank else torch.stack(parts)
+
+
+def wrapped(*values: Any) -> bool:
+    """Whether a value is inside torch.func.vmap, where some of torch's backward kernels have no batching rule."""
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return any(isinstance(x, Tensor) and is_wrapped(x) for x in values)
+
+
 def without_tangents(d: Tensor, value: Tensor) -> Tensor:
     """Sum a leading axis of tangents away, if there is one."""
     return d.sum(0) if d.dim() > value.dim() else d
@@ -198,3 +234,11 @@ def without_tangents(d: Tensor, value: Tensor) -> Tensor:
 def product(numbers: Collection[int]) -> int:
     """The product of sizes, 1 for none."""
     return math.prod(numbers)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels last where x lies so and not otherwise; such kernels as torch has are written for one of the two."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or wrapped(x) or x.is_contiguous() or x.stride(1) != 1:
+        return torch.contiguous_format
+    return last

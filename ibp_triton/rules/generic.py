@@ -1,36 +1,30 @@
-"""The generic rule: any differentiable torch function or module, through torch.func. Slower, and right.
+"""Rules for any differentiable torch function, by torch's own autograd. Dearer than a rule of its own, and right.
 
-Second derivatives are always taken forward over reverse: in torch 2.13 differentiating a forward-mode tangent in
-reverse is silently wrong for some normalisation layers and impossible for softmax.
+The function is evaluated once, with a graph that belongs to the layer and goes with it; reverse and curvature are walks
+over that graph, at autograd's price. The linear sweep is forward-mode autograd. Under torch.func transforms, where no
+graph can be kept, everything goes through torch.func.
+
+Second derivatives are taken with grad mode on: torch picks formulas without a further derivative where it is off. They
+are never a forward-mode tangent differentiated in reverse, which torch 2.13 gets silently wrong for some norm layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from ibp_triton.arguments import rebuilt
 from ibp_triton.randomness import RandomState
 from ibp_triton.rules.base import Layer, Names, Tangents
 from ibp_triton.rules.structural import Pieces
-
-
-class DetachPrimals(TorchFunctionMode):
-    """Cut the primal part of every dual number that a torch function returns; the tangent part stays connected.
-
-    The paper's third pass in autograd's terms: what a later operation sees of the first pass is a constant.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return tree_map(_cut, func(*args, **(kwargs or {})))
 
 
 class SteadyDropout(TorchFunctionMode):
@@ -42,66 +36,189 @@ class SteadyDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_DROPOUTS = (torch.dropout, *(getattr(nn.functional, f"dropout{kind}") for kind in ("", "1d", "2d", "3d")))
+_DROPOUTS = (torch.dropout, *(getattr(torch.nn.functional, f"dropout{kind}") for kind in ("", "1d", "2d", "3d")))
 
 
-def _cut(value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    primal, tangent = forward_ad.unpack_dual(value)
-    return value if tangent is None else forward_ad.make_dual(primal.detach(), tangent)
+_UPDATE_STATISTICS = (*(torch.nn.functional.batch_norm, torch.nn.functional.instance_norm), torch.batch_norm)
 
 
 class Generic(Layer):
     """f by its own torch code. Operands are named "0", "1", … in the order of the flattened arguments."""
 
     label = "generic"
+    unseen = False  # whether the function itself is unknown, and only its graph is there
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate once for real: random numbers are drawn, module buffers updated."""
-        self._bind(args, kwargs)
-        before = RandomState.now(self.inputs)
-        self.buffers = self.node.function.snapshot() if isinstance(self.node.function, ModuleCall) else {}
-        with SteadyDropout(), self._kernels():
-            self.output = self.node.function(*args, **kwargs)
-        if self.node.shares and getattr(self.node.function, "changed_input", False):
-            raise RuntimeError(
-                f"{self.node.where}: this untraceable module changes its input in place, and the input is used "
-                "elsewhere too; work on a copy (x = x.clone()) in its forward"
-            )
-        self.random = before if before.differs(RandomState.now(self.inputs)) else None
-        return self.output
-
-    def replay(self, first: Layer, *args: Any, **kwargs: Any) -> Any:
-        """At other values, with the first evaluation's random numbers and buffers; changes neither."""
-        assert isinstance(first, Generic)
-        self._bind(args, kwargs)
-        self.random, self.buffers = first.random, first.buffers
-        with self._kernels():
-            self.output = self._again(*self.inputs)
-        return self.output
-
-    def _bind(self, args: Any, kwargs: Any) -> None:
+        """Evaluate once for real: random numbers are drawn, running statistics updated."""
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.slots = self.node.slots
         self.inputs = [self.leaves[slot] for slot in self.slots]
+        self.wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in self.inputs)
+        versions = [
+            (leaf, leaf._version) for leaf in self.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()
+        ]
+        before = RandomState.now(self.inputs)
+        self.random: RandomState | None = None
+        self.bendable: Any = None  # the output with a graph that has second derivatives, and the leaves of that
+        if self.wrapped:
+            with SteadyDropout(), sdpa_kernel(SDPBackend.MATH):  # of the attention kernels the one with batching rules
+                self.output = self.node.function(*args, **kwargs)
+        else:
+            self.output = self._graphed()
+        self.random = before if before.differs(RandomState.now(self.inputs)) else None
+        self._keep_off([leaf for leaf, version in versions if leaf._version != version])
+        return self.output
 
-    def _again(self, *inputs: Tensor) -> Any:
-        """The function of its operands, as often as needed, without side effects."""
+    def _graphed(self) -> Any:
+        """The function at leaves of a graph of its own."""
+        with torch.enable_grad():
+            self.sources = [x.detach().requires_grad_() for x in self.inputs]
+            self.graphed = self._call(self.sources)
+        return _map(self.graphed, lambda y: y.detach() if _differentiable(y) else y)
+
+    def _call(self, inputs: Sequence[Tensor]) -> Any:
         leaves = list(self.leaves)
         for slot, value in zip(self.slots, inputs, strict=True):
             leaves[slot] = value
         args, kwargs = tree_unflatten(leaves, self.spec)
-        function = self.node.function
-        with nullcontext() if self.random is None else self.random.again(), SteadyDropout():
-            if isinstance(function, ModuleCall):
-                return function.pure(self.buffers, *args, **kwargs)
-            return function(*args, **kwargs)
+        return self.node.function(*args, **kwargs)
 
-    def _kernels(self) -> AbstractContextManager[None]:
-        """Any attention kernel, but under vmap the one with batching rules."""
-        wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in self.inputs if isinstance(x, Tensor))
-        return sdpa_kernel(SDPBackend.MATH) if wrapped else nullcontext()
+    def _keep_off(self, written: list[Tensor]) -> None:
+        """Later evaluations shall leave alone what the function wrote to, as running statistics."""
+        ids = {id(leaf) for leaf in written}
+        if any(id(leaf) in ids for leaf in self.inputs):
+            raise RuntimeError(
+                f"{self.node.where}: {self.node.label} changes its input in place in a way that is not known here; "
+                "work on a copy (x = x.clone()) before it"
+            )
+        norm = self.node.function in _UPDATE_STATISTICS  # without moving a tensor's version
+        others = [i for i, leaf in enumerate(self.leaves) if i not in self.slots and isinstance(leaf, Tensor)]
+        for i in others:
+            self.leaves[i] = self.leaves[i].clone() if norm or id(self.leaves[i]) in ids else self.leaves[i]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether the output depends on the operands in a way that has a derivative."""
+        return self.wrapped or any(y.requires_grad for y in _tensors(self.graphed))
+
+    # ------------------------------------------------------------------------------------------ by the kept graph
+
+    def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
+        """The graph walked backwards; all operands at once, as a second call asks for the rest at the same d."""
+        if self.wrapped:
+            return self._functional_vjp(d, wanted)
+        if _batched(d, self.output):
+            found = [self._pull(part, list(wanted)) for part in _unbind(d)]
+            return {name: torch.stack([one[name] for one in found]) for name in wanted}
+        if getattr(self, "_last", (None, None))[0] is not d:
+            self._last = (d, self._pull(d, [str(i) for i in range(len(self.sources))]))
+        return {name: self._last[1][name] for name in wanted}
+
+    def _pull(self, d: Any, names: list[str]) -> dict[str, Tensor]:
+        return self._pulled(self.graphed, self.sources, d, names)
+
+    def _pulled(self, graphed: Any, roots: Any, d: Any, names: Any, create: bool = False) -> dict[str, Tensor]:
+        outputs, seeds = _paired(graphed, d)
+        sources = [roots[int(name)] for name in names]
+        if not outputs:
+            return {name: torch.zeros_like(x) for name, x in zip(names, sources, strict=True)}
+        found = _grad(outputs, sources, seeds, create_graph=create)
+        if create and self.unseen:
+            _refuse_cut(found)
+        return dict(zip(names, found, strict=True))
+
+    def jvp(self, t: Tangents) -> Any:
+        """Forward-mode autograd, one tangent after the other; reverse mode twice where f has no forward mode."""
+        names = sorted(t)
+        tangents = [t[name] for name in names]
+        function, values = self._of(names)
+        batched = tangents[0].dim() > values[0].dim()
+        rows = list(zip(*(tangent.unbind(0) for tangent in tangents), strict=True)) if batched else [tuple(tangents)]
+        try:
+            pushed = [torch.func.jvp(function, tuple(values), row)[1] for row in rows]
+        except (NotImplementedError, RuntimeError):
+            if self.wrapped:
+                raise
+            pushed = [self._pushed_by_reverse(names, row) for row in rows]
+        found = [Pieces(one) if isinstance(one, dict) else one for one in pushed]
+        return _stack(found) if batched else found[0]
+
+    def _pushed_by_reverse(self, names: list[str], tangents: Sequence[Tensor]) -> Any:
+        """J t as the derivative of u ↦ ⟨Jᵀu, t⟩, which is linear in u; ⟨J t, J t⟩ = ⟨t, Jᵀ J t⟩ is checked."""
+        outputs = {i: y for i, y in enumerate(_tensors(self.graphed)) if y.requires_grad}
+        sources = [self.sources[int(name)] for name in names]
+        with torch.enable_grad():
+            seeds = [torch.zeros_like(y).requires_grad_() for y in outputs.values()]
+            pulled = _grad(list(outputs.values()), sources, seeds, create_graph=True)
+            if self.unseen:
+                _refuse_cut(pulled)
+            moving = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p.requires_grad]
+            found = [torch.zeros_like(y) for y in outputs.values()]
+            if moving:
+                found = _grad([p for p, _ in moving], seeds, [t for _, t in moving])
+        back = _grad(list(outputs.values()), sources, found)
+        there, here = _inner(found, found), _inner(tangents, back)
+        if not torch.allclose(there, here, rtol=1e-2, equal_nan=True):
+            raise RuntimeError(f"torch has no right derivative of {self.node.label} forward ({there:g} ≠ {here:g})")
+        parts = dict(zip(outputs, found, strict=True))
+        return parts[0] if isinstance(self.graphed, Tensor) else _positions(self.graphed, parts)
+
+    def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+        """∇_w ⟨Jᵀ r, t⟩: a torch function is one layer, so both semantics agree."""
+        return self._bend(t, r, wanted)
+
+    def curvature(self, d: Any, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """∇_a ⟨Jᵀ d, t⟩."""
+        return self._bend(t, d, wanted)
+
+    def _bend(self, t: Tangents, d: Any, wanted: Names) -> dict[str, Tensor]:
+        """∇_wanted ⟨Jᵀ d, t⟩, summed over tangents."""
+        along, names = sorted(t), sorted(wanted)
+        if self.wrapped:
+            return self._functional_bend(t, d, along, names)
+        batched = t[along[0]].dim() > self.inputs[int(along[0])].dim()
+        rows = zip(*(t[name].unbind(0) for name in along), strict=True) if batched else [tuple(t[n] for n in along)]
+        total: dict[str, Tensor] = {}
+        for row, part in zip(rows, _unbind(d) if batched else [d], strict=True):
+            for name, bent in self._bent(along, row, part, names).items():
+                total[name] = total[name] + bent if name in total else bent
+        return total
+
+    def _bent(self, along: list[str], tangents: Sequence[Tensor], d: Any, names: list[str]) -> dict[str, Tensor]:
+        """Reverse over reverse, as ``create_graph=True`` does it; by other kernels where torch's have no second one."""
+        if self.bendable is None:
+            self.bendable = self.graphed, self.sources
+        try:
+            return self._bent_by(self.bendable[0], self.bendable[1], along, tangents, d, names)
+        except (NotImplementedError, RuntimeError) as error:
+            if "is not implemented" not in str(error) or self.bendable[0] is not self.graphed or self.unseen:
+                raise RuntimeError(
+                    f"{self.node.where}: {self.node.label} has no second derivative, which this method needs "
+                    f"({error}); bp, at and fast_at work"
+                ) from error
+        replayed = nullcontext() if self.random is None else self.random.again()
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), replayed:
+            sources = [x.detach().requires_grad_() for x in self.inputs]
+            self.bendable = self._call(sources), sources
+        return self._bent(along, tangents, d, names)
+
+    def _bent_by(self, graphed: Any, roots: Any, along: Any, tangents: Any, d: Any, names: Any) -> dict[str, Tensor]:
+        with torch.enable_grad():
+            pulled = self._pulled(graphed, roots, d, along, create=True)
+            moving = [(pulled[n], t) for n, t in zip(along, tangents, strict=True) if pulled[n].requires_grad]
+            if not moving:
+                return {}
+            sources = [roots[int(name)] for name in names]
+            pairs = [list(side) for side in zip(*moving, strict=True)]
+            found = torch.autograd.grad(pairs[0], sources, pairs[1], retain_graph=True, allow_unused=True)
+        return {name: g for name, g in zip(names, found, strict=True) if g is not None}
+
+    # ------------------------------------------------------------------------------------------------- by torch.func
+
+    def _again(self, *inputs: Tensor) -> Any:
+        """The function of its operands, as often as needed, without side effects."""
+        with nullcontext() if self.random is None else self.random.again(), SteadyDropout():
+            return self._call(inputs)
 
     def _of(self, names: Names) -> tuple[Callable[..., Any], list[Tensor]]:
         """The function of the named operands alone, and their values."""
@@ -116,84 +233,42 @@ class Generic(Layer):
 
         return function, [self.inputs[p] for p in positions]
 
-    def _pull(self, names: Names, d: Any) -> dict[str, Tensor]:
-        function, values = self._of(names)
-        output, pull = torch.func.vjp(function, *values)  # type: ignore[misc]
-        return dict(zip(names, pull(_complete(output, d)), strict=True))
-
-    def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
-        """torch.func.vjp."""
+    def _functional_vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
         names = sorted(wanted)
-        if not _batched(d, self.output):
-            return self._pull(names, d)
-        return torch.func.vmap(lambda d: self._pull(names, d), randomness="same")(_plain(d))
-
-    def jvp(self, t: Tangents) -> Any:
-        """torch.func.jvp."""
-        names = sorted(t)
         function, values = self._of(names)
 
-        def push(*tangents: Tensor) -> Any:
-            return torch.func.jvp(function, tuple(values), tangents)[1]
+        def pull(d: Any) -> dict[str, Tensor]:
+            output, back = torch.func.vjp(function, *values)  # type: ignore[misc]
+            return dict(zip(names, back(_complete(output, d)), strict=True))
 
-        tangents = [t[name] for name in names]
-        batched = tangents[0].dim() > values[0].dim()
-        return torch.func.vmap(push, randomness="same")(*tangents) if batched else push(*tangents)
+        if not _batched(d, self.output):
+            return pull(d)
+        return torch.func.vmap(pull, randomness="same")(_plain(d))
 
-    def _move(self, t: Tangents, d: Any, wanted: Names, detached: bool) -> dict[str, Tensor]:
-        """∇_wanted ⟨d, Df[t]⟩, summed over tangents."""
-        along, names = sorted(t), sorted(wanted)
-        values = [self.inputs[int(name)] for name in along]
+    def _functional_bend(self, t: Tangents, d: Any, along: list[str], names: list[str]) -> dict[str, Tensor]:
+        """Forward over reverse."""
+        places = [*along, *(name for name in names if name not in along)]
+        function, values = self._of(places)
 
         def one(tangents: tuple[Tensor, ...], d: Any) -> dict[str, Tensor]:
-            if detached:
-                return self._detached(tangents, along, names, d)
-
             def pulled(*moved: Tensor) -> dict[str, Tensor]:
-                layer = self._at(along, moved)
-                return layer._pull(names, d)
+                current = dict(zip(places, moved, strict=True))
 
-            return torch.func.jvp(pulled, tuple(values), tangents)[1]  # type: ignore[no-any-return]
+                def at(*inputs: Tensor) -> Any:
+                    return function(*(current | dict(zip(names, inputs, strict=True))).values())
+
+                output, back = torch.func.vjp(at, *[current[name] for name in names])  # type: ignore[misc]
+                return dict(zip(names, back(_complete(output, d)), strict=True))
+
+            still = [torch.zeros_like(value) for value in values[len(along) :]]
+            with torch.enable_grad():
+                return torch.func.jvp(pulled, tuple(values), (*tangents, *still))[1]  # type: ignore[no-any-return]
 
         tangents = tuple(t[name] for name in along)
         if tangents[0].dim() == values[0].dim():
             return one(tangents, d)
         per_tangent = torch.func.vmap(one, randomness="same")(tangents, _plain(d))
         return {name: value.sum(0) for name, value in per_tangent.items()}
-
-    def _at(self, names: Names, values: tuple[Tensor, ...]) -> Generic:
-        """This layer with other values of the named operands."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other.inputs = list(self.inputs)
-        for name, value in zip(names, values, strict=True):
-            other.inputs[int(name)] = value
-        return other
-
-    def _detached(self, tangents: Any, along: list[str], names: list[str], d: Any) -> dict[str, Tensor]:
-        """The paper's semantics inside a module of several operations: duals with the primal cut after each."""
-
-        def tangent(*params: Tensor) -> Any:
-            function, values = self._at(names, params)._of(along)
-
-            def watched(*inputs: Tensor) -> Any:
-                with DetachPrimals():
-                    return function(*inputs)
-
-            return torch.func.jvp(watched, tuple(values), tangents)[1]
-
-        output, pull = torch.func.vjp(  # type: ignore[misc]
-            tangent, *[self.inputs[int(name)] for name in names]
-        )
-        return dict(zip(names, pull(_complete(output, d)), strict=True))
-
-    def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
-        """Forward over reverse; inside a module in the paper's semantics, reverse over duals with cut primals."""
-        return self._move(t, r, wanted, detached=not exact and isinstance(self.node.function, ModuleCall))
-
-    def curvature(self, d: Any, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        """The derivative of the vjp along t."""
-        return self._move(t, d, wanted, detached=False)
 
     def multiply_adds(self) -> int:
         """As torch's flop counter sees them, halved."""
@@ -202,57 +277,157 @@ class Generic(Layer):
         return counter.get_total_flops() // 2  # type: ignore[no-any-return]
 
 
-class BatchNormTrain(Generic):
-    """Batch normalisation by the batch's own statistics; running statistics are updated by the first forward only."""
+class Leaf(Generic):
+    """What torch computed out of sight: a custom autograd.Function, a scripted module. Its graph is autograd's own.
 
-    label = "batch_norm (train)"
+    ``forward(output, *inputs)`` takes what was found: the tensor and the activations and parameters it hangs on.
+    """
 
-    def _again(self, *inputs: Tensor) -> Any:
-        leaves = list(self.leaves)
-        for slot, value in zip(self.slots, inputs, strict=True):
-            leaves[slot] = value
-        args, _ = tree_unflatten(leaves, self.spec)
-        module = self.node.function.module
-        weight, bias = args[0].get("weight"), args[0].get("bias")
-        return nn.functional.batch_norm(args[1], None, None, weight, bias, True, 0.0, module.eps)
+    label, unseen = "autograd", True
 
-    def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
-        """One operation: both semantics agree."""
-        return self._move(t, r, wanted, detached=False)
+    def forward(self, output: Tensor, *inputs: Tensor) -> Tensor:
+        """The output as it is."""
+        self.graphed, self.sources, self.wrapped, self.bendable = output, list(inputs), False, None
+        self.output, self.inputs = output.detach(), [x.detach() for x in inputs]
+        return output.detach()
 
+    def jvp(self, t: Tangents) -> Any:
+        """Reverse mode twice: a function with a backward of its own has no other."""
+        names = sorted(t)
+        try:
+            if t[names[0]].dim() == self.inputs[int(names[0])].dim():
+                return self._pushed_by_reverse(names, [t[name] for name in names])
+            rows = zip(*(t[name].unbind(0) for name in names), strict=True)
+            return _stack([self._pushed_by_reverse(names, row) for row in rows])
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.node.where}: {self.node.label} has a backward that can't be differentiated again, which the "
+                f"penalties need ({error}); bp, at and fast_at work, or write its backward in differentiable operations"
+            ) from error
 
-class ModuleCall:
-    """A module as a function of its parameters and its arguments."""
-
-    def __init__(self, module: nn.Module, path: str) -> None:
-        self.module, self.path, self.changed_input = module, path, False
-        self.__name__ = type(module).__name__
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """Copies of the buffers as they are now."""
-        return {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-
-    def __call__(self, parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """For real: the module's own buffers change."""
-        args = _copies(args)
-        result = torch.func.functional_call(self.module, parameters, args, kwargs)
-        self.changed_input = any(isinstance(a, Tensor) and a._version > 0 for a in args)
-        return result
-
-    def pure(self, buffers: dict[str, Tensor], parameters: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """On copies of ``buffers``."""
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        return torch.func.functional_call(self.module, parameters | copies, _copies(args), kwargs)
+    def multiply_adds(self) -> int:
+        """Unknown."""
+        return 0
 
 
-def _copies(args: Any) -> Any:
-    """Copies of the tensors: an opaque module may work in place."""
-    return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+class Hooked(Leaf):
+    """Where full backward hooks sit: the identity, whose first reverse sweep calls the hooks."""
+
+    label = "backward hook"
+
+    def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
+        """d, after the hooks have seen it, once a pass."""
+        if not getattr(self, "called", False):
+            self.called = True
+            return super().vjp(d, wanted) if not _batched(d, self.output) else {"0": d}
+        return {"0": d}
+
+    def jvp(self, t: Tangents) -> Any:
+        """t."""
+        return t["0"]
+
+    def _bend(self, t: Tangents, d: Any, wanted: Names) -> dict[str, Tensor]:
+        return {}
+
+
+class Part(Layer):
+    """One tensor of the tuple that a function returned."""
+
+    label = "part"
+
+    def forward(self, input: Tensor, position: int) -> Tensor:
+        """The tensor as it is."""
+        self.position = position
+        return input
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Any]:
+        """d at this position of the tuple's derivative."""
+        return {"input": Pieces({self.position: d})}
+
+    def jvp(self, t: Tangents) -> Any:
+        """The tuple's tangent at this position, None where it has none."""
+        pieces: Any = t["input"]
+        return pieces.get(self.position)
+
+
+def _grad(outputs: Any, sources: Any, seeds: Any, create_graph: bool = False) -> list[Tensor]:
+    found = torch.autograd.grad(
+        outputs,
+        sources,
+        seeds,
+        retain_graph=True,
+        create_graph=create_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return list(found)
+
+
+def _refuse_cut(found: Sequence[Tensor]) -> None:
+    """``once_differentiable`` leaves the graph of a derivative open, and autograd.grad takes that for zero."""
+    done, todo = set(), [g.grad_fn for g in found]
+    while todo:
+        function: Any = todo.pop()
+        if function is None or function in done:
+            continue
+        done.add(function)
+        if function.name() in ("torch::autograd::Error", "torch::autograd::DelayedError"):
+            raise RuntimeError("it is marked once_differentiable")
+        todo += [edge[0] for edge in function.next_functions]
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    parts = [torch.sum((u.conj() * v).real, dtype=torch.float64) for u, v in zip(a, b, strict=True)]
+    return torch.stack(parts).sum()
+
+
+def _differentiable(y: Any) -> bool:
+    return isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex())
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """What can carry a derivative, in order."""
+    parts = output if isinstance(output, (tuple, list)) else [output]
+    return [y for y in parts if _differentiable(y)]
+
+
+def _map(output: Any, function: Callable[[Any], Any]) -> Any:
+    """Of a tensor, or of each part of a tuple or list."""
+    if isinstance(output, (tuple, list)):
+        return rebuilt(output, [function(part) for part in output])
+    return function(output)
+
+
+def _positions(output: Any, parts: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The parts by their position in the output, from their position among its differentiable tensors."""
+    places = [i for i, y in enumerate(output) if _differentiable(y)]
+    return Pieces({places[i]: part for i, part in parts.items()})
+
+
+def _paired(graphed: Any, d: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs that depend on something, with their derivatives."""
+    pairs = [(graphed, d)] if isinstance(graphed, Tensor) else [(graphed[i], part) for i, part in d.items()]
+    pairs = [(y, part) for y, part in pairs if part is not None and y.requires_grad]
+    return [y for y, _ in pairs], [part for _, part in pairs]
+
+
+def _unbind(d: Any) -> list[Any]:
+    """A derivative with an axis of tangents as one derivative a tangent."""
+    if not isinstance(d, Pieces):
+        return list(d.unbind(0))
+    parts = {i: part.unbind(0) for i, part in d.items()}
+    return [Pieces({i: part[k] for i, part in parts.items()}) for k in range(len(next(iter(parts.values()))))]
+
+
+def _stack(found: list[Any]) -> Any:
+    if isinstance(found[0], Tensor):
+        return torch.stack(found)
+    return Pieces({i: torch.stack([one[i] for one in found]) for i in found[0]})
 
 
 def _batched(d: Any, output: Any) -> bool:
     """Whether d carries an axis of tangents."""
-    while isinstance(d, Pieces):
+    if isinstance(d, Pieces):
         position = next(iter(d))
         d, output = d[position], output[position]
     return bool(d.dim() > output.dim())
@@ -260,15 +435,14 @@ def _batched(d: Any, output: Any) -> bool:
 
 def _plain(d: Any) -> Any:
     """Pieces as the plain dictionaries that torch.func knows."""
-    return {i: _plain(part) for i, part in d.items()} if isinstance(d, Pieces) else d
+    return dict(d) if isinstance(d, Pieces) else d
 
 
 def _parts(output: Any) -> Any:
     """What can carry a derivative: the tensor, or {position: part} of a tuple without its None and integer entries."""
     if isinstance(output, (tuple, list)):
-        parts = {i: _parts(part) for i, part in enumerate(output)}
-        return {i: part for i, part in parts.items() if part is not None}
-    return output if isinstance(output, Tensor) and output.is_floating_point() else None
+        return {i: part for i, part in enumerate(output) if _differentiable(part)}
+    return output
 
 
 def _complete(parts: Any, d: Any) -> Any:

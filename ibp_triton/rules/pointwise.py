@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, lift, sum_to, without_tangents
+from ibp_triton.rules.base import Layer, Names, Tangents, lift, matched, sum_to, wide, without
 
 
 class Pointwise(Layer):
@@ -21,17 +21,21 @@ class Pointwise(Layer):
     output: Tensor
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D σ'(a)."""
-        return {"input": d * self.slope}
+        """d σ'(a)."""
+        return {"input": times(d, self.slope)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T σ'(a)."""
-        return t["input"] * self.slope
+        """t σ'(a)."""
+        return times(t["input"], self.slope)
 
     def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
         """d t σ''(a), summed over tangents."""
-        second = self.bend()
-        return {} if second is None else {"input": without_tangents(d * t["input"], self.input) * second}
+        second, rank = self.bend(), self.input.dim()
+        if second is None:
+            return {}
+        if d.dim() != t["input"].dim():
+            d, t = without(d, rank), {"input": without(t["input"], rank)}
+        return {"input": without(d * t["input"], rank) * second}
 
     @cached_property
     def slope(self) -> Tensor:
@@ -62,14 +66,14 @@ class ReLU(Pointwise):
         return self._masked(t["input"])
 
     def _masked(self, t: Tensor) -> Tensor:
-        order = _storage_order(t, self.output)
+        order = storage_order(t, self.output)
         if order is None:
             return torch.ops.aten.threshold_backward(t, self.output, 0)  # type: ignore[no-any-return]
         masked = torch.ops.aten.threshold_backward(t.permute(0, *(1 + i for i in order)), self.output.permute(order), 0)
         return masked.permute(0, *(1 + order.index(i) for i in range(len(order))))  # type: ignore[no-any-return]
 
 
-def _storage_order(t: Tensor, value: Tensor) -> list[int] | None:
+def storage_order(t: Tensor, value: Tensor) -> list[int] | None:
     """The axes of a channels-last value as they lie in memory, where tangents [T, *S] meet it; else None.
 
     torch would broadcast [T, *S] with [*S] into another layout, and every later sweep would copy.
@@ -77,6 +81,15 @@ def _storage_order(t: Tensor, value: Tensor) -> list[int] | None:
     if t.dim() != 5 or value.dim() != 4 or value.stride(1) != 1 or value.shape[1] == 1:
         return None
     return [0, 2, 3, 1]
+
+
+def times(t: Tensor, value: Tensor) -> Tensor:
+    """t · value for t [T, *S] or [*S] and value [*S], in t's memory format."""
+    order = storage_order(t, value)
+    if order is None:
+        return t * value
+    moved = t.permute(0, *(1 + i for i in order)) * value.permute(order)
+    return moved.permute(0, *(1 + order.index(i) for i in range(len(order))))
 
 
 class LeakyReLU(Pointwise):
@@ -255,127 +268,177 @@ class ChannelDropout(Dropout):
     masked_axes = 2
 
 
-class Multiply(Layer):
-    """y = u · v with broadcasting; either side may be an activation, a parameter, a tensor or a number."""
+class Binary(Layer):
+    """An operation of two sides with broadcasting; either may be an activation, a parameter, a tensor or a number."""
+
+    output: Tensor
+
+    def _keep(self, input: Any, other: Any, output: Any) -> Tensor:
+        self.sides, self.output = {"input": input, "other": other}, output
+        return output  # type: ignore[no-any-return]
+
+    def _lift(self, t: Tangents) -> dict[str, Tensor]:
+        """Tangents that broadcast as their sides do."""
+        return {name: lift(part, self.sides[name], self.output.dim()) for name, part in t.items()}
+
+    def _to(self, name: str, d: Tensor) -> Tensor:
+        """Summed over the axes along which the side was broadcast."""
+        lead = d.shape[: d.dim() - self.output.dim()]
+        return sum_to(d.expand(*lead, *self.output.shape), self.sides[name], self.output.dim())
+
+    def _matched(self, d: Tensor, t: Tangents) -> tuple[Tensor, dict[str, Tensor]]:
+        d, t = matched(d, self.output.dim(), t, self.sides)
+        return d, self._lift(t)
+
+    def _gathered(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In the sides' shapes, summed over tangents."""
+        return {name: without(self._to(name, part), self.sides[name].dim()) for name, part in parts.items()}
+
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+        """As for an active side, in float32 for half precision."""
+        return self.curvature(wide(r), {name: wide(part) for name, part in t.items()}, wanted)
+
+
+class Multiply(Binary):
+    """y = u · v."""
 
     label = "multiply"
 
     def forward(self, input: Any, other: Any) -> Tensor:
         """The broadcast shape."""
-        self.sides = {"input": input, "other": other}
-        self.output: Tensor = input * other
-        return self.output  # type: ignore[no-any-return]
+        return self._keep(input, other, input * other)
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D v for u, d u for v, summed where they were broadcast."""
+        """d v for u, d u for v, summed where they were broadcast."""
         return {name: self._to(name, d * self.sides[_other(name)]) for name in wanted}
 
     def jvp(self, t: Tangents) -> Tensor:
         """t_u v + u t_v."""
-        parts = [self._lift(name, tangent) * self.sides[_other(name)] for name, tangent in t.items()]
+        parts = [tangent * self.sides[_other(name)] for name, tangent in self._lift(t).items()]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]  # type: ignore[no-any-return]
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
-        """R t_u for v, r t_v for u."""
-        out = {}
-        for name in wanted:
-            if _other(name) in t:
-                back = self._to(name, r * self._lift(_other(name), t[_other(name)]))
-                out[name] = without_tangents(back, self.sides[name])
-        return out
-
     def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        """The same for an active side."""
-        return self.tangent_param_vjp(t, d, wanted)
-
-    def _lift(self, name: str, t: Tensor) -> Tensor:
-        return lift(t, self.sides[name], self.output.dim())
-
-    def _to(self, name: str, d: Tensor) -> Tensor:
-        return sum_to(d, self.sides[name], self.output.dim())
-
-    def multiply_adds(self) -> int:
-        """None counted: a product for each element is not matrix work."""
-        return 0
+        """d t_v for u, d t_u for v."""
+        d, t = self._matched(d, t)
+        return self._gathered({name: d * t[_other(name)] for name in wanted if _other(name) in t})
 
 
 def _other(name: str) -> str:
     return "other" if name == "input" else "input"
 
 
-class Divide(Layer):
-    """y = u / c for a constant or a number c."""
+class Divide(Binary):
+    """y = u / v."""
 
     label = "divide"
 
     @classmethod
-    def accepts(cls, kinds: Mapping[str, str]) -> bool:
-        """The divisor must not depend on x or on parameters."""
-        return kinds.get("other", "constant") == "constant" and "input" in kinds
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
+        """Without rounding."""
+        return arguments.get("rounding_mode") is None
 
-    def forward(self, input: Tensor, other: Any) -> Tensor:
+    def forward(self, input: Any, other: Any, *, rounding_mode: None = None) -> Tensor:
         """The broadcast shape."""
-        self.input, self.other = input, other
-        self.output: Tensor = input / other
-        return self.output  # type: ignore[no-any-return]
+        return self._keep(input, other, input / other)
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D / c."""
-        return {"input": sum_to(d / self.other, self.input, self.output.dim())}
+        """d / v for u, −d y / v for v."""
+        found = d / self.sides["other"]
+        return {name: self._to(name, found if name == "input" else -found * self.output) for name in wanted}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T / c."""
-        return lift(t["input"], self.input, self.output.dim()) / self.other  # type: ignore[no-any-return]
+        """(t_u − y t_v) / v."""
+        t = self._lift(t)
+        parts = [t["input"]] if "input" in t else []
+        parts += [-self.output * t["other"]] if "other" in t else []
+        return (parts[0] if len(parts) == 1 else parts[0] + parts[1]) / self.sides["other"]  # type: ignore[no-any-return]
 
-
-class BatchNormEval(Layer):
-    """Batch normalisation with fixed statistics: y = γ (a − μ)/√(σ² + ε) + b, affine in a."""
-
-    label = "batch_norm (eval)"
-
-    @classmethod
-    def accepts(cls, kinds: Mapping[str, str]) -> bool:
-        """Only the input may depend on x; the statistics are buffers."""
-        return kinds.get("input") == "active" and all(k != "active" for n, k in kinds.items() if n != "input")
-
-    def forward(
-        self,
-        input: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        """[N, C, ...] → the same shape."""
-        self.shape = [1, -1] + [1] * (input.dim() - 2)
-        self.input, self.mean = input, running_mean.view(self.shape)
-        self.scale = (running_var + eps).rsqrt().view(self.shape)
-        self.gain = self.scale if weight is None else self.scale * weight.view(self.shape)
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D γ/√(σ² + ε); the usual sums for γ and b."""
+    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """−d t_v / v² for u, d (2 y t_v − t_u) / v² for v."""
+        d, t = self._matched(d, t)
+        d = d / self.sides["other"] / self.sides["other"]
         out = {}
-        if "input" in wanted:
-            out["input"] = d * self.gain
-        if "weight" in wanted:
-            out["weight"] = self._channels(d * (self.input - self.mean) * self.scale)
-        if "bias" in wanted:
-            out["bias"] = self._channels(d)
-        return out
+        if "input" in wanted and "other" in t:
+            out["input"] = -d * t["other"]
+        if "other" in wanted:
+            parts = [-t["input"]] if "input" in t else []
+            parts += [2 * self.output * t["other"]] if "other" in t else []
+            out["other"] = d * (parts[0] if len(parts) == 1 else parts[0] + parts[1])
+        return self._gathered(out)
+
+
+class ReverseDivide(Divide):
+    """y = other / input."""
+
+    def forward(self, input: Any, other: Any, *, rounding_mode: None = None) -> Tensor:
+        """The broadcast shape."""
+        result = super().forward(other, input)
+        return result
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """The quotient's, by the sides' places in it."""
+        return _swapped(super().vjp(d, _swapped(dict.fromkeys(wanted))))
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T γ/√(σ² + ε)."""
-        return t["input"] * self.gain
+        """Likewise."""
+        return super().jvp(_swapped(t))
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
-        """Σ r t/√(σ² + ε) for γ: not g of the ordinary gradient, so it does not merge."""
-        if "weight" not in wanted:
-            return {}
-        return {"weight": self._channels(without_tangents(r * t["input"], self.input) * self.scale)}
+    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """Likewise."""
+        return _swapped(super().curvature(d, _swapped(t), _swapped(dict.fromkeys(wanted))))
 
-    def _channels(self, d: Tensor) -> Tensor:
-        return d.sum([0, *range(2, d.dim())])
+
+def _swapped(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {_other(name): part for name, part in parts.items()}
+
+
+class Maximum(Binary):
+    """The larger of two; where they are equal, half of each, as in torch."""
+
+    label, sign = "maximum", 1
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        """The broadcast shape."""
+        first = torch.sign(input - other) * self.sign
+        share = 0.5 * (1 + first)
+        self.shares = {"input": share, "other": 1 - share}
+        return self._keep(input, other, torch.maximum(input, other) if self.sign == 1 else torch.minimum(input, other))
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """d where the side is the larger."""
+        return {name: self._to(name, d * self.shares[name]) for name in wanted}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """Each tangent where its side is the larger."""
+        parts = [part * self.shares[name] for name, part in self._lift(t).items()]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+class Minimum(Maximum):
+    """The smaller of two; where they are equal, half of each."""
+
+    label, sign = "minimum", -1
+
+
+class Where(Binary):
+    """input where the condition holds, other elsewhere; the condition has no derivative."""
+
+    label = "where"
+
+    def forward(self, condition: Tensor, input: Any, other: Any) -> Tensor:
+        """The broadcast shape."""
+        self.condition = condition
+        return self._keep(input, other, torch.where(condition, input, other))
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """d where the side was taken."""
+        zero = d.new_zeros(())
+        pairs = {"input": (d, zero), "other": (zero, d)}
+        return {name: self._to(name, torch.where(self.condition, *pairs[name])) for name in wanted}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """Each tangent where its side was taken."""
+        t = self._lift(t)
+        zero = next(iter(t.values())).new_zeros(())
+        pushed = torch.where(self.condition, t.get("input", zero), t.get("other", zero))
+        return pushed.expand(*pushed.shape[: pushed.dim() - self.output.dim()], *self.output.shape)

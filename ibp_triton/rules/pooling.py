@@ -19,7 +19,7 @@ class _MaxPool(Layer):
     pool: Any
 
     @classmethod
-    def accepts(cls, kinds: Mapping[str, str]) -> bool:
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
         """One tensor operand."""
         return list(kinds) == ["input"]
 

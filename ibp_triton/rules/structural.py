@@ -45,6 +45,18 @@ class Subtract(Add):
     label, sign = "subtract", -1
 
 
+class ReverseSubtract(Add):
+    """y = v − alpha · u."""
+
+    label = "subtract"
+
+    def forward(self, input: Any, other: Any, *, alpha: float = 1) -> Tensor:
+        """The broadcast shape."""
+        self.sides, self.factors = {"input": input, "other": other}, {"input": -alpha, "other": 1}
+        self.output = torch.rsub(input, other, alpha=alpha)
+        return self.output
+
+
 class Concatenate(Layer):
     """Operands joined along one axis."""
 
@@ -95,7 +107,7 @@ class LinearMap(Layer):
     label = "linear map"
 
     @classmethod
-    def accepts(cls, kinds: Mapping[str, str]) -> bool:
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
         """One tensor operand, the first argument."""
         return list(kinds) == ["input"]
 

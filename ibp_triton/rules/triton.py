@@ -24,6 +24,7 @@ from ibp_triton.kernels.wgrad import MAX_SEGMENTS
 from ibp_triton.rules import dense, pointwise, pooling
 from ibp_triton.rules.base import Bilinear, Layer, Names, Product, Tangents
 from ibp_triton.rules.structural import BatchedMap, Reshape
+from ibp_triton.seeds import Seed
 
 # entries of Node.fused: what the lowering decided about a node
 RELU = "relu"  # clip the output at zero, as the ReLU behind would
@@ -45,10 +46,10 @@ class _Joint(Bilinear):
     def joint_gradient(self, products: Sequence[Product], wanted: Names, batch: int) -> dict[str, Tensor]:
         """Σ coefficient · g(left, right) / N; in exact float32 one a + βt is formed on the way in."""
         if "weight" not in wanted or not products or len(products) > MAX_SEGMENTS:
-            products = [replace(p, left=p.left.sign()) if is_signed(p.left) else p for p in products]
+            products = [replace(p, left=p.left.tensor) if isinstance(p.left, Seed) else p for p in products]
             return super().joint_gradient(products, wanted, batch)
-        rows = [(p, self._samples(p.left, self.input.dim()), self._dense(p.right)) for p in products]
-        signs = [is_signed(p.left) for p in products]
+        rows = [(p, self._samples(_read(p.left)[0], self.input.dim()), self._dense(p.right)) for p in products]
+        signs = [_read(p.left)[1] for p in products]
         push, beta = None, 1.0
         if rows[0][1].dtype == torch.float32 and precision(rows[0][1]) == "ieee":
             first = rows[0][0]
@@ -94,9 +95,9 @@ class TritonLinear(_Joint, dense.Linear):
 
     def jvp(self, t: Tangents) -> Tensor:
         """T Wᵀ, masked by the ReLU that the layer applies."""
-        tangent = t["input"]
+        tangent, signed = _read(t["input"])
         mask = self.output.reshape(-1, self.output.shape[-1]) if RELU in self.node.fused else None
-        out = ops.linear(self._tangents(tangent), self.weight, None, mask, False, is_signed(tangent))
+        out = ops.linear(self._tangents(tangent), self.weight, None, mask, False, signed)
         return out.view(*tangent.shape[:-1], self.weight.shape[0])  # type: ignore[no-any-return]
 
     def input_vjp(self, d: Tensor) -> Tensor:
@@ -132,9 +133,9 @@ class TritonConv2d(_Joint, dense.Conv2d):
 
     def jvp(self, t: Tangents) -> Tensor:
         """The convolution without bias, masked by the ReLU that the layer applies."""
-        tangent = t["input"]
+        tangent, signed = _read(t["input"])
         mask = self.output if self._relu else None
-        out = ops.conv2d(_tangents(tangent, 4), self.weight, *self.geometry, None, mask, False, is_signed(tangent))
+        out = ops.conv2d(_tangents(tangent, 4), self.weight, *self.geometry, None, mask, False, signed)
         return _like(out, tangent, 4)
 
     def input_vjp(self, d: Tensor) -> Tensor:
@@ -253,21 +254,14 @@ class TritonReLU(pointwise.ReLU):
         return ops.relu(t.permute(axes).contiguous(), self.output.permute(order)).permute(back)  # type: ignore[no-any-return]
 
 
-def signed(u: Tensor) -> Tensor:
-    """U itself, marked to be read as sign(u) by the layers that ``reads_signs`` speaks of."""
-    view = u.view_as(u)
-    view.signed = True  # type: ignore[attr-defined]
-    return view
-
-
-def is_signed(u: Tensor) -> bool:
-    """Whether u stands for its sign."""
-    return getattr(u, "signed", False)
+def _read(t: Any) -> tuple[Tensor, bool]:
+    """The numbers of a tangent, and whether they stand for their signs."""
+    return (t.numbers, t.signed) if isinstance(t, Seed) else (t, False)
 
 
 def reads_signs(graph: Graph) -> bool:
     """Whether x goes into linear and convolution kernels alone, which take a sign on the way in."""
-    return all(graph.nodes[i].rule in (TritonLinear, TritonConv2d) for i in graph.nodes[graph.input].consumers)
+    return all(graph.nodes[i].rule in (TritonLinear, TritonConv2d) for i in graph.consumers[graph.input])
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -296,8 +290,11 @@ def _pair(value: Any) -> list[int]:
 # ------------------------------------------------------------------------------------------------------ lowering
 
 
-def lower(graph: Graph) -> Graph:
-    """Give the nodes of a freshly built graph their kernels, and fuse each ReLU; changes and returns the graph."""
+def lower(plain: Graph) -> Graph:
+    """A recorded graph with its nodes given their kernels, and each ReLU fused."""
+    graph = Graph(
+        [replace(node, fused=set(), settings={}) for node in plain.nodes], plain.input, plain.output, plain.parameters
+    )
     for node in graph.nodes:
         if node.kind == "active":
             node.rule = _replacement(node) or node.rule
@@ -379,6 +376,7 @@ def _absorb_margin(graph: Graph, pad: Node) -> None:
 
 
 def _only_consumer(graph: Graph, node: Node) -> Node | None:
-    if len(node.consumers) != 1 or node.index == graph.output:
+    readers = graph.consumers[node.index]
+    if len(readers) != 1 or node.index == graph.output or node.observed:
         return None
-    return graph.nodes[node.consumers[0]]
+    return graph.nodes[readers[0]]

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ibp_triton import ops
 from ibp_triton.graph import Graph
-from ibp_triton.rules.triton import is_signed, reads_signs, signed
+from ibp_triton.rules.triton import reads_signs
+from ibp_triton.seeds import Absolute, Seed
 
 ONE_PROGRAM = 1 << 16  # elements that the objective's one program adds up itself: a dozen steps
 
@@ -34,38 +35,42 @@ class Head:
         """H t for H = diag(p) − p pᵀ, [N, M]."""
         return ops.hessian_product(logits, t.contiguous())  # type: ignore[no-any-return]
 
-    def seed(self, u: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    def seed(self, u: Tensor, norm: float) -> tuple[Seed, Tensor]:
         """ψ(u), and ‖u‖_r^r / r in parts; u [N, ...] or [T, N, M]. For norm 2 the seed is u itself."""
         rows = _rows(u)
-        if not wanted or norm == 2:
-            return u, ops.norm_value(rows, norm)
+        if norm == 2:
+            return Seed(u), ops.norm_value(rows, norm)
         psi, penalties = ops.norm_seed(rows, norm)
-        return psi.view(u.shape) if rows.dim() != u.dim() else psi, penalties
+        return Seed(psi.view(u.shape) if rows.dim() != u.dim() else psi), penalties
 
-    def input_seed(self, d_0: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    def input_seed(self, d_0: Tensor, norm: float) -> tuple[Seed, Any]:
         """``seed`` of the input's derivative; where its readers take a sign on the way in, no tensor is made for it.
 
-        The penalty of a small batch is then d_0 itself, marked: ``objective`` adds its absolute values up.
+        The penalty of a small batch is then d_0 itself, whose absolute values ``objective`` adds up.
         """
         if norm != 1 or not reads_signs(self.graph):
-            return self.seed(d_0, norm, wanted)
+            return self.seed(d_0, norm)
         d_0 = _rows(d_0).view(d_0.shape)
-        return signed(d_0), signed(d_0) if d_0.numel() <= ONE_PROGRAM else ops.norm_value(_rows(d_0), norm)
+        penalty = Absolute(d_0) if d_0.numel() <= ONE_PROGRAM else ops.norm_value(_rows(d_0), norm)
+        return Seed(d_0, signed=True), penalty
 
-    def tangent_seed(self, d_0: Tensor, tau: Tensor, norm: float, wanted: bool = True) -> tuple[Tensor, Tensor]:
+    def tangent_seed(self, d_0: Tensor, tau: Tensor, norm: float) -> tuple[Seed, Tensor]:
         """Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j |⟨d_0, τ_j⟩|^r / r, for tangents [T, N, ...]."""
-        return ops.fast_tbp_seed(d_0.contiguous(), tau.contiguous(), norm)  # type: ignore[no-any-return]
+        seed, penalties = ops.fast_tbp_seed(d_0.contiguous(), tau.contiguous(), norm)
+        return Seed(seed), penalties
 
     def fgsm_step(self, x: Tensor, d: Tensor, epsilon: float) -> Tensor:
         """x + ε sign(d)."""
         x = x.contiguous()
         return ops.fgsm_step(x, d.to(x.dtype).contiguous(), float(epsilon))  # type: ignore[no-any-return]
 
-    def objective(self, batch: int, *parts: tuple[Any, Tensor]) -> Tensor:
+    def objective(self, batch: int, *parts: tuple[Any, Any]) -> Tensor:
         """Σ coefficient · Σ numbers, over the batch size; one or two parts."""
         (a, losses), (b, penalties) = (*parts, (0.0, parts[0][1].new_empty((0,))))[:2]
+        absolute = isinstance(penalties, Absolute)
+        addends = (penalties.numbers if absolute else penalties).float()
         scale = (float(a) / batch, float(b) / batch)
-        return ops.objective(losses, penalties, *scale, is_signed(penalties))  # type: ignore[no-any-return]
+        return ops.objective(losses, addends.reshape(-1) if addends.dim() == 0 else addends, *scale, absolute)  # type: ignore[no-any-return]
 
 
 def _rows(u: Tensor) -> Tensor:

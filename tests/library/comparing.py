@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +41,19 @@ def oracle(method: ibp.Method, model: nn.Module, *batch: Tensor | None) -> tuple
     return ibp.reference.gradients(model, method, *batch)
 
 
-@contextmanager
-def untraceable_allowed() -> Iterator[None]:
-    """Without the warning that a module cannot be traced."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*can't be traced", category=UserWarning)
-        yield
-
-
 def variants(norms: tuple[float, ...] = (1, 2, 1.5)) -> list[ibp.Method]:
     """Every method in both semantics and these norms, with strong penalties."""
     methods: list[ibp.Method] = [ibp.BP(), ibp.AdversarialTraining(0.1), ibp.FastAdversarialTraining(0.1)]
     for kind in (ibp.LossIBP, ibp.PredictionIBP, ibp.TangentBP, ibp.FastTangentBP):
         methods += [kind(0.7, norm, semantics) for semantics in ("paper", "exact") for norm in norms]
     return methods
+
+
+def example(key: str, strength: float = 0.3) -> ibp.Method:
+    """A method of that key at that β, ε or λ."""
+    kind = ibp.METHODS[key]
+    more = {
+        "pgd_training": {"step_size": 0.05, "steps": 2, "random_start": False},
+        "trades": {"epsilon": 0.1, "step_size": 0.05, "steps": 2},
+    }
+    return kind() if kind.parameter is None else kind(**{kind.parameter: strength}, **more.get(key, {}))

@@ -167,7 +167,7 @@ def resnet18(width: int = 4) -> nn.Module:
 
 
 class Branching(nn.Module):
-    """Cannot be traced: a branch on a value."""
+    """A branch on a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,17 +180,17 @@ class Branching(nn.Module):
         return self.two(torch.tanh(x))
 
 
-def partly_untraceable() -> nn.Module:
-    """A traceable model with an untraceable submodule inside."""
+def partly_branching() -> nn.Module:
+    """A chain with a module inside that branches."""
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.ReLU(), Branching(), nn.Linear(12, 10))
 
 
 class Whole(nn.Module):
-    """A model that cannot be traced at all."""
+    """A model that writes to its input and takes sizes as numbers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = partly_untraceable()
+        self.body = partly_branching()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.reshape(int(x.shape[0]), -1)
@@ -220,8 +220,8 @@ NETWORKS = {
     "dense_block": (Dense, SMALL),
     "vgg_train": (vgg, SMALL),
     "vgg_eval": (lambda: evaluating(vgg()), SMALL),
-    "partly_untraceable": (partly_untraceable, SMALL),
-    "whole_untraceable": (Whole, SMALL),
+    "partly_branching": (partly_branching, SMALL),
+    "in_place_input": (Whole, SMALL),
 }
 
 

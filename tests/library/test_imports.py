@@ -1,7 +1,12 @@
-"""`import ibp_triton` and the torch backend: without triton, and without asking for a device."""
+"""What imports what: the library without triton, without a device, without the harness and in one order."""
 
+import ast
+import graphlib
+import pathlib
 import subprocess
 import sys
+
+import ibp_triton as ibp
 
 SCRIPT = """
 import sys
@@ -36,3 +41,51 @@ def test_import_leaves_triton_alone():
     script = "import sys, ibp_triton; print('ibp_triton.kernels' in sys.modules, 'ibp_triton.ops' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "False"]
+
+
+ROOT = pathlib.Path(ibp.__file__).parent
+HARNESS_ONLY = {"yaml", "pydantic", "typer", "rich", "matplotlib", "jinja2", "pooch", "ray", "scipy", "safetensors"}
+
+
+def name_of(path):
+    parts = ["ibp_triton", *path.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in ROOT.rglob("*.py")}
+
+
+def imports(path, everywhere=True):
+    """The modules that a file imports; without ``everywhere`` not those imported in functions or for types."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module
+
+
+def test_the_library_never_imports_the_harness_and_only_kernels_import_triton():
+    for path in MODULES.values():
+        place, found = path.relative_to(ROOT).parts, set(imports(path))
+        if place[0] != "harness":
+            assert not {name.split(".")[0] for name in found} & HARNESS_ONLY, path
+            assert not any(name.startswith("ibp_triton.harness") for name in found), path
+        if place[0] not in ("kernels", "harness"):
+            assert not any(name.split(".")[0] == "triton" for name in found), path
+
+
+def test_modules_can_be_put_in_an_order_in_which_each_imports_only_earlier_ones():
+    needs = {
+        name: {other for other in imports(path, everywhere=False) if other in MODULES and other != "ibp_triton"}
+        - {name}
+        for name, path in MODULES.items()
+    }
+    graphlib.TopologicalSorter(needs).prepare()  # raises for a circle, and names it
+
+
+def test_the_oracle_knows_nothing_of_the_sweeps():
+    own = {name for name in imports(MODULES["ibp_triton.reference"]) if name.startswith("ibp_triton")}
+    assert own <= {"ibp_triton", "ibp_triton.attacks", "ibp_triton.calls", "ibp_triton.interface"}

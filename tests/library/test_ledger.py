@@ -66,5 +66,4 @@ def test_summary_leaves_the_model_as_it_was():
     network.summary([4, 1, 6, 6])
     assert all((before[name] == b).all() for name, b in model.named_buffers())
     ibp.LossIBP(0.1).gradients(network, x, labels)
-    assert "batch_norm (train)" in network.summary()
-    assert "generic" in network.summary()
+    assert "batch_norm" in network.summary()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import ibp_triton as ibp
-from tests.library.comparing import largest, minus
+from tests.library.comparing import example, largest, minus
 from tests.library.networks import build
 
 MERGED = [ibp.LossIBP, ibp.FastTangentBP]  # where a and βt stand beside one right side
@@ -43,10 +43,9 @@ def test_weak_penalties_survive_bfloat16(make, beta, name):
 def test_bfloat16_with_master_weights_is_near_float64(key):
     network, x, labels, tau = in_dtype("paper_mnist", torch.float32, torch.bfloat16)
     fine, x64, _, tau64 = in_dtype("paper_mnist", torch.float64)
-    kind = ibp.METHODS[key]
-    method = kind() if kind.parameter is None else kind(0.05)
-    loss, found = method.gradients(network, x, labels, tau if kind.needs_tangents else None)
-    expected_loss, expected = method.gradients(fine, x64, labels, tau64 if kind.needs_tangents else None)
+    method = example(key, 0.05)
+    loss, found = method.gradients(network, x, labels, tau if method.needs_tangents else None)
+    expected_loss, expected = method.gradients(fine, x64, labels, tau64 if method.needs_tangents else None)
     assert loss.dtype == torch.float32
     assert all(g.dtype == torch.float32 for g in found.values())
     assert float(loss) == pytest.approx(float(expected_loss), rel=0.02)
@@ -59,9 +58,8 @@ def test_bfloat16_with_master_weights_is_near_float64(key):
 @pytest.mark.parametrize("key", ibp.METHODS)
 def test_gradients_come_in_the_parameters_dtype(key, dtype):
     network, x, labels, tau = in_dtype("residual_eval", dtype)
-    kind = ibp.METHODS[key]
-    method = kind() if kind.parameter is None else kind(0.05)
-    loss = method(network, x, labels, tau if kind.needs_tangents else None)
+    method = example(key, 0.05)
+    loss = method(network, x, labels, tau if method.needs_tangents else None)
     loss.backward()
     assert torch.isfinite(loss.detach())
     assert all(p.grad.dtype == dtype and torch.isfinite(p.grad).all() for p in network.model.parameters())
@@ -70,15 +68,14 @@ def test_gradients_come_in_the_parameters_dtype(key, dtype):
 @pytest.mark.parametrize("key", ibp.METHODS)
 @pytest.mark.parametrize("name", ["paper_mnist", "paper_cifar10", "squeeze_excitation", "residual_train", "vgg_eval"])
 def test_channels_last_gives_the_same_numbers(name, key):
-    kind = ibp.METHODS[key]
-    method = kind() if kind.parameter is None else kind(0.05)
+    method = example(key, 0.05)
     results = []
     for layout in (torch.contiguous_format, torch.channels_last):
         network, x, labels, tau = in_dtype(name, torch.float64, layout=layout)
         if layout is torch.channels_last:
             tau = tau.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, tau.shape[:2])
         torch.manual_seed(2)
-        results.append(method.gradients(network, x, labels, tau if kind.needs_tangents else None)[1])
+        results.append(method.gradients(network, x, labels, tau if method.needs_tangents else None)[1])
     assert largest(minus(*results)) / largest(results[0]) < 1e-11
 
 

@@ -1,7 +1,4 @@
-"""Every rule of its own against torch.func, over a table of settings; the library's import rules."""
-
-import ast
-import pathlib
+"""Every rule of its own against torch.func, over a table of settings."""
 
 import pytest
 import torch
@@ -51,7 +48,6 @@ SETTINGS = {
     "pad with ones": (nn.ConstantPad2d((0, 1, 2, -1), 1.0), MAP),
     "pad, reflected": (nn.ReflectionPad2d(2), MAP),
     "flatten": (nn.Flatten(2), MAP),
-    "dropout, eval": (nn.Dropout(0.5).eval(), ROW),
 }
 
 
@@ -122,73 +118,3 @@ def test_pooling_keeps_the_first_maximum_of_a_tie_and_relu_is_flat_at_zero():
     assert pool.index.flatten().tolist() == [0, 1, 4, 5]
     relu = trace.layers[-1]
     assert not relu.jvp({"input": torch.ones(1, 1, 2, 2, dtype=torch.float64)}).any()
-
-
-ROOT = pathlib.Path(ibp.__file__).parent
-CORE = [
-    "graph",
-    "head",
-    "ledger",
-    "methods",
-    "network",
-    "objective",
-    "sweeps",
-    "tangents",
-    "trace",
-    "tracing",
-    "attacks",
-    "checks",
-    "reference",
-]
-
-
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def test_the_library_never_imports_the_harness_and_only_kernels_import_triton():
-    for path in ROOT.rglob("*.py"):
-        place = path.relative_to(ROOT).parts
-        found = set(imports(path))
-        if place[0] != "harness":
-            outside = {
-                "yaml",
-                "pydantic",
-                "typer",
-                "rich",
-                "matplotlib",
-                "jinja2",
-                "pooch",
-                "ray",
-                "scipy",
-                "safetensors",
-            }
-            assert not {name.split(".")[0] for name in found} & outside, path
-            assert not any(name.startswith("ibp_triton.harness") for name in found), path
-        if place[0] not in ("kernels", "harness"):
-            assert not any(name.split(".")[0] == "triton" for name in found), path
-
-
-def test_modules_import_each_other_in_one_direction():
-    edges = {
-        name: {i.split(".")[1] for i in imports(ROOT / f"{name}.py") if i.startswith("ibp_triton.")} for name in CORE
-    }
-    allowed_for_types = {
-        ("objective", "methods"),
-        ("objective", "network"),
-        ("checks", "methods"),
-        ("checks", "network"),
-    }
-    for name, targets in edges.items():
-        for other in targets & set(CORE):
-            back = name in edges[other]
-            assert not back or {(name, other), (other, name)} & allowed_for_types, (name, other)
-    assert edges["reference"] & set(CORE) == {"attacks"}
-    assert not edges["attacks"] & set(CORE)
-    rules = {i for path in (ROOT / "rules").glob("*.py") for i in imports(path) if i.startswith("ibp_triton.")}
-    assert not {i for i in rules if i.split(".")[1] in ("sweeps", "methods", "network", "objective")}

@@ -338,5 +338,3 @@ def _register_shapes() -> None:
 
 
 _register_shapes()
-
-from ibp_triton import ops_derivatives as _derivatives  # noqa: E402, F401 - registers the derivatives of what stands above

@@ -1,4 +1,4 @@
-"""Derivatives of the operators in ``ibp_triton.ops``, in terms of one another.
+"""Derivatives of the operators, in terms of one another.
 
 What is bilinear differentiates for ever: ``linear`` → ``linear_vjp`` and ``weight_gradient`` → ``linear`` …; a
 pooling's reverse and its linear sweep are each other's adjoints. A mask, the position of a maximum and a sign are
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton import ops
+from ibp_triton.ops import operators as ops
 
 _LINEAR: tuple[list[int], list[int], list[int]] = ([1, 1], [0, 0], [1, 1])  # stride, padding, dilation
 

@@ -1,0 +1,55 @@
+"""Jacobian regularisation: robustness by small derivatives of all outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ibp_triton.methods.base import Method, Recipe, Step, g
+from ibp_triton.rules.base import wide
+
+
+@dataclass(frozen=True, repr=False)
+class JacobianRegularisation(Method):
+    """Jacobian regularisation (Hoffman et al. 2019): minimises L + β ½ ‖J‖_F², J the Jacobian of the M logits.
+
+    ‖J‖_F² is estimated without bias by (M / n) Σ_j ‖Jᵀ v_j‖², v_j [N, M] uniform on the unit sphere, new in each step.
+
+    Args:
+        beta: strength of the penalty, per sample.
+        projections: n, or "all" for the M unit vectors, which give ‖J‖_F² itself.
+        semantics: "exact" (the true gradient of the objective) or "paper" (without the curvature of layers).
+    """
+
+    key, title, parameter = "jacobian", "Jacobian regularisation", "beta"
+    beta: float
+    projections: int | Literal["all"] = 1
+    semantics: str = "exact"
+
+    def recipe(self, s: Step) -> Recipe:
+        """g(a, d) + β Σ_j g(t^j, r^j) with r^j_K = v_j, t^j_0 = (M/n) r^j_0; exact: and g(a, η) of curved layers."""
+        classes, count = s.classes(), s.x.shape[0]
+        v = _basis(s.x, count, classes) if self.projections == "all" else _sphere(s, self.projections, count, classes)
+        a = s.forward()
+        r = a.reverse(v.to(a.logits.dtype))
+        scale = classes / v.shape[0]
+        penalty = scale / 2 * wide(r.at_input).square().sum()
+        yield s.objective(a, (1, a.losses), (self.beta, penalty))
+        t = a.tangent(scale * r.at_input)
+        yield g(a, a.reverse(a.c).run())  # so that t may run along with the weight gradients
+        yield self.beta * g(t, r)
+        if self.semantics == "exact":
+            yield self.beta * g(a, a.reverse(None, bends=[(r, t)]))
+
+
+def _basis(x: Tensor, count: int, classes: int) -> Tensor:
+    """The unit vectors of the logits [M, N, M], the same for all samples."""
+    return torch.eye(classes, dtype=x.dtype, device=x.device)[:, None].expand(classes, count, classes).contiguous()
+
+
+def _sphere(s: Step, projections: int, count: int, classes: int) -> Tensor:
+    """Directions uniform on the unit sphere, [n, N, M]."""
+    return torch.nn.functional.normalize(s.normal(projections, count, classes), dim=2)

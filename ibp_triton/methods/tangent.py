@@ -1,0 +1,61 @@
+"""Tangent propagation: invariance along given directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ibp_triton.methods.base import Method, Recipe, Step, g
+from ibp_triton.methods.ibp import along
+
+
+@dataclass(frozen=True, repr=False)
+class TangentBP(Method):
+    """Tangent BP (Simard et al. 1992): minimises L + β Σ_j ‖J τ_j‖_r^r / r.
+
+    Args:
+        beta: strength of the penalty, per sample and tangent.
+        norm: r.
+        semantics: "paper" or "exact"; they differ only for layers that are curved in their input.
+    """
+
+    key, title, parameter, needs_tangents = "tbp", "Tangent BP", "beta", True
+    beta: float
+    norm: float = 1
+    semantics: str = "paper"
+
+    def recipe(self, s: Step) -> Recipe:
+        """g(a, d) + β Σ_j g(t^j, e^j) with t^j_0 = τ_j, e^j_K = ψ(t^j_K); exact: and g(a, η) of curved layers."""
+        a = s.forward()
+        t = a.tangent(s.tangents)
+        seed, penalty = a.output_seed(t, self.norm)
+        yield s.objective(a, (1, a.losses), (self.beta, penalty))
+        e = a.reverse(seed)
+        yield g(a, a.reverse(a.c))
+        yield self.beta * g(t, e)
+        if self.semantics == "exact":
+            yield self.beta * g(a, a.reverse(None, bends=[(e, t)]))
+
+
+@dataclass(frozen=True, repr=False)
+class FastTangentBP(Method):
+    """Fast Tangent BP: minimises L + β Σ_j |⟨∇_x L, τ_j⟩|^r / r, all tangents in one collapsed seed.
+
+    Args:
+        beta: strength of the penalty, per sample and tangent.
+        norm: r.
+        semantics: "paper" or "exact" (the true gradient of the objective).
+    """
+
+    key, title, parameter, needs_tangents = "fast_tbp", "Fast Tangent BP", "beta", True
+    beta: float
+    norm: float = 1
+    semantics: str = "paper"
+
+    def recipe(self, s: Step) -> Recipe:
+        """g(a + βt, d) with t_0 = Σ_j ψ(⟨d_0, τ_j⟩) τ_j; exact: and g(a, δ) with δ_K = H t_K."""
+        a = s.forward()
+        d = a.reverse(a.c)
+        assert s.tangents is not None  # checked before the step began
+        seed, penalty = a.tangent_seed(d, s.tangents, self.norm)
+        yield s.objective(a, (1, a.losses), (self.beta, penalty))
+        yield from along(a, d, seed, self.beta, self.semantics)

@@ -1,0 +1,44 @@
+"""The kernels as torch operators with fake implementations and derivatives."""
+
+from ibp_triton.ops import derivatives as _derivatives  # noqa: F401 - registers them
+from ibp_triton.ops.operators import (
+    avg_pool2d,
+    avg_pool2d_vjp,
+    conv2d,
+    conv2d_vjp,
+    cross_entropy,
+    fast_tbp_seed,
+    fgsm_step,
+    hessian_product,
+    linear,
+    linear_vjp,
+    max_pool2d,
+    max_pool2d_jvp,
+    max_pool2d_vjp,
+    norm_seed,
+    norm_value,
+    objective,
+    relu,
+    weight_gradient,
+)
+
+__all__ = [
+    "avg_pool2d",
+    "avg_pool2d_vjp",
+    "conv2d",
+    "conv2d_vjp",
+    "cross_entropy",
+    "fast_tbp_seed",
+    "fgsm_step",
+    "hessian_product",
+    "linear",
+    "linear_vjp",
+    "max_pool2d",
+    "max_pool2d_jvp",
+    "max_pool2d_vjp",
+    "norm_seed",
+    "norm_value",
+    "objective",
+    "relu",
+    "weight_gradient",
+]

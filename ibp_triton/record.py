@@ -1,0 +1,539 @@
+"""Recording what runs: the model's own forward on the real batch, each torch function becoming a node as it is called.
+
+The model runs as in training, with grad mode on, under a ``TorchFunctionMode``. A function that takes an activation or
+a parameter is evaluated by its rule with grad mode off; the model gets the result as a tensor that requires a gradient
+but has no history. What runs where grad mode is off, or takes neither, runs as it is, and its result is a constant. A
+result of unseen code (a custom autograd.Function) shows by its history and becomes a node of autograd's own.
+
+The last recording is followed as long as the calls are the same ones: its nodes are used again, never its values. So
+nothing that the model does is frozen, and an unchanged model costs no analysis.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ibp_triton import calls
+from ibp_triton.arguments import bind, bind_named, rebuilt, unbind
+from ibp_triton.calls import Kind
+from ibp_triton.choice import choose, has_rule
+from ibp_triton.errors import AutocastError, ModelError
+from ibp_triton.graph import Constant, Graph, Node, Ref
+from ibp_triton.memory import Memory, Write, level, storage_of, wrapped
+from ibp_triton.rules.base import Layer
+from ibp_triton.rules.generic import Generic, Hooked, Leaf, Part
+from ibp_triton.rules.written import Written, geometry, seen
+
+_CONSTANT = Constant()
+_REFS = [Ref(i) for i in range(256)]  # most keys, made once, compare by identity
+_STATISTICS = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}  # keep a dtype of their own
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recording depends on besides the model: values in place of parameters, and the dtype to compute in."""
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    dtype: torch.dtype | None = None
+    keep: bool = True  # whether the values of all nodes are kept, or only those that sweeps read
+    own_input: bool = False  # whether x is a copy, which the model may write to
+    watch: bool = False  # whether to note which nodes' numbers and shapes the model looks at, for a lowering
+
+
+class Diverged(Exception):  # noqa: N818 - a signal, not an error
+    """The model did something else than the lowered recording that it was to follow."""
+
+
+class Restart(Exception):  # noqa: N818 - a signal, not an error
+    """The recording must begin again: with this module run by plain autograd, or on a copy of x."""
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        super().__init__("the recording must begin again")
+        self.module = module
+
+
+@dataclass
+class _Call:
+    """A call on its way to a node: its arguments' values and keys, and the tensors with nodes that were among them."""
+
+    values: list[Any] = field(default_factory=list)
+    keys: list[Any] = field(default_factory=list)
+    named: dict[str, Any] = field(default_factory=dict)
+    named_keys: tuple[Any, ...] = ()
+    operands: list[int] = field(default_factory=list)
+    sources: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the layer gets for the model's tensor
+    complex: bool = False
+
+    def without(self, flag: int | None) -> _Call:
+        """The same without the arguments that ask for work in place."""
+        values, keys = list(self.values), list(self.keys)
+        if flag is not None and flag < len(values):
+            values[flag], keys[flag] = False, (bool, False)
+        named = {name: value for name, value in self.named.items() if name not in ("inplace", "out")}
+        named_keys = tuple((name, key) for name, key in self.named_keys if name in named)
+        return _Call(values, keys, named, named_keys, self.operands, self.sources, self.complex)
+
+
+class Recorder(TorchFunctionMode):
+    """One recording: afterwards ``graph()`` has the nodes, ``values`` and ``layers`` what they computed."""
+
+    def __init__(
+        self, settings: Settings, last: Graph | None, opaque: weakref.WeakSet[nn.Module], strict: bool = False
+    ) -> None:
+        super().__init__()
+        self.settings, self.last, self.opaque, self.strict = settings, last, opaque, strict
+        self.own = dict(settings.model.named_parameters())
+        self.nodes: list[Node] = []
+        self.values: list[Any] = []
+        self.layers: list[Layer | None] = []
+        self.memory = Memory(self.layers)
+        self.following = last is not None
+        self._ahead = last.nodes if last is not None else []
+        self._names = {id(p): name for name, p in self.own.items()}
+        self._positions: dict[str, int] = {}
+        self._complex: set[int] = set()
+        self._unseen: dict[Any, Tensor] = {}  # unseen code's last function → the tensor it gave
+        self._level = level()
+        self._call = _Call()
+        self._casting = False
+        floats = settings.model.buffers() if settings.dtype is not None else ()
+        self._buffers = {id(b): b for b in floats if b.is_floating_point()}
+        self._casts: dict[int, Tensor] = {}
+
+    # ---------------------------------------------------------------------------------------------------- a call
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kind = calls.KINDS.get(func)
+        if kind is Kind.READ:
+            if self.settings.watch:
+                self._look(args)
+            return func(*args, **kwargs)
+        if level() != self._level or (self.opaque and self._inside_opaque()):
+            return func(*args, **kwargs)
+        if kind is not None:
+            return self._no_layer(kind, func, args, kwargs)
+        how, target = calls.written(func, args, kwargs)
+        if not torch.is_grad_enabled():
+            return self._plain(func, args, kwargs, target)
+        if func in calls.APART:
+            with self:
+                return calls.APART[func](*args, **kwargs)
+        if func in calls.SHAPED_LIKE:
+            args = (args[0], *(a.detach() for a in args[1:]))
+        call = self._call = _Call()
+        self._casting = self.settings.dtype is not None and func not in _STATISTICS
+        call.values, call.keys = bind(args, self._tensor)
+        if kwargs:
+            call.named, call.named_keys = bind_named(kwargs, self._tensor)
+        if not call.operands:
+            return self._plain(func, args, kwargs, target)
+        if torch._C._is_any_autocast_enabled():
+            raise AutocastError(
+                "the model computes under torch.autocast (its own, or that of a wrapper of its forward): the methods "
+                "choose the dtype of each sweep themselves. Leave autocast and pass "
+                "Network(model, dtype=torch.bfloat16), which computes in bfloat16 with the parameters as master weights"
+            )
+        if how is not None and target is not None:
+            return self._write(func, how, target, args, kwargs)
+        return self._evaluate(func, call)[0]
+
+    def _no_layer(self, kind: Kind, func: Any, args: Any, kwargs: Any) -> Any:
+        if kind is Kind.CONSTANT:
+            return self._plain(func, args, kwargs, None)
+        if kind is Kind.NUMBER:  # of an activation as of a tensor without gradient
+            if self.settings.watch:
+                self._look(args)
+            plain = [a.detach() if isinstance(a, Tensor) and a.requires_grad else self._replaced(a) for a in args]
+            return func(*plain, **kwargs)
+        if kind is Kind.HOOK and any(isinstance(a, Tensor) and self._index(a) is not None for a in args):
+            raise ModelError(
+                f"Tensor.{func.__name__} on an activation inside forward would never fire: the sweeps build no "
+                "autograd graph. Use a full backward hook of the module, or take that gradient elsewhere"
+            )
+        module = self._module() or self.settings.model
+        if kind is Kind.GRAPH and module not in self.opaque:
+            raise Restart(module)
+        return func(*args, **kwargs)
+
+    def _plain(self, func: Any, args: Any, kwargs: Any, target: Any) -> Any:
+        """The call as it is: its result is a constant."""
+        if isinstance(target, Tensor):
+            self.memory.set_apart(target)
+        if self.settings.watch:
+            self._look(args)
+        if self.settings.parameters:
+            args = [self._replaced(a) if a is not target else a for a in args]
+        result = func(*args, **kwargs)
+        if func is Tensor.detach_:
+            self.memory.track(result, None)
+        known = [a for a in args if isinstance(a, Tensor) and self.memory.knows(a)]
+        for part in result if isinstance(result, (tuple, list)) else (result,):
+            if not isinstance(part, Tensor) or self.memory.knows(part):
+                continue
+            if self._level is not None or self.memory.shares(part, known):
+                self.memory.track(part, None)
+        return result
+
+    def _look(self, args: Any) -> None:
+        """The model sees these tensors otherwise than through layers: a lowering must leave them what they are."""
+        for a in args:
+            index = self.memory.node(a) if isinstance(a, Tensor) else None
+            if index is None:
+                continue
+            if self.strict and not self.nodes[index].observed:
+                raise Diverged
+            self.nodes[index].observed = True
+
+    def _replaced(self, a: Any) -> Any:
+        name = self._names.get(id(a)) if isinstance(a, nn.Parameter) else None
+        return a if name is None else self.settings.parameters.get(name, a)
+
+    # --------------------------------------------------------------------------------------------- arguments
+
+    def _tensor(self, a: Tensor) -> tuple[Tensor, Any]:
+        """What a layer gets for a tensor, and the key."""
+        if self.memory.writes:
+            self._catch_up(a)
+        call, index = self._call, self._index(a)
+        if index is None:
+            call.complex = call.complex or a.is_complex()
+            return (self._cast(a) if self._casting and id(a) in self._buffers else a), _CONSTANT
+        call.operands.append(index)
+        call.complex = call.complex or index in self._complex
+        value = self.values[index] if id(a) in self._names else a.detach()
+        call.sources.append((value, a))
+        return value, _REFS[index] if index < len(_REFS) else Ref(index)
+
+    def _index(self, a: Tensor) -> int | None:
+        """The node of a tensor, None for a constant."""
+        index = self.memory.node(a)
+        if index is not None:
+            return index
+        name = self._names.get(id(a))
+        if name is not None:
+            return self._parameter(name)
+        if a.requires_grad and a.grad_fn is not None:
+            return self._leaf(a)
+        if self._level is not None and wrapped(a) and not self.memory.knows(a):
+            raise ModelError(
+                f"{self._here()}: under torch.func transforms a tensor came from code that torch shows nothing of (a "
+                "scripted or compiled part); run gradients() without vmap for this model"
+            )
+        return None
+
+    def _cast(self, a: Tensor) -> Tensor:
+        if id(a) not in self._casts:
+            self._casts[id(a)] = a.detach().to(self.settings.dtype)
+        return self._casts[id(a)]
+
+    # ------------------------------------------------------------------------------------------------- nodes
+
+    def input(self, x: Tensor) -> Tensor:
+        """The node of x; what the model gets for it."""
+        node = self._followed("x") or Node(0, "", "active", call="x")
+        value = self._in_dtype(x.detach())
+        self._append(node, value, None)
+        return self._publish(value, 0)  # type: ignore[no-any-return]
+
+    def _parameter(self, name: str) -> int:
+        """The node of a parameter, one for all its uses."""
+        if name not in self._positions:
+            call, position = ("parameter", name), len(self.nodes)
+            node = self._followed(call) or Node(position, name, "parametric", call=call)
+            self._append(node, self._in_dtype(self.settings.parameters.get(name, self.own[name]).detach()), None)
+            self._positions[name] = position
+        return self._positions[name]
+
+    def _in_dtype(self, value: Tensor) -> Tensor:
+        dtype = self.settings.dtype
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+    def _append(self, node: Node, value: Any, layer: Layer | None) -> None:
+        if isinstance(value, Tensor) and value.is_complex():
+            self._complex.add(len(self.nodes))
+        self.nodes.append(node)
+        self.values.append(value if self.settings.keep or layer is None or node.kind == "parametric" else None)
+        self.layers.append(layer)
+
+    def _followed(self, call: Any) -> Node | None:
+        """The last recording's node at this place, if this is the same call; from the first difference on, none is."""
+        if not self.following:
+            return None
+        place = len(self.nodes)
+        if place < len(self._ahead) and self._ahead[place].call == call:
+            return self._ahead[place]
+        if self.strict:
+            raise Diverged
+        self.following = False
+        return None
+
+    def _evaluate(self, func: Any, call: _Call) -> tuple[Any, int | None]:
+        """The call by its rule: what the model gets, and its node (None for a constant or an argument given back)."""
+        following, key = self.following, (func, call.keys, call.named_keys, call.complex)
+        node = self._followed(key) or self._made(func, key, call)
+        layer = node.rule(node)  # type: ignore[misc]
+        torch._C._set_grad_enabled(False)
+        try:
+            out = layer.forward(*call.values, **call.named)
+            if isinstance(out, Tensor) and out.is_complex() and not call.complex:  # a rule of real numbers
+                node, call.complex = self._made(func, key, replace(call, complex=True)), True
+                layer = Generic(node)
+                out = layer.forward(*call.values, **call.named)
+        finally:
+            torch._C._set_grad_enabled(True)
+        if not self.strict:  # a lowering may let a layer pass its input on
+            same = next((a for value, a in call.sources if out is value or _returned(layer, value)), None)
+            if same is not None or (isinstance(layer, Generic) and not layer.differentiable):
+                self.following = following
+                return (out, None) if same is None else (same, self._index(same))
+        index = len(self.nodes)
+        self._append(node, out, layer)
+        return self._publish(out, index), index
+
+    def _made(self, func: Any, key: Any, call: _Call) -> Node:
+        """A new node: its rule, and the names of its operands."""
+        args, kwargs = tuple(map(unbind, call.keys)), {name: unbind(key) for name, key in call.named_keys}
+        node = Node(len(self.nodes), self._where(), self._kind(call.operands), func, args, kwargs, call=key)
+        choose(node, self.nodes, generic=call.complex)
+        return node
+
+    def _kind(self, operands: Any) -> str:
+        return "active" if any(self.nodes[i].kind == "active" for i in operands) else "parametric"
+
+    def _publish(self, out: Any, index: int) -> Any:
+        """What the model gets for a node's value: tensors that require a gradient and have no history."""
+        if isinstance(out, Tensor):
+            if not (out.is_floating_point() or out.is_complex()):
+                return out
+            shown = out.detach()
+            if self._level is None:
+                shown.requires_grad_()
+            self.memory.track(shown, index)
+            return shown
+        if isinstance(out, (tuple, list)):
+            return rebuilt(out, [self._part(part, i, index) for i, part in enumerate(out)])
+        return out
+
+    def _part(self, part: Any, position: int, of: int) -> Any:
+        if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
+            return part
+        call, place = ("part", of, position), len(self.nodes)
+        node = self._followed(call)
+        if node is None:
+            whole = self.nodes[of]
+            node = Node(place, whole.where, whole.kind, Part, rule=Part, operands={"input": of}, call=call)
+        layer = Part(node)
+        self._append(node, layer.forward(part, position), layer)
+        return self._publish(part, place)
+
+    # ---------------------------------------------------------------------------------------- unseen code
+
+    def _leaf(self, a: Tensor) -> int | None:
+        """The node of a tensor that unseen code made: autograd's graph behind it says of what."""
+        last: Any = a.grad_fn
+        if last.name() == "CheckpointFunctionBackward":
+            return self._checkpointed(a, last)
+        hooked = last.name() == "BackwardHookFunctionBackward"
+        found: dict[int, Tensor] = {}
+        for variable, number in self._ends(last, [last.next_functions[a.output_nr]] if hooked else last.next_functions):
+            index = self._index_then(variable, number)
+            if index is not None:
+                found.setdefault(index, variable)
+        if not found:
+            self.memory.track(a, None)
+            return None
+        call, place = ("autograd", last.name(), tuple(found)), len(self.nodes)
+        node = self._followed(call)
+        if node is None:
+            rule, function = Hooked if hooked else Leaf, _Named(last.name().removesuffix("Backward"))
+            operands = {str(k): i for k, i in enumerate(found)}
+            node = Node(place, self._where(), self._kind(found), function, rule=rule, operands=operands, call=call)
+        layer = node.rule(node)  # type: ignore[misc]
+        self._append(node, layer.forward(a, *found.values()), layer)
+        self._unseen[last] = a
+        self.memory.track(a, place)
+        return place
+
+    def _ends(self, last: Any, edges: Any) -> Iterator[tuple[Tensor, int]]:
+        """The tensors that a graph hangs on, and the sequence number of the function that took each."""
+        done, todo = set(), [(last, edge[0]) for edge in edges]
+        while todo:
+            user, function = todo.pop()
+            if function is None or (user, function) in done:
+                continue
+            done.add((user, function))
+            if hasattr(function, "variable"):
+                yield function.variable, user._sequence_nr()
+            elif function in self._unseen:
+                yield self._unseen[function], user._sequence_nr()
+            else:
+                todo += [(function, edge[0]) for edge in function.next_functions]
+
+    def _index_then(self, a: Tensor, number: int) -> int | None:
+        """The node that a tensor was when the function of this sequence number took it."""
+        name = self._names.get(id(a))
+        if name is None:
+            return self.memory.node_then(a, number)
+        if self.settings.parameters or self.settings.dtype is not None:
+            raise ModelError(
+                f"{self._here()}: a custom autograd.Function takes the parameter '{name}' itself, not the value that "
+                "is to replace it; leave dtype= and parameters= out for this model"
+            )
+        return self._parameter(name)
+
+    def _checkpointed(self, a: Tensor, last: Any) -> int | None:
+        """A reentrant checkpoint hides its parameters: what it ran is run again, recorded, on the same numbers."""
+        inputs = list(last.inputs)
+        for position, tensor in zip(last.tensor_indices, last.saved_tensors, strict=True):
+            inputs[position] = tensor
+        before, call, casting = torch.get_rng_state(), self._call, self._casting
+        if getattr(last, "preserve_rng_state", False):
+            torch.set_rng_state(last.fwd_cpu_state)
+        with self:
+            outputs = last.run_function(*inputs)
+        torch.set_rng_state(before)
+        self._call, self._casting = call, casting
+        index = self._index(outputs[a.output_nr] if isinstance(outputs, (tuple, list)) else outputs)
+        self.memory.track(a, index)
+        return index
+
+    # ------------------------------------------------------------------------------------------------ writes
+
+    def _write(self, func: Any, how: calls.InPlace, target: Tensor, args: Any, kwargs: Any) -> Any:
+        """An in-place call as the node of its pure form, whose value then takes the target's place."""
+        call, memory = self._call, self.memory
+        if func in calls.REFUSED:
+            raise ModelError(f"{self._here()}: {func.__name__} on an activation can't be followed; make a new tensor")
+        if id(target) in self._names:
+            return func(*args, **kwargs)  # torch refuses this for a parameter that requires a gradient
+        if not self.settings.own_input and storage_of(target) is storage_of(self.values[0]):
+            raise Restart
+        count, following = len(self.nodes), self.following
+        pure = how.pure if how.pure is func or how.reshapes or has_rule(how.pure) else calls.Cloned(func)
+        found, index = self._evaluate(pure, call.without(calls.flag_position(func)) if pure is func else call)
+        if not how.reshapes and (found.shape != target.shape or found.dtype != target.dtype):
+            del self.nodes[count:], self.values[count:], self.layers[count:]
+            self.following = following
+            found, index = self._evaluate(calls.Cloned(func), call)
+        memory.remember(target)
+        with torch.no_grad():
+            if how.reshapes:
+                func(*args, **kwargs)
+                memory.track(target, index)
+                return target
+            if wrapped(target) and len(memory.aliases(storage_of(target))) > 1:
+                raise ModelError(
+                    f"{self._here()}: under torch.func transforms an in-place operation on a view, or on a tensor with "
+                    "views, can't be followed; write it without the trailing underscore"
+                )
+            memory.deposit(target, found.detach(), index)
+        self._requires_grad(target)
+        return target
+
+    def _requires_grad(self, a: Tensor) -> None:
+        """Unseen code shall see that the tensor carries a derivative now; a model's buffer stays as it is."""
+        if self._level is None and not a.requires_grad and all(a is not b for b in self.settings.model.buffers()):
+            a.requires_grad_()
+
+    def _catch_up(self, a: Tensor) -> None:
+        """A tensor whose memory was written to through another: its node is what it now shows."""
+        if id(a) in self._names:
+            return
+        for write in self.memory.news(a):
+            self._show(a, write)
+        self.memory.up_to_date(a)
+
+    def _show(self, a: Tensor, write: Write) -> None:
+        old, here, place = self.memory.node(a), geometry(a), len(self.nodes)
+        operands = {name: i for name, i in (("old", old), ("new", write.node)) if i is not None}
+        positions = seen(here, write.place)
+        if not operands or (positions < 0).all():
+            return
+        call = ("write", here, write.place, tuple(operands.items()))
+        node = self._followed(call)
+        if node is None:
+            kind = self._kind(operands.values())
+            node = Node(place, self._where(), kind, Written, rule=Written, operands=operands, call=call)
+        layer = Written(node)
+        now = layer.forward(a.detach(), torch.from_numpy(positions).to(a.device), write.place[0])
+        self._append(node, now, layer)
+        self._requires_grad(a)
+        self.memory.remember(a)
+        self.memory.track(a, place)
+
+    # --------------------------------------------------------------------------------------------- where we are
+
+    def _frames(self) -> Iterator[nn.Module]:
+        """The modules whose code is running, innermost first."""
+        frame: Any = sys._getframe(2)
+        while frame is not None:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                yield module
+            frame = frame.f_back
+
+    def _paths(self) -> dict[int, str]:
+        if not hasattr(self, "_path_of"):
+            self._path_of = {id(module): path for path, module in self.settings.model.named_modules()}
+        return self._path_of
+
+    def _module(self) -> nn.Module | None:
+        return next((module for module in self._frames() if id(module) in self._paths()), None)
+
+    def _where(self) -> str:
+        module = self._module()
+        return "" if module is None else self._paths()[id(module)]
+
+    def _here(self) -> str:
+        return self._where() or "the model"
+
+    def _inside_opaque(self) -> bool:
+        return any(module in self.opaque for module in self._frames())
+
+    # ------------------------------------------------------------------------------------------------ the end
+
+    def output(self, logits: Tensor) -> int:
+        """The node of what the model returned."""
+        if self.memory.writes:
+            self._catch_up(logits)
+        index = self._index(logits)
+        if index is None:
+            raise ModelError(
+                "the model's output depends neither on x nor on a parameter: it was detached, or computed under "
+                "torch.no_grad or torch.inference_mode, or from integers"
+            )
+        self.values[index] = logits.detach()
+        return index
+
+    def graph(self, output: int) -> Graph:
+        """The last recording's graph where this one is the same, else a new one."""
+        last = self.last
+        if self.following and last is not None and len(self.nodes) == len(last.nodes) and output == last.output:
+            return last
+        return Graph(self.nodes, 0, output, {i: name for name, i in self._positions.items()})
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Stands for a function that was not seen."""
+
+    __name__: str
+
+
+def _returned(layer: Layer, value: Tensor) -> bool:
+    """Whether a function evaluated by the generic rule gave this argument back."""
+    if not isinstance(layer, Generic) or layer.wrapped:
+        return False
+    pairs = zip(layer.inputs, layer.sources, strict=True)
+    return any(a is value and source is layer.graphed for a, source in pairs)

@@ -1,0 +1,283 @@
+"""Softmax and attention.
+
+Softmax y: jvp = vjp: y∘(t − ⟨y, t⟩); curvature y∘(g − ⟨y, g⟩) with g = d∘t − d⟨y, t⟩ − t⟨d, y⟩.
+Attention O = P V with P = M∘softmax(c Q Kᵀ + mask), M a dropout mask: the same, between products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibp_triton.rules.base import Layer, Names, Tangents, each, lift, matched, product, sum_to, without, wrapped
+
+Sides = Mapping[str, Tensor]
+
+
+class Softmax(Layer):
+    """exp(a) over its sum along one axis."""
+
+    label = "softmax"
+
+    @classmethod
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
+        """Along an axis that is named."""
+        return list(kinds) == ["input"] and isinstance(arguments.get("dim"), int)
+
+    def forward(self, input: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+        """The same shape, in ``dtype``."""
+        self.rank, self.dtype = input.dim(), input.dtype
+        self.axis = dim if dim < 0 else dim - self.rank
+        self.output = torch.softmax(input, dim, dtype=dtype)
+        return self.output
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """y∘(d − ⟨y, d⟩)."""
+        return {"input": self._pull(d).to(self.dtype)}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """y∘(t − ⟨y, t⟩)."""
+        return self._pull(t["input"].to(self.output.dtype))
+
+    def _pull(self, d: Tensor) -> Tensor:
+        return softmax_pull(self.output, d, self.axis)
+
+    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """y∘(g − ⟨y, g⟩)."""
+        d, t = matched(d, self.rank, t, {"input": self.output})
+        push, y = t["input"].to(self.output.dtype), self.output
+        g = d * push - d * self._along(y * push) - push * self._along(y * d)
+        return {"input": self._pull(without(g, self.rank)).to(self.dtype)}
+
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+        """Nothing: one operand cannot be active and parametric."""
+        return {}
+
+    def _along(self, v: Tensor) -> Tensor:
+        return v.sum(self.axis, keepdim=True)
+
+
+class TorchSoftmax(Softmax):
+    """torch.softmax, whose third argument is the dtype."""
+
+    def forward(self, input: Tensor, dim: Any = None, dtype: Any = None) -> Tensor:  # type: ignore[override]
+        """The same shape, in ``dtype``."""
+        return super().forward(input, dim, dtype=dtype)
+
+
+class LogSoftmax(Softmax):
+    """y = a − ln Σ exp(a) along one axis; with p = exp(y): vjp d − p Σ d, jvp t − ⟨p, t⟩."""
+
+    label = "log_softmax"
+
+    def forward(self, input: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+        """The same shape, in ``dtype``."""
+        self.rank, self.dtype = input.dim(), input.dtype
+        self.axis = dim if dim < 0 else dim - self.rank
+        self.output = torch.log_softmax(input, dim, dtype=dtype)
+        return self.output
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """d − p Σ d."""
+        return {"input": (d - self.output.exp() * self._along(d)).to(self.dtype)}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """t − ⟨p, t⟩."""
+        push = t["input"].to(self.output.dtype)
+        return push - self._along(self.output.exp() * push)
+
+    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """−(Σ d) p∘(t − ⟨p, t⟩)."""
+        d, t = matched(d, self.rank, t, {"input": self.output})
+        push, p = t["input"].to(self.output.dtype), self.output.exp()
+        bent = -self._along(d) * p * (push - self._along(p * push))
+        return {"input": without(bent, self.rank).to(self.dtype)}
+
+
+class TorchLogSoftmax(LogSoftmax):
+    """torch.log_softmax, whose third argument is the dtype."""
+
+    def forward(self, input: Tensor, dim: Any = None, dtype: Any = None) -> Tensor:  # type: ignore[override]
+        """The same shape, in ``dtype``."""
+        return super().forward(input, dim, dtype=dtype)
+
+
+def softmax_pull(y: Tensor, d: Tensor, axis: int = -1) -> Tensor:
+    """y∘(d − ⟨y, d⟩) along ``axis``, a kernel of torch's; [T, *S] for d of [T, *S]."""
+    if wrapped(y, d):
+        return y * (d - (y * d).sum(axis, keepdim=True))
+    return each(lambda one: torch._softmax_backward_data(one, y, axis, y.dtype), d, y.dim())
+
+
+class Attention:
+    """The core: O = P V, P = M∘softmax(c Q Kᵀ + mask), for q [..., L, E], k [..., S, E], v [..., S, F].
+
+    Everything broadcasts in front; tangents and derivatives [T, ...] too. Both outputs, O and P, may have derivatives.
+    """
+
+    def __init__(self, sides: Sides, scale: float | None, mask: Tensor | None, p: float) -> None:
+        self.sides = sides
+        self.q, self.k, self.v = (sides[name] for name in ("query", "key", "value"))
+        self.scale = 1 / math.sqrt(self.q.shape[-1]) if scale is None else scale
+        self.soft = self._softmax(mask)  # [..., L, S]
+        self.drop = None if p == 0 else torch.empty_like(self.soft).bernoulli_(1 - p).div_(1 - p if p < 1 else 1)
+        self.weights = self._dropped(self.soft)
+        self.output = self.weights @ self.v
+        self.rank = self.output.dim()
+
+    def _softmax(self, mask: Tensor | None) -> Tensor:
+        scores = (self.q * self.scale) @ self.k.mT
+        if mask is None:
+            return torch.softmax(scores, -1)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        blind = (scores == -torch.inf).all(-1, keepdim=True)  # rows that see nothing: torch gives them zeros
+        return torch.softmax(scores, -1).masked_fill(blind, 0)
+
+    def _dropped(self, v: Tensor) -> Tensor:
+        return v if self.drop is None else v * self.drop
+
+    def push(self, t: Tangents) -> tuple[Tensor, Tensor]:
+        """t_O and t_P."""
+        t = self._lifted(t)
+        scores = self._scores(t)
+        if scores is None:
+            soft = weights = None
+        else:
+            soft = softmax_pull(self.soft, scores)
+            weights = self._dropped(soft)
+        self.soft_tangent = soft
+        output = None if weights is None else weights @ self.v
+        if "value" in t:
+            moved = self.weights @ t["value"]
+            output = moved if output is None else output + moved
+        assert output is not None
+        return output, torch.zeros_like(self.weights) if weights is None else weights
+
+    def _scores(self, t: Tangents) -> Tensor | None:
+        """t_S = c (t_Q Kᵀ + Q t_Kᵀ)."""
+        parts = [(t["query"] * self.scale) @ self.k.mT] if "query" in t else []
+        parts += [(self.q * self.scale) @ t["key"].mT] if "key" in t else []
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _lifted(self, t: Tangents) -> dict[str, Tensor]:
+        return {name: lift(part, self.sides[name], self.rank) for name, part in t.items()}
+
+    def _soft_derivative(self, d: Tensor | None, w: Tensor | None) -> Tensor:
+        """d_softmax = M∘(d Vᵀ + w)."""
+        found = w if d is None else d @ self.v.mT if w is None else d @ self.v.mT + w
+        assert found is not None
+        return self._dropped(found)
+
+    def pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
+        """The derivatives for d of O and w of P (None: zero)."""
+        out = {}
+        if "value" in wanted and d is not None:
+            out["value"] = self.weights.mT @ d
+        if "query" in wanted or "key" in wanted:
+            scores = softmax_pull(self.soft, self._soft_derivative(d, w)) * self.scale
+            if "query" in wanted:
+                out["query"] = scores @ self.k
+            if "key" in wanted:
+                out["key"] = scores.mT @ self.q
+        return self._fitting(out)
+
+    def bend(self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """The derivatives' derivatives along t, summed over tangents."""
+        t, y = self._lifted(t), self.soft
+        soft_d, moved = self._soft_derivative(d, w), self._scores(t)
+        soft_t = None if moved is None else softmax_pull(y, moved)
+        out: dict[str, Tensor] = {}
+        if "value" in wanted and soft_t is not None and d is not None:
+            out["value"] = self._dropped(soft_t).mT @ d
+        parts = [softmax_pull(y, self._dropped(d @ t["value"].mT))] if "value" in t and d is not None else []
+        if soft_t is not None:
+            along = (y * soft_d).sum(-1, keepdim=True)
+            parts.append(soft_t * (soft_d - along) - y * (soft_t * soft_d).sum(-1, keepdim=True))
+        scores_d = softmax_pull(y, soft_d)
+        bent = sum(parts[1:], parts[0]) if parts else None
+        for name, other, turn in (("query", "key", False), ("key", "query", True)):
+            if name in wanted:
+                terms = [] if bent is None else [(bent.mT if turn else bent) @ self.sides[other]]
+                terms += [(scores_d.mT if turn else scores_d) @ t[other]] if other in t else []
+                if terms:
+                    out[name] = sum(terms[1:], terms[0]) * self.scale
+        return {name: without(part, self.sides[name].dim()) for name, part in self._fitting(out).items()}
+
+    def _fitting(self, parts: Sides) -> dict[str, Tensor]:
+        """Summed over the axes along which a side was broadcast."""
+        return {name: sum_to(part, self.sides[name], self.rank) for name, part in parts.items()}
+
+    def multiply_adds(self) -> int:
+        """Two products."""
+        return product(self.weights.shape) * (self.q.shape[-1] + self.v.shape[-1])
+
+
+class ScaledDotProductAttention(Layer):
+    """F.scaled_dot_product_attention: query, key and value may each be an activation, a parameter or a constant."""
+
+    label = "scaled_dot_product_attention"
+
+    @classmethod
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
+        """The mask must be constant."""
+        return kinds.get("attn_mask", "constant") == "constant"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """[..., L, F]. ``attn_mask`` is True where a position is seen, or is added to the scores."""
+        self.groups = 1
+        if enable_gqa:
+            self.groups = query.shape[-3] // key.shape[-3]
+        if is_causal:
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        sides = {"query": query, "key": self._spread(key), "value": self._spread(value)}
+        self.core = Attention(sides, scale, attn_mask, dropout_p)
+        return self.core.output
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """A head of keys for each head of queries."""
+        return x if self.groups == 1 else x.repeat_interleave(self.groups, -3)
+
+    def _tangents(self, t: Tangents) -> dict[str, Tensor]:
+        return {name: part if name == "query" else self._spread(part) for name, part in t.items()}
+
+    def _gathered(self, parts: Sides) -> dict[str, Tensor]:
+        if self.groups == 1:
+            return dict(parts)
+        keys = {name: part.unflatten(-3, (-1, self.groups)).sum(-3) for name, part in parts.items() if name != "query"}
+        return {**parts, **keys}
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """d_V = Pᵀ d; d_P = d Vᵀ, d_S = P∘(d_P − ⟨P, d_P⟩), d_Q = c d_S K, d_K = c d_Sᵀ Q."""
+        return self._gathered(self.core.pull(d, None, wanted))
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """t_P V + P t_V."""
+        return self.core.push(self._tangents(t))[0]
+
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+        """As for an active operand."""
+        return self.curvature(r, t, wanted)
+
+    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """The three products' derivatives along t."""
+        spread = self._tangents(t)
+        d, spread = matched(d, self.core.rank, spread, self.core.sides)
+        return self._gathered(self.core.bend(d, None, spread, wanted))
+
+    def multiply_adds(self) -> int:
+        """Two products."""
+        return self.core.multiply_adds()

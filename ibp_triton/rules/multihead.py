@@ -1,0 +1,276 @@
+"""Multi-head attention as one layer: three linear maps, the attention core of each head, a linear map.
+
+In the paper's semantics too it is one operation: the tangent term of its weights is the true ∇_w ⟨r, Df(a; w)[t]⟩.
+With Q = q W_qᵀ + b_q and so on, the tangents t_Q of the core's operands, its derivatives r_Q for r W_o, and their
+derivatives c_Q along (t_Q, t_K, t_V):
+
+    W_o: g(t_O, r)      W_q: g(t_q, r_Q) + g(q, c_Q)      b_q: Σ c_Q      curvature for q: c_Q W_q
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ibp_triton.rules.attention import Attention
+from ibp_triton.rules.base import HALF, Layer, Names, Tangents, product, wide
+from ibp_triton.rules.structural import Pieces
+
+_INPUTS = ("query", "key", "value")
+_WEIGHTS = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_MASKS = ("attn_mask", "key_padding_mask")
+
+
+class MultiHeadAttention(Layer):
+    """F.multi_head_attention_forward without extra keys (bias_k, bias_v, add_zero_attn, static_k, static_v)."""
+
+    label = "multi_head_attention"
+    packed: Any  # [3E, E] or None
+    weights: dict[str, Any]  # its three parts, or three separate weights
+
+    @classmethod
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
+        """Weights do not depend on x, masks on nothing; no extra keys."""
+        extra = ("bias_k", "bias_v", "static_k", "static_v")
+        plain = all(arguments.get(name) is None for name in extra) and not arguments.get("add_zero_attn")
+        weights = all(kinds.get(name, "constant") != "active" for name in (*_WEIGHTS, *_SEPARATE))
+        return plain and weights and all(kinds.get(name, "constant") == "constant" for name in _MASKS)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        embed_dim_to_check: int,
+        num_heads: int,
+        in_proj_weight: Tensor | None,
+        in_proj_bias: Tensor | None,
+        bias_k: None,
+        bias_v: None,
+        add_zero_attn: bool,
+        dropout_p: float,
+        out_proj_weight: Tensor,
+        out_proj_bias: Tensor | None,
+        training: bool = True,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        use_separate_proj_weight: bool = False,
+        q_proj_weight: Tensor | None = None,
+        k_proj_weight: Tensor | None = None,
+        v_proj_weight: Tensor | None = None,
+        static_k: None = None,
+        static_v: None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[L, N, E], [S, N, ·], [S, N, ·] → [L, N, E] and the weights [N, L, S] ([N, heads, L, S]) or None."""
+        self.unbatched, self.heads, self.averaged = query.dim() == 2, num_heads, average_attn_weights
+        self.need_weights = need_weights
+        self.inputs = dict(zip(_INPUTS, map(self._batched, (query, key, value)), strict=True))
+        nodes = [self.node.operands.get(name, name) for name in _INPUTS]
+        self.packed = None if use_separate_proj_weight else in_proj_weight
+        self.shared = self.packed is not None and len(set(nodes)) == 1 and query is key and key is value
+        weights = (q_proj_weight, k_proj_weight, v_proj_weight) if self.packed is None else self.packed.chunk(3)
+        self.weights = dict(zip(_INPUTS, weights, strict=True))
+        self.out_weight = out_proj_weight
+        self.core = self._attend(in_proj_bias, self._mask(attn_mask, key_padding_mask), dropout_p if training else 0.0)
+        self.joined = self._join(self.core.output)
+        output = F.linear(self.joined, out_proj_weight, out_proj_bias)
+        return self._unbatched(output), self._shown(self.core.weights) if need_weights else None
+
+    def _attend(self, bias: Tensor | None, mask: Tensor | None, p: float) -> Attention:
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        if self.shared:
+            parts = F.linear(self.inputs["query"], self.packed, bias).chunk(3, -1)
+        else:
+            parts = tuple(F.linear(self.inputs[n], self.weights[n], b) for n, b in zip(_INPUTS, biases, strict=True))
+        sides = {name: self._split(part) for name, part in zip(_INPUTS, parts, strict=True)}
+        return Attention(sides, None, mask, p)
+
+    def _mask(self, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
+        """What is added to the scores [N, heads, L, S]: True means unseen here."""
+        dtype = self.inputs["query"].dtype
+        parts = [
+            torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(m, -torch.inf)
+            if m.dtype == torch.bool
+            else m
+            for m in (mask, padding)
+            if m is not None
+        ]
+        if mask is not None and mask.dim() == 3:
+            parts[0] = parts[0].unflatten(0, (-1, self.heads))
+        if padding is not None:
+            parts[-1] = parts[-1].reshape(-1, 1, 1, padding.shape[-1])
+        total: Tensor | None = sum(parts[1:], start=parts[0]) if parts else None
+        return total
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[..., L, N, E] → [..., N, heads, L, E / heads]."""
+        return x.unflatten(-1, (self.heads, -1)).movedim(-4, -2)  # type: ignore[no-any-return]
+
+    def _join(self, x: Tensor) -> Tensor:
+        """[..., N, heads, L, E / heads] → [..., L, N, E]."""
+        return x.movedim(-2, -4).flatten(-2)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(-2) if self.unbatched else x
+
+    def _unbatched(self, x: Tensor) -> Tensor:
+        return x.squeeze(-2) if self.unbatched else x
+
+    def _shown(self, weights: Tensor) -> Tensor:
+        """The weights as the caller sees them."""
+        weights = weights.mean(-3) if self.averaged else weights
+        return weights.squeeze(-3 if self.averaged else -4) if self.unbatched else weights
+
+    def _shown_vjp(self, w: Tensor | None) -> Tensor | None:
+        if w is None:
+            return None
+        w = w.unsqueeze(-3 if self.averaged else -4) if self.unbatched else w
+        return (w / self.heads).unsqueeze(-3).expand(*w.shape[:-2], self.heads, *w.shape[-2:]) if self.averaged else w
+
+    def _sides(self, d: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The output's derivative, the same for the heads' outputs, and the weights' derivative."""
+        outer = self._batched(d[0]) if d.get(0) is not None else None
+        return outer, None if outer is None else self._split(outer @ self.out_weight), self._shown_vjp(d.get(1))
+
+    def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
+        """Through the last linear map, the core and the first linear maps."""
+        outer, heads, shown = self._sides(d)
+        inner = self._inner(self.core.pull(heads, shown, _INPUTS))
+        return self._through(inner, wanted) | self._weights_of(inner, self.inputs, wanted) | self._last(outer, wanted)
+
+    def _inner(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: self._join(part) for name, part in parts.items()}
+
+    def _through(self, inner: Mapping[str, Tensor], wanted: Names) -> dict[str, Tensor]:
+        """Through the first linear maps; one product where their operand is the same."""
+        if self.shared and len(inner) == 3:
+            names = [name for name in _INPUTS if name in wanted][:1]
+            return {name: self._unbatched(self._pack(inner) @ self.packed) for name in names}
+        return {n: self._unbatched(part @ self.weights[n]) for n, part in inner.items() if n in wanted}
+
+    @staticmethod
+    def _pack(inner: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([inner[name] for name in _INPUTS], -1)
+
+    def _weights_of(
+        self, inner: Mapping[str, Tensor], left: Mapping[str, Tensor], wanted: Names, bias: bool = True
+    ) -> dict[str, Tensor]:
+        """g(left, inner) of the first linear maps and, with ``bias``, Σ inner."""
+        out: dict[str, Tensor] = {}
+        if not inner:
+            return out
+        if any(name in wanted for name in ("in_proj_weight", *_SEPARATE)):
+            parts = {n: _gradient(left[n], inner[n]) for n in _INPUTS if n in left and n in inner}
+            if self.packed is None:
+                named = dict(zip(_INPUTS, _SEPARATE, strict=True))
+                out = {named[n]: part for n, part in parts.items() if named[n] in wanted}
+            elif parts:
+                out["in_proj_weight"] = self._rows(parts)
+        if bias and "in_proj_bias" in wanted:
+            sums = {n: wide(part).sum((-3, -2)) for n, part in inner.items()}
+            lead = next(iter(sums.values())).shape[:-1]
+            width = self.out_weight.shape[1]
+            out["in_proj_bias"] = torch.cat([sums.get(n, self.out_weight.new_zeros(*lead, width)) for n in _INPUTS], -1)
+        return out
+
+    @staticmethod
+    def _rows(parts: Mapping[str, Tensor]) -> Tensor:
+        """The packed weight's gradient, zeros where a part has none."""
+        some = next(iter(parts.values()))
+        return torch.cat([parts[n] if n in parts else torch.zeros_like(some) for n in _INPUTS], -2)
+
+    def _last(self, outer: Tensor | None, wanted: Names) -> dict[str, Tensor]:
+        out = {}
+        if outer is not None and "out_proj_weight" in wanted:
+            out["out_proj_weight"] = _gradient(self.joined, outer)
+        if outer is not None and "out_proj_bias" in wanted:
+            out["out_proj_bias"] = wide(outer).sum((-3, -2))
+        return out
+
+    def jvp(self, t: Tangents) -> Any:
+        """Through the same maps without their biases."""
+        output, weights = self.core.push(self._pushed(t))
+        pushed = self._unbatched(F.linear(self._join(output), self.out_weight))
+        return Pieces({0: pushed, 1: self._shown(weights)} if self.need_weights else {0: pushed})
+
+    def _pushed(self, t: Tangents) -> dict[str, Tensor]:
+        """The tangents of the core's operands."""
+        if self.shared:
+            tangent = self._batched(next(iter(t.values())))
+            parts = F.linear(tangent, self.packed).chunk(3, -1)
+            return {name: self._split(part) for name, part in zip(_INPUTS, parts, strict=True)}
+        return {n: self._split(F.linear(self._batched(t[n]), self.weights[n])) for n in _INPUTS if n in t}
+
+    def curvature(self, d: Any, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """The core's, through the first linear maps."""
+        _, heads, shown, t = self._matched(d, t)
+        bent = self._inner(self.core.bend(heads, shown, self._pushed(t), _INPUTS))
+        return self._through(bent, wanted)
+
+    def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+        """The formulas above; parametric operands in the place of activations likewise."""
+        outer, heads, shown, t = self._matched(r, t)
+        pushed = self._pushed(t)
+        bent = self._inner(self.core.bend(heads, shown, pushed, _INPUTS))
+        pulled = self._inner(self.core.pull(heads, shown, _INPUTS))
+        left = {name: self._batched(part) for name, part in t.items()}
+        if self.shared:
+            left = dict.fromkeys(_INPUTS, next(iter(left.values())))
+        out = self._through(bent, wanted)
+        parts = [self._weights_of(bent, self.inputs, wanted), self._weights_of(pulled, left, wanted, bias=False)]
+        if outer is not None and "out_proj_weight" in wanted:
+            parts.append({"out_proj_weight": _gradient(self._join(self.core.push(pushed)[0]), outer)})
+        shapes = self._shapes
+        for part in parts:
+            for name, found in part.items():
+                found = found.sum(0) if found.dim() > shapes[name] else found
+                out[name] = out[name] + found if name in out else found
+        return out
+
+    @property
+    def _shapes(self) -> dict[str, int]:
+        """The number of axes of each weight."""
+        return {**dict.fromkeys((*_WEIGHTS, *_SEPARATE), 2), "in_proj_bias": 1, "out_proj_bias": 1}
+
+    def _matched(self, d: Any, t: Tangents) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tangents]:
+        """Derivatives and tangents with an axis of tangents on both sides or on neither."""
+        rank = 2 if self.unbatched else 3
+        ranks: dict[int, int] = {0: rank, 1: rank if self.averaged else rank + 1}
+        batched = all(d[i].dim() > ranks[i] for i in d) and all(part.dim() > rank for part in t.values())
+        if not batched:
+            d = {i: part.sum(0) if part.dim() > ranks[i] else part for i, part in d.items()}
+            t = {name: part.sum(0) if part.dim() > rank else part for name, part in t.items()}
+        return *self._sides(d), t
+
+    def multiply_adds(self) -> int:
+        """The linear maps and the core."""
+        maps = sum(product(self.inputs[n].shape[:-1]) * product(self.weights[n].shape) for n in _INPUTS)
+        last = product(self.joined.shape[:-1]) * product(self.out_weight.shape)
+        return maps + last + self.core.multiply_adds()
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """−∞ where a mask of booleans is True."""
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+
+
+def _gradient(left: Tensor, d: Tensor) -> Tensor:
+    """dᵀ left over all positions, [..., out, in], in float32 for half precision; summed over tangents in both."""
+    if left.dim() == d.dim():
+        return _rows_of(d, 0).mT @ _rows_of(left, 0)
+    lead = abs(left.dim() - d.dim())
+    return _rows_of(d, lead if d.dim() > left.dim() else 0).mT @ _rows_of(left, lead if left.dim() > d.dim() else 0)
+
+
+def _rows_of(x: Tensor, lead: int) -> Tensor:
+    x = x.float() if x.dtype in HALF else x
+    return x.reshape(*x.shape[:lead], -1, x.shape[-1])

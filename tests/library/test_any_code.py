@@ -1,0 +1,717 @@
+"""Ordinary model code of many kinds: every method beside the oracle, exact Loss IBP beside ``create_graph=True``."""
+
+import gc
+import threading
+import weakref
+from collections import namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, rnn
+from torch.utils.checkpoint import checkpoint
+
+import ibp_triton as ibp
+from tests.library.comparing import error, oracle, ours
+
+EXACT = ibp.LossIBP(0.3, 2, "exact")
+METHODS = [
+    *(ibp.BP(), ibp.LossIBP(0.3), EXACT, ibp.PredictionIBP(0.3, 2), ibp.PredictionIBP(0.3, 2, "exact")),
+    *(ibp.TangentBP(0.3, 2), ibp.FastTangentBP(0.3, 2, "exact"), ibp.AdversarialTraining(0.1)),
+    ibp.FastAdversarialTraining(0.1),
+]
+
+
+class Body(nn.Module):
+    """x [N, 4, 6] → logits [N, 5] around a piece of code, which may use the modules and parameters here."""
+
+    def __init__(self, code, *modules):
+        super().__init__()
+        self.one, self.two, self.code = nn.Linear(6, 6), nn.Linear(6, 5), code
+        self.gain, self.matrix = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6, 6))
+        self.inner = nn.ModuleList(modules)
+        self.register_buffer("state", torch.rand(6))
+
+    def forward(self, x):
+        return self.two(self.code(self, torch.tanh(self.one(x)))).mean(1)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(3, 4, 6, generator=generator, dtype=torch.float64)
+    return x, torch.tensor([0, 4, 1]), torch.randn(2, 3, 4, 6, generator=generator, dtype=torch.float64)
+
+
+def double_backprop(model, x, labels, beta):
+    """Exact Loss IBP at norm 2 as one writes it by hand."""
+    named = dict(model.named_parameters())
+    x = x.clone().requires_grad_()
+    torch.manual_seed(5)
+    loss = F.cross_entropy(model(x), labels, reduction="sum")
+    (d_0,) = torch.autograd.grad(loss, x, create_graph=True)
+    total = (loss + beta * d_0.square().sum() / 2) / len(x)
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, found, strict=True))
+
+
+def check(model, judged=True, by_hand=True):
+    """Two steps of every method at the same buffers."""
+    x, labels, tau = batch()
+    network = ibp.Network(model.double())
+    start = {name: b.clone() for name, b in model.named_buffers()}
+    for method in METHODS:
+        tangents = tau if method.needs_tangents else None
+        expected = oracle(method, model, x, labels, tangents)[1] if judged else None
+        for _ in range(2):
+            model.load_state_dict(start, strict=False)
+            found = ours(method, network, x, labels, tangents)[1]
+            assert expected is None or error(found, expected) < 1e-10, method
+        model.load_state_dict(start, strict=False)
+        if method is EXACT and by_hand:
+            assert error(found, double_backprop(model, x, labels, method.beta)) < 1e-10
+            model.load_state_dict(start, strict=False)
+    return network
+
+
+# ------------------------------------------------------------------------------------------- writes in place
+
+
+def rows_of_zeros(m, x):
+    out = torch.zeros_like(x)
+    for i in range(6):
+        out[..., i] = x[..., 5 - i] * (i + 1)
+    return out
+
+
+def views_of_views(m, x):
+    y = m.one(x)
+    v = y[:, 1:3]
+    v[..., ::2].mul_(2)
+    y[:, 0] = v[:, 0]
+    v.add_(1)
+    return y * y.sum()
+
+
+def chained(m, x):
+    y = m.one(x)
+    y.sub_(0.1).mul_(2).div_(3)
+    z = F.silu(y, inplace=True)
+    return z + y
+
+
+def shape_in_place(m, x):
+    y = m.one(x)
+    y.unsqueeze_(1)
+    y.mul_(2)
+    return y.squeeze_(1).transpose_(1, 2).transpose(1, 2) * m.gain
+
+
+def accumulated(m, x):
+    index, out = torch.tensor([0, 1, 1, 0]), torch.zeros(3, 2, 6, dtype=x.dtype)
+    out.index_add_(1, index, x * m.gain)
+    return out[:, index]
+
+
+def scattered(m, x):
+    out = x.new_zeros(3, 4, 6)
+    out.scatter_add_(2, torch.zeros(3, 4, 6, dtype=torch.long), x)
+    return out + x
+
+
+def masked(m, x):
+    y = m.one(x)
+    y[y < 0] *= 0.1
+    return y.masked_fill(y > 0.3, 0)
+
+
+def zeroed(m, x):
+    y = m.one(x)
+    z = y * 2
+    y.zero_()
+    return z + y
+
+
+def copied(m, x):
+    out = torch.empty_like(x)
+    out.copy_(x)
+    return out.add_(x)
+
+
+def expanded(m, x):
+    y = m.one(x)[:, :1]
+    e = y.expand(3, 4, 6)
+    y.mul_(2)
+    return e * 1
+
+
+WRITES = [
+    *(rows_of_zeros, views_of_views, chained, shape_in_place, accumulated, scattered, masked, zeroed, copied, expanded)
+]
+
+# ---------------------------------------------------------------------------------------------- constants
+
+
+def clamped_out_of_sight(m, x):
+    y = m.one(x)
+    z = y * 3
+    with torch.no_grad():
+        y.clamp_(-0.3, 0.3)
+    return z + y.sin()
+
+
+def nearest_code(m, x):
+    with torch.no_grad():
+        index = torch.cdist(x.detach().reshape(-1, 6), m.matrix.detach()).argmin(1)
+    code = m.matrix[index].view_as(x)
+    return x + (code - x).detach() + 0.1 * code
+
+
+def moving_average(m, x):
+    with torch.no_grad():
+        m.state.mul_(0.9).add_(x.mean((0, 1)), alpha=0.1)
+    return x * m.state
+
+
+def replaced_buffer(m, x):
+    m.state = 0.9 * m.state + 0.1 * x.detach().mean((0, 1))
+    return x * m.state
+
+
+def switched_off(m, x):
+    torch.set_grad_enabled(False)
+    mean = x.mean(1, keepdim=True)
+    torch.set_grad_enabled(True)
+    return x - mean
+
+
+def by_data(m, x):
+    y = m.one(x)
+    y.data.mul_(2)
+    return y - x.data.mean(1, keepdim=True)
+
+
+CONSTANTS = {
+    "written without gradients": clamped_out_of_sight,
+    "quantised to a codebook": nearest_code,
+    "moving average": moving_average,
+    "buffer replaced": replaced_buffer,
+    "gradients switched off": switched_off,
+    "data": by_data,
+    "straight through": lambda m, x: x + (torch.round(x * 4) / 4 - x).detach(),
+}
+
+# ------------------------------------------------------------------------------------------- complex numbers
+
+
+def spectral(m, x):
+    weight = torch.view_as_complex(m.matrix[:4, :2].contiguous())
+    return torch.fft.irfft(torch.fft.rfft(x) * weight, n=6)
+
+
+def polar(m, x):
+    return torch.view_as_real((x * 1j).exp() * torch.complex(x, m.one(x))).sum(-1)
+
+
+def spectrogram(m, x):
+    window = torch.hann_window(4, dtype=x.dtype)
+    z = torch.stft(x.reshape(12, 6), 4, 2, window=window, return_complex=True)
+    return z.abs().pow(2).sum((1, 2)).view(3, 4, 1) * x
+
+
+COMPLEX = [spectral, polar, spectrogram]
+
+# ------------------------------------------------------------------------------------------------- draws
+
+DRAWS = {
+    "noise": lambda m, x: x + torch.randn_like(x) * torch.exp(0.1 * m.one(x)),
+    "distribution": lambda m, x: torch.distributions.Normal(x, 1 + x.abs()).rsample(),
+    "gumbel": lambda m, x: F.gumbel_softmax(x, tau=0.7),
+    "rrelu": lambda m, x: F.rrelu(x, training=True),
+    "alpha dropout": lambda m, x: F.feature_alpha_dropout(x, 0.3, True) + F.alpha_dropout(x, 0.3, True),
+    "drop path": lambda m, x: x * x.new_empty(3, 1, 1).bernoulli_(0.7).div_(0.7) + x,
+    "permutation": lambda m, x: 0.3 * x + 0.7 * x[torch.randperm(3)],
+    "uniform": lambda m, x: x * (1 + torch.empty(4, 1, dtype=x.dtype).uniform_(0, 0.2)),
+}
+
+# -------------------------------------------------------------------------------------- values of many parts
+
+Pair = namedtuple("Pair", "a b")
+
+
+@dataclass
+class Output:
+    z: torch.Tensor
+    n: int = 1
+
+
+class Returns(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.linear, self.wrap = nn.Linear(6, 6), wrap
+
+    def forward(self, x):
+        return self.wrap(self.linear(x), x)
+
+
+def packed(m, x):
+    out, (h, _) = m.inner[0](rnn.pack_padded_sequence(x, [4, 3, 2], batch_first=True))
+    return rnn.pad_packed_sequence(out, batch_first=True)[0] + h[-1][:, None]
+
+
+def cells(m, x):
+    h = None
+    for t in range(4):
+        h = m.inner[0](x[:, t], h)
+    return h[:, None].expand(3, 4, 6)
+
+
+def extremes(m, x):
+    pair, both = x.max(1, keepdim=True), torch.aminmax(x, dim=1, keepdim=True)
+    return x * pair.values + x.min(1, keepdim=True)[0] * both.max + x.topk(2, 1).values.sum(1, keepdim=True)
+
+
+def moments(m, x):
+    variance, mean = torch.var_mean(x, -1, keepdim=True)
+    return (x - mean) / (variance + 1e-5).sqrt()
+
+
+def starred(m, x):
+    first, *rest = x.unbind(1)
+    a, b = torch.broadcast_tensors(first, m.gain)
+    return torch.stack([rest[-1], a * b, *rest[:2]], 1)
+
+
+STRUCTURES = {
+    "dictionary": lambda: Body(lambda m, x: m.inner[0](x)["z"], Returns(lambda z, x: {"z": z, "more": [x, 2]})),
+    "named tuple": lambda: Body(lambda m, x: m.inner[0](x).a * m.inner[0](x)[1], Returns(Pair)),
+    "dataclass": lambda: Body(lambda m, x: torch.tanh(m.inner[0](x).z), Returns(lambda z, x: Output(z))),
+    "nested": lambda: Body(lambda m, x: m.inner[0](x)[1][0] * 2, Returns(lambda z, x: (x, (z, None)))),
+    "grid": lambda: Body(lambda m, x: x + torch.meshgrid(x[0, 0], m.gain, indexing="ij")[1].sum(0)),
+    "extremes": lambda: Body(extremes),
+    "moments": lambda: Body(moments),
+    "starred": lambda: Body(starred),
+    "GRU": lambda: Body(lambda m, x: m.inner[0](x)[0], nn.GRU(6, 6, batch_first=True)),
+    "GRU cells": lambda: Body(cells, nn.GRUCell(6, 6)),
+}
+
+# ---------------------------------------------------------------------------------------------- functions
+
+
+def until_small(m, x):
+    while x.norm() > 1:
+        x = x * 0.7
+    return x
+
+
+def equilibrium(m, x):
+    z = torch.zeros_like(x)
+    for _ in range(4):
+        z = torch.tanh(m.one(z) * 0.3 + x)
+    return z
+
+
+def determinants(m, x):
+    a = x[:, :2, :2]
+    log = torch.slogdet(a @ a.mT + torch.eye(2, dtype=x.dtype))[1]
+    return x * torch.linalg.det(a)[:, None, None] + log[:, None, None]
+
+
+def standardised(m, x):
+    w = m.matrix
+    return F.linear(x, (w - w.mean(1, keepdim=True)) / (w.std(1, keepdim=True) + 1e-5))
+
+
+FUNCTIONS = {
+    "loop on data": until_small,
+    "equilibrium": equilibrium,
+    "determinants": determinants,
+    "weight standardisation": standardised,
+    "inverse": lambda m, x: x @ torch.inverse(torch.eye(6, dtype=x.dtype) * 4 + x.mT @ x),
+    "eigenvalues": lambda m, x: x * torch.linalg.eigvalsh(x.mT @ x)[:, None],
+    "sorted": lambda m, x: x.sort(-1).values * m.gain + x.gather(-1, x.argsort(-1)),
+    "cumulative": lambda m, x: x.cumsum(1) + x.cumprod(2) + torch.logcumsumexp(x, 1),
+    "einsum": lambda m, x: torch.einsum("nti,ntj,ij->ntj", x, x, m.matrix),
+    "normalised": lambda m, x: F.normalize(x, dim=-1) + x.norm(dim=-1, keepdim=True),
+    "bilinear": lambda m, x: F.bilinear(x, x, m.matrix.expand(6, 6, 6)),
+}
+TABLE = {
+    **{f.__name__: f for f in (*WRITES, *COMPLEX)},
+    **CONSTANTS,
+    **{f"draws: {name}": f for name, f in DRAWS.items()},
+    **FUNCTIONS,
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_code_of_many_kinds(name):
+    torch.manual_seed(0)
+    check(Body(TABLE[name]))
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_values_of_many_parts(name):
+    torch.manual_seed(0)
+    check(STRUCTURES[name]())
+
+
+def test_packed_sequences():
+    torch.manual_seed(0)
+    check(Body(packed, nn.LSTM(6, 6, batch_first=True)), judged=False)  # torch.func has no packed sequences
+
+
+def test_a_recurrent_layer_of_two_directions_and_layers():
+    torch.manual_seed(0)
+    lstm = nn.LSTM(6, 6, 2, bidirectional=True, batch_first=True, dropout=0.2)
+    check(Body(lambda m, x: m.inner[0](x)[0].tanh()[..., :6], lstm))
+
+
+# ------------------------------------------------------------------------------------------- unseen code
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+class TwoValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * 2, x.sin()
+
+    @staticmethod
+    def backward(ctx, a, b):
+        (x,) = ctx.saved_tensors
+        return 2 * a + b * x.cos()
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return -g
+
+
+class OneWay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp()
+
+
+def two_values(m, x):
+    a, b = TwoValues.apply(x)
+    return a * b
+
+
+def gradient_inside(m, x):
+    (g,) = torch.autograd.grad((x.sin() * m.gain).sum(), x, create_graph=True)
+    return x - g
+
+
+UNSEEN = {
+    "sign": lambda m, x: Sign.apply(x) + x,
+    "weight inside": lambda m, x: Product.apply(x, m.matrix).tanh(),
+    "two values": two_values,
+    "gradient reversal": lambda m, x: Reversal.apply(m.one(x)),
+    "gradient inside forward": gradient_inside,
+    "transform inside forward": lambda m, x: torch.func.vmap(lambda row: row * row.sum())(x),
+    "fake quantisation": lambda m, x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -8, 7),
+    "checkpoint": lambda m, x: checkpoint(m.one, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_unseen_code_is_a_leaf_of_autograds(name):
+    torch.manual_seed(0)
+    check(Body(UNSEEN[name]), judged=False)
+
+
+def test_a_scripted_module_is_a_leaf_too():
+    torch.manual_seed(0)
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    check(Body(lambda m, x: m.inner[0](x), scripted), judged=False)
+
+
+def test_a_reentrant_checkpoint_is_what_it_ran():
+    torch.manual_seed(0)
+    plain, hidden = (
+        Body(lambda m, x, run=run: run(m, x)).double()
+        for run in (
+            lambda m, x: m.one(x).sin(),
+            lambda m, x: checkpoint(lambda u: m.one(u).sin(), x, use_reentrant=True),
+        )
+    )
+    hidden.load_state_dict(plain.state_dict())
+    x, labels, _ = batch()
+    for method in (ibp.BP(), EXACT):
+        found, expected = (ours(method, ibp.Network(m), x, labels)[1] for m in (hidden, plain))
+        assert error(found, expected) < 1e-12
+
+
+def test_a_backward_without_a_derivative_is_named_with_the_methods_that_work():
+    model = Body(lambda m, x: OneWay.apply(x)).double()
+    x, labels, _ = batch()
+    found = ibp.BP().gradients(ibp.Network(model), x, labels)[1]
+    loss = F.cross_entropy(model(x), labels)
+    expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    assert error(found, dict(zip(found, expected, strict=True))) < 1e-12
+    ibp.FastAdversarialTraining(0.1).gradients(ibp.Network(model), x, labels)
+    with pytest.raises(RuntimeError, match=r"OneWay.*bp, at and fast_at"):
+        ibp.LossIBP(0.1).gradients(ibp.Network(model), x, labels)
+
+
+def test_a_hook_on_an_activation_is_refused():
+    model = Body(lambda m, x: x.register_hook(print) and x).double()
+    with pytest.raises(TypeError, match=r"register_hook.*never fire"):
+        ibp.BP().gradients(ibp.Network(model), *batch()[:2])
+
+
+# ------------------------------------------------------------------------------- modules, hooks and changes
+
+NORMED = {
+    "weight norm": lambda: parametrizations.weight_norm(nn.Linear(6, 6)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(6, 6)).eval(),
+    "old weight norm": lambda: nn.utils.weight_norm(nn.Linear(6, 6)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("name", NORMED)
+def test_reparametrised_weights(name):
+    torch.manual_seed(0)
+    check(Body(lambda m, x: m.inner[0](x), NORMED[name]()))
+
+
+def test_adapters_on_frozen_layers():
+    torch.manual_seed(0)
+
+    def adapted(m, x):
+        base, up, down = m.inner
+        return F.linear(x, base.weight + up.weight @ down.weight, base.bias)
+
+    model = Body(adapted, nn.Linear(6, 6), nn.Linear(2, 6, bias=False), nn.Linear(6, 2, bias=False))
+    model.inner[0].requires_grad_(False)
+    network = check(model, by_hand=False)
+    assert "inner.0.weight" not in ibp.BP().gradients(network, *batch()[:2])[1]
+
+
+def test_tied_weights():
+    torch.manual_seed(0)
+    twin = nn.Linear(6, 6)
+    model = Body(lambda m, x: m.inner[0](x), twin)
+    twin.weight = model.one.weight
+    check(model)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key + getattr(m, "semantics", ""))
+def test_hooks_fire_once_a_forward_pass(method):
+    model = Body(lambda m, x: m.inner[0](x), nn.Tanh()).double()
+    seen = []
+    model.inner[0].register_forward_hook(lambda m, i, o: seen.append(o.detach().numpy().mean()))
+    model.inner[0].register_full_backward_hook(lambda m, i, o: seen.append(o[0].detach().numpy().mean()))
+    x, labels, tau = batch()
+    method(ibp.Network(model), x, labels, tau if method.needs_tangents else None).backward()
+    passes = method.program.passes
+    assert len(seen) == 2 * passes  # forward and backward
+
+
+def test_hooks_that_change_values_are_part_of_the_model():
+    torch.manual_seed(0)
+    model = Body(lambda m, x: m.inner[0](x), nn.Tanh())
+    model.inner[0].register_forward_hook(lambda m, i, o: o * 2)
+    model.inner[0].register_forward_pre_hook(lambda m, i: (i[0] + 1,))
+    check(model)
+
+
+def replaced_layer(model):
+    model.inner[0] = nn.Linear(6, 6).double()
+
+
+CHANGES = {
+    "dropout": lambda m: setattr(m.inner[1], "p", 0.1),
+    "softplus": lambda m: setattr(m.inner[2], "beta", 10.0),
+    "norm's eps": lambda m: setattr(m.inner[3], "eps", 0.5),
+    "function": lambda m: setattr(m, "act", torch.sin),
+    "number": lambda m: setattr(m, "scale", 3.0),
+    "depth": lambda m: setattr(m, "depth", 3),
+    "layer": replaced_layer,
+    "mode": lambda m: m.eval(),
+    "frozen": lambda m: m.inner[0].requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_between_steps_take_effect(name):
+    torch.manual_seed(0)
+
+    def code(m, x):
+        linear, dropout, softplus, norm = m.inner
+        x = dropout(softplus(norm(linear(x)))) * m.scale
+        for _ in range(m.depth):
+            x = m.act(x)
+        return x
+
+    model = Body(code, nn.Linear(6, 6), nn.Dropout(0.5), nn.Softplus(), nn.LayerNorm(6)).double()
+    model.scale, model.depth, model.act = 1.0, 1, torch.tanh
+    network, (x, labels, _) = ibp.Network(model), batch()
+    for change in (lambda m: None, CHANGES[name]):
+        change(model)
+        assert error(ours(EXACT, network, x, labels)[1], oracle(EXACT, model, x, labels)[1]) < 1e-10
+
+
+def test_a_layer_made_where_a_dead_one_lay_is_another_layer():
+    model = Body(lambda m, x: m.inner[0](x), nn.Linear(6, 6)).double()
+    network, (x, labels, _) = ibp.Network(model), batch()
+    for _ in range(20):
+        model.inner[0] = nn.Linear(6, 6, bias=False).double()
+        gc.collect()
+        found = ibp.BP().gradients(network, x, labels)[1]
+        assert error(found, ibp.reference.gradients(model, ibp.BP(), x, labels)[1]) < 1e-12
+
+
+def test_nothing_of_a_step_outlives_it():
+    class Watched(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            alive.append(weakref.ref(y))
+            return y
+
+    alive = []
+    network, (x, labels, tau) = ibp.Network(Body(lambda m, x: m.inner[0](x), Watched()).double()), batch()
+    for method in METHODS:
+        method.gradients(network, x, labels, tau if method.needs_tangents else None)
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+    graph = network.graph()
+    for _ in range(3):
+        ibp.BP().gradients(network, x, labels)
+        assert network.graph() is graph  # followed, not made again
+
+
+def test_two_threads_train_two_networks_while_a_third_only_runs_one():
+    torch.manual_seed(0)
+    models = [Body(lambda m, x: torch.relu_(m.one(x)), nn.Tanh()).double() for _ in range(2)]
+    x, labels, _ = batch()
+    expected = [ibp.reference.gradients(m, EXACT, x, labels)[1] for m in models]
+    plain, failures = models[0](x).detach(), []
+
+    def train(model, right):
+        network = ibp.Network(model)
+        for _ in range(20):
+            if error(EXACT.gradients(network, x, labels)[1], right) > 1e-12:
+                failures.append(model)
+
+    def run():
+        for _ in range(40):
+            if not torch.equal(models[0](x), plain):
+                failures.append("plain")
+
+    threads = [threading.Thread(target=train, args=pair) for pair in zip(models, expected, strict=True)]
+    threads.append(threading.Thread(target=run))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+# ------------------------------------------------------------------------------------------- interfaces
+
+
+class Tokens(nn.Module):
+    """Several inputs, one of them by name, and several outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 5)
+
+    def forward(self, ids=None, embeds=None, mask=None):
+        z = (torch.tanh(self.body(embeds)) * mask[..., None]).sum(1)
+        return {"logits": z, "other": 2 * z, "hidden": (z, embeds)}
+
+
+def test_other_inputs_and_outputs_by_name():
+    model = Tokens().double()
+    x, labels, tau = batch()
+    mask = (torch.arange(12).view(3, 4) % 3 > 0).double()
+    for output in (None, "logits", lambda result: result["hidden"][0]):
+        network = ibp.Network(model, x="embeds", output=output)
+        for method in METHODS:
+            tangents = tau if method.needs_tangents else None
+            found = method.gradients(network, x, labels, tangents, extra={"mask": mask})[1]
+            expected = ibp.reference.gradients(
+                model, method, x, labels, tangents, extra={"mask": mask}, interface=network.interface
+            )[1]
+            assert error(found, expected) < 1e-12
+    assert ibp.Network(model, x=1).interface.call(model, x, {"mask": mask})["logits"].shape == (3, 5)
+    assert "linear" in ibp.Network(model, x="embeds").summary([3, 4, 6], extra={"mask": mask})
+    with pytest.raises(TypeError, match=r"output='logit'.*one of 'logits', 'other'"):
+        ibp.BP().gradients(ibp.Network(model, x="embeds", output="logit"), x, labels, extra={"mask": mask})
+    with pytest.raises(TypeError, match="extra must map the names"):
+        ibp.BP().gradients(network, x, labels, extra=mask)
+
+
+def test_an_autocast_of_the_models_own_is_refused():
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.linear(x)
+
+    with pytest.raises(RuntimeError, match=r"dtype=torch.bfloat16"):
+        ibp.BP().gradients(ibp.Network(Cast()), torch.rand(3, 6), torch.tensor([0, 1, 2]))
+
+
+def test_parameters_of_two_dtypes():
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.adapter = nn.Linear(6, 6).bfloat16(), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.adapter(self.base(x.bfloat16()).float())
+
+    x, labels = torch.rand(3, 6), torch.tensor([0, 1, 2])
+    model = Casting()
+    found = ibp.BP().gradients(ibp.Network(model), x, labels)[1]
+    expected = torch.autograd.grad(F.cross_entropy(model(x), labels), list(model.parameters()))
+    assert (
+        error({k: v.float() for k, v in found.items()}, dict(zip(found, (g.float() for g in expected), strict=True)))
+        < 1e-2
+    )
+    plain = nn.Sequential(nn.Linear(6, 6).bfloat16(), nn.Linear(6, 4))
+    with pytest.raises(TypeError, match=r"pass Network\(model, dtype=torch.float32\)"):
+        ibp.LossIBP(0.1).gradients(ibp.Network(plain), x, labels)
+    ibp.LossIBP(0.1).gradients(ibp.Network(plain, dtype=torch.float32), x, labels)

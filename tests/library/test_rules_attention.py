@@ -1,0 +1,205 @@
+"""Softmax, products of activations and attention against torch.func."""
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ibp_triton.rules.multihead import MultiHeadAttention
+from tests.library.layers import Call, check, half_agrees, random_like
+
+
+def numbers(*shape, seed=0, cast=lambda x: x):
+    generator = torch.Generator().manual_seed(seed)
+    return cast(torch.randn(*shape, generator=generator, dtype=torch.float64))
+
+
+def pair(function, left, right, kinds=None, cast=lambda x: x, **kwargs):
+    return Call(function, (numbers(*left, cast=cast), numbers(*right, seed=1, cast=cast)), kwargs, kinds or {})
+
+
+def triple(function, shapes, kinds=None, cast=lambda x: x, **kwargs):
+    return Call(function, tuple(numbers(*s, seed=i, cast=cast) for i, s in enumerate(shapes)), kwargs, kinds or {})
+
+
+def einsum(equation, *shapes, kinds=None, cast=lambda x: x):
+    values = [numbers(*s, seed=i, cast=cast) for i, s in enumerate(shapes)]
+    return Call(torch.einsum, (equation, *values), {}, kinds or {})
+
+
+def softmax(function, *args, shape=(3, 4, 5), cast=lambda x: x, **kwargs):
+    return Call(function, (numbers(*shape, cast=cast), *args), kwargs)
+
+
+def sdpa(q=(2, 3, 4, 5), k=(2, 3, 6, 5), v=(2, 3, 6, 7), kinds=None, cast=lambda x: x, **kwargs):
+    values = tuple(numbers(*s, seed=i, cast=cast) for i, s in enumerate((q, k, v)))
+    return Call(F.scaled_dot_product_attention, values, kwargs, {"attn_mask": "constant"} | (kinds or {}))
+
+
+def bools(*shape):
+    mask = numbers(*shape, seed=9) > -0.5
+    return mask.index_fill_(-2, torch.tensor(0), False)  # one row sees nothing
+
+
+PARAMETRIC = {"other": "parametric"}
+CASES = {
+    "softmax": lambda **k: softmax(F.softmax, -1, **k),
+    "softmax along 1": lambda **k: softmax(torch.softmax, dim=1, **k),
+    "softmax of a method, batch 1": lambda **k: softmax(torch.Tensor.softmax, 0, shape=(1, 4), **k),
+    "softmax, strided": lambda **k: softmax(F.softmax, 1, shape=(2, 4, 3, 3), **k),
+    "log softmax": lambda **k: softmax(F.log_softmax, -1, **k),
+    "log softmax along 1": lambda **k: softmax(torch.log_softmax, 1, **k),
+    "matmul": lambda **k: pair(operator.matmul, (2, 3, 4, 5), (2, 3, 5, 2), **k),
+    "matmul by a parameter": lambda **k: pair(torch.matmul, (2, 3, 4, 5), (5, 2), PARAMETRIC, **k),
+    "matmul of a parameter": lambda **k: pair(torch.matmul, (4, 5), (3, 5, 2), {"input": "parametric"}, **k),
+    "matmul, broadcast": lambda **k: pair(torch.Tensor.matmul, (3, 1, 4, 5), (2, 5, 2), **k),
+    "matmul of a row": lambda **k: pair(torch.matmul, (5,), (3, 5, 2), **k),
+    "matmul by a column": lambda **k: pair(torch.matmul, (2, 3, 5), (5,), PARAMETRIC, **k),
+    "matmul of vectors": lambda **k: pair(torch.matmul, (5,), (5,), **k),
+    "mm": lambda **k: pair(torch.mm, (3, 5), (5, 2), {"mat2": "parametric"}, **k),
+    "bmm": lambda **k: pair(torch.bmm, (3, 4, 5), (3, 5, 2), **k),
+    "addmm": lambda **k: triple(torch.addmm, ((2,), (3, 5), (5, 2)), {"input": "parametric"}, **k),
+    "addmm by a parameter": lambda **k: triple(torch.addmm, ((1, 2), (3, 5), (5, 2)), {"mat2": "parametric"}, **k),
+    "baddbmm": lambda **k: triple(torch.baddbmm, ((4, 2), (3, 4, 5), (3, 5, 2)), beta=0.5, alpha=2, **k),
+    "einsum of two": lambda **k: einsum("bhld,bhsd->bhls", (2, 3, 4, 5), (2, 3, 6, 5), **k),
+    "einsum by a parameter": lambda **k: einsum(
+        "nld,dk -> nlk", (2, 4, 5), (5, 3), kinds={"operands.1": "parametric"}, **k
+    ),
+    "einsum, implied": lambda **k: einsum("ij,jk", (2, 4), (4, 5), **k),
+    "einsum of one": lambda **k: einsum("abc->cab", (2, 3, 4), **k),
+    "attention": lambda **k: sdpa(**k),
+    "attention, causal": lambda **k: sdpa(k=(2, 3, 4, 5), v=(2, 3, 4, 7), is_causal=True, **k),
+    "attention, scaled": lambda **k: sdpa(scale=0.3, **k),
+    "attention, masked": lambda **k: sdpa(attn_mask=bools(4, 6), **k),
+    "attention, grouped queries": lambda **k: sdpa((2, 6, 4, 5), (2, 3, 6, 5), (2, 3, 6, 5), enable_gqa=True, **k),
+    "attention, learned queries": lambda **k: sdpa(kinds={"query": "parametric"}, **k),
+    "attention to constants": lambda **k: sdpa(kinds={"key": "constant", "value": "parametric"}, **k),
+    "attention, three axes, batch 1": lambda **k: sdpa((1, 4, 5), (1, 6, 5), (1, 6, 7), **k),
+}
+SHARP = ("log softmax", "log softmax along 1")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_agrees_with_torch(name):
+    torch.manual_seed(3)
+    check(CASES[name]())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision(name, dtype):
+    torch.manual_seed(5)
+    half_agrees(lambda cast: CASES[name](cast=cast), dtype, 0.05)
+
+
+def test_attention_with_a_mask_that_is_added():
+    torch.manual_seed(3)
+    check(sdpa(attn_mask=numbers(3, 4, 6, seed=8)))
+    assert sdpa(attn_mask=numbers(3, 4, 6, seed=8), kinds={"attn_mask": "active"}).rule() is None
+
+
+def test_attention_draws_the_dropout_mask_as_torch_does():
+    call = sdpa(dropout_p=0.4)
+    torch.manual_seed(3)
+    layer, value = call.layer()
+    torch.manual_seed(3)
+    expected = call.plain(list(call.operands))(*call.args)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    t, d = random_like(call.operands["query"], ()), random_like(value, ())
+    left = (layer.jvp({"query": t}) * d).sum()
+    torch.testing.assert_close(left, (layer.vjp(d, ["query"])["query"] * t).sum())
+
+
+def multi_head(shapes, module, kinds=None, **kwargs):
+    """A call of F.multi_head_attention_forward as nn.MultiheadAttention makes it."""
+    x = numbers(*shapes[0])
+    values = [x if i and s is None else numbers(*s, seed=i) for i, s in enumerate(shapes)]
+    module = module.double()
+    separate = {}
+    if module.in_proj_weight is None:
+        separate = {f"{n}_proj_weight": getattr(module, f"{n}_proj_weight").detach() for n in "qkv"}
+        separate["use_separate_proj_weight"] = True
+    packed = None if separate else module.in_proj_weight.detach()
+    bias = None if module.in_proj_bias is None else torch.nn.init.normal_(module.in_proj_bias).detach()
+    last = None if module.out_proj.bias is None else module.out_proj.bias.detach()
+    args = (*values, module.embed_dim, module.num_heads, packed, bias, None, None, False)
+    args = (*args, module.dropout, module.out_proj.weight.detach(), last)
+    names = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
+    parametric = {**dict.fromkeys((*names, *separate), "parametric"), "attn_mask": "constant"}
+    return Call(F.multi_head_attention_forward, args, separate | kwargs, parametric | (kinds or {}))
+
+
+SELF, CROSS = ((4, 2, 6), None, None), ((4, 2, 6), (5, 2, 6), (5, 2, 6))
+HEADS = {
+    "self": lambda: multi_head(SELF, nn.MultiheadAttention(6, 2), need_weights=False),
+    "self, with weights": lambda: multi_head(SELF, nn.MultiheadAttention(6, 2)),
+    "cross, without biases": lambda: multi_head(CROSS, nn.MultiheadAttention(6, 3, bias=False), need_weights=False),
+    "cross, weights of each head": lambda: multi_head(CROSS, nn.MultiheadAttention(6, 3), average_attn_weights=False),
+    "cross, learned queries": lambda: multi_head(CROSS, nn.MultiheadAttention(6, 2), {"query": "parametric"}),
+    "cross, other widths": lambda: multi_head(
+        ((4, 2, 6), (5, 2, 3), (5, 2, 7)), nn.MultiheadAttention(6, 2, kdim=3, vdim=7)
+    ),
+    "key is value": lambda: multi_head(((4, 2, 6), (5, 2, 6), (5, 2, 6)), nn.MultiheadAttention(6, 1)),
+    "unbatched": lambda: multi_head(((4, 6), None, None), nn.MultiheadAttention(6, 2)),
+    "masked": lambda: multi_head(
+        SELF,
+        nn.MultiheadAttention(6, 2),
+        attn_mask=torch.ones(4, 4, dtype=torch.bool).triu(1),
+        key_padding_mask=torch.tensor([[False] * 4, [False] * 3 + [True]]),
+    ),
+    "masks that are added": lambda: multi_head(
+        SELF, nn.MultiheadAttention(6, 2), attn_mask=numbers(4, 4, 4, seed=7), need_weights=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_multi_head_attention_agrees_with_torch(name):
+    torch.manual_seed(3)
+    check(HEADS[name](), leads=((), (1,), (3,)))
+
+
+def test_multi_head_attention_draws_its_dropout_as_torch_does():
+    for weights in (True, False):
+        call = multi_head(SELF, nn.MultiheadAttention(6, 2, dropout=0.3), need_weights=weights)
+        torch.manual_seed(3)
+        _, value = call.layer()
+        torch.manual_seed(3)
+        expected = call.function(*call.args, **call.kwargs)
+        torch.testing.assert_close(value[0], expected[0])
+
+
+def test_what_multi_head_attention_does_not_cover_is_left_to_the_generic_rule():
+    call = multi_head(SELF, nn.MultiheadAttention(6, 2))
+    assert call.rule() is MultiHeadAttention
+    call.arguments["add_zero_attn"] = True
+    assert call.rule() is None
+    assert einsum("ii->i", (3, 3)).rule() is None
+    assert einsum("ij->i", (3, 3)).rule() is None
+    assert Call(F.softmax, (numbers(3),)).rule() is None
+
+
+NESTED = ["softmax", "matmul", "matmul by a parameter", "einsum of two", "attention", "attention, masked"]
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_it_runs_under_vmap(name):
+    torch.manual_seed(6)
+    call = CASES[name]()
+    where = 1 if call.function is torch.einsum else 0
+    along = call.names("active")
+    _, value = call.layer()
+    d, t = random_like(value, (2,)), {n: random_like(call.operands[n], (2,)) for n in along}
+
+    def one(x):
+        args = (*call.args[:where], x, *call.args[where + 1 :])
+        layer, y = Call(call.function, args, call.kwargs, call.kinds).layer()
+        return y, layer.vjp(d, list(call.operands)), layer.jvp(t), layer.curvature(d, t, along)
+
+    xs = torch.stack([call.args[where], random_like(call.args[where], ())])
+    found, expected = torch.func.vmap(one)(xs), [one(x) for x in xs]
+    flat = [torch.utils._pytree.tree_leaves(e) for e in (found, *expected)]
+    for both, first, second in zip(*flat, strict=True):
+        torch.testing.assert_close(both, torch.stack([first, second]), rtol=1e-9, atol=1e-10)

@@ -1,0 +1,119 @@
+"""Activations, elementary functions, products, quotients and choices against torch.func."""
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ibp_triton.rules.activations import UNARY
+from tests.library.layers import Call, check, half_agrees, random_like
+
+POSITIVE = ("log", "sqrt", "rsqrt", "log1p")
+T = torch.Tensor
+
+
+def numbers(*shape, seed=0, cast=lambda x: x, positive=False):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator, dtype=torch.float64) * 2
+    return cast(x.abs() + 0.5 if positive else x)
+
+
+def one(function, *args, shape=(3, 4, 5), reference=None, positive=False, cast=lambda x: x, **kwargs):
+    return Call(function, (numbers(*shape, cast=cast, positive=positive), *args), kwargs, {}, reference)
+
+
+def two(function, left=(3, 4, 5), right=(4, 1), kinds=None, cast=lambda x: x, positive=False):
+    values = numbers(*left, cast=cast), numbers(*right, seed=1, cast=cast, positive=positive)
+    return Call(function, values, {}, kinds or {})
+
+
+def unary(name, **kwargs):
+    function = getattr(torch, name, None) or getattr(F, name)
+    reference = REFERENCES.get(name)
+    return one(function, reference=reference, positive=name in POSITIVE, **kwargs)
+
+
+def celu(a, alpha):
+    """torch's own derivative rounds 1/α to float32."""
+    return torch.where(a > 0, a, alpha * torch.expm1(a / alpha))
+
+
+REFERENCES = {  # with second derivatives that torch's own functions lack
+    "hardsigmoid": lambda a: (a / 6 + 0.5).clamp(0, 1),
+    "hardswish": lambda a: a * (a / 6 + 0.5).clamp(0, 1),
+}
+PARAMETRIC = {"other": "parametric"}
+CASES = {name: (lambda name=name, **k: unary(name, **k)) for name in UNARY} | {
+    "elu": lambda **k: one(F.elu, 0.7, **k),
+    "celu": lambda **k: one(F.celu, 1.3, reference=celu, **k),
+    "hardtanh": lambda **k: one(F.hardtanh, -0.5, 1.5, **k),
+    "clamp": lambda **k: one(torch.clamp, -0.5, 1.5, **k),
+    "clamp from below": lambda **k: one(T.clamp, min=0.3, **k),
+    "clamp_min": lambda **k: one(torch.clamp_min, 0.3, **k),
+    "clamp_max": lambda **k: one(T.clamp_max, 0.3, **k),
+    "cube": lambda **k: one(operator.pow, 3, **k),
+    "square as a power": lambda **k: one(T.pow, 2, **k),
+    "first power": lambda **k: one(torch.pow, 1, **k),
+    "zeroth power": lambda **k: one(torch.pow, 0, **k),
+    "a root": lambda **k: one(T.__pow__, 1.5, positive=True, **k),
+    "glu": lambda **k: one(F.glu, shape=(3, 6), **k),
+    "glu along 1": lambda **k: one(F.glu, 1, shape=(1, 4, 3, 2), **k),
+    "silu": lambda **k: one(F.silu, **k),
+    "gelu": lambda **k: one(F.gelu, **k),
+    "prelu": lambda **k: two(F.prelu, right=(4,), kinds={"weight": "parametric"}, **k),
+    "prelu, one slope": lambda **k: two(F.prelu, right=(1,), kinds={"weight": "parametric"}, **k),
+    "prelu of rows": lambda **k: two(F.prelu, left=(2, 4), right=(4,), kinds={"weight": "parametric"}, **k),
+    "multiply": lambda **k: two(torch.mul, **k),
+    "multiply by a parameter": lambda **k: two(T.mul, kinds=PARAMETRIC, **k),
+    "multiply by a number": lambda **k: one(operator.mul, 3, **k),
+    "divide": lambda **k: two(torch.div, positive=True, **k),
+    "divide by a parameter": lambda **k: two(operator.truediv, positive=True, kinds=PARAMETRIC, **k),
+    "divide by a number": lambda **k: one(T.div, 3, **k),
+    "divide a parameter": lambda **k: two(torch.div, (5,), (3, 4, 5), {"input": "parametric"}, positive=True, **k),
+    "divide a number": lambda **k: one(T.__rtruediv__, 3, positive=True, **k),
+    "subtract from a number": lambda **k: one(torch.rsub, 3, **k),
+    "maximum": lambda **k: two(torch.maximum, **k),
+    "minimum": lambda **k: two(torch.minimum, kinds=PARAMETRIC, **k),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_agrees_with_torch(name):
+    torch.manual_seed(3)
+    check(CASES[name]())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision(name):
+    torch.manual_seed(5)
+    half_agrees(lambda cast: CASES[name](cast=cast), torch.bfloat16, 0.05)
+
+
+@pytest.mark.parametrize("other", [numbers(4, 1, seed=1), numbers(1, seed=1)])
+def test_where(other):
+    torch.manual_seed(3)
+    condition = numbers(5, seed=2) > 0
+    check(Call(torch.where, (condition, numbers(3, 4, 5), other)))
+    check(Call(torch.where, (condition, numbers(3, 4, 5), 2.0)))
+
+
+def test_channels_last_tangents_stay_so():
+    x = numbers(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    for function in (F.mish, F.gelu, F.relu, F.relu6):
+        layer, value = Call(function, (x,)).layer()
+        t = random_like(x, (2,))
+        for found in (layer.jvp({"input": t}), layer.vjp(t, ["input"])["input"]):
+            assert all(part.is_contiguous(memory_format=torch.channels_last) for part in found)
+        assert value.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_ties_are_shared_as_in_torch():
+    x = torch.zeros(3, dtype=torch.float64)
+    check(Call(torch.maximum, (x, torch.tensor([1.0, 0, -1], dtype=torch.float64))))
+
+
+def test_what_is_not_covered():
+    assert one(torch.div, 2, rounding_mode="floor").rule() is None
+    assert two(torch.pow).rule() is None
+    assert two(torch.clamp).rule() is None
