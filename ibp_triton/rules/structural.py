@@ -170,27 +170,3 @@ class Pad(BatchedMap):
 
 class Pieces(dict[int, Any]):
     """The derivative or tangent of a tuple: {position: derivative}, zero where absent."""
-
-
-class Item(LinearMap):
-    """Indexing: of a tensor by constants, or of the tuple that a layer with several outputs returned."""
-
-    label = "item"
-
-    def forward(self, input: Any, index: Any) -> Any:
-        """The element or slice."""
-        self.index = index
-        return super().forward(input, index)
-
-    def vjp(self, d: Any, wanted: Names) -> dict[str, Any]:
-        """D at the index, zero elsewhere."""
-        if isinstance(self.input, Tensor):
-            return super().vjp(d, wanted)
-        return {"input": Pieces({self.index % len(self.input): d})}
-
-    def jvp(self, t: Tangents) -> Any:
-        """The tangent's element."""
-        if isinstance(self.input, Tensor):
-            return super().jvp(t)
-        pieces: Any = t["input"]
-        return pieces.get(self.index % len(self.input))
