@@ -113,6 +113,12 @@ def softmax_pull(y: Tensor, d: Tensor, axis: int = -1) -> Tensor:
     return each(lambda one: torch._softmax_backward_data(one, y, axis, y.dtype), d, y.dim())
 
 
+def _plus(fresh: Tensor, other: Tensor) -> Tensor:
+    """The sum, in the place of the first where that is allowed."""
+    same = fresh.shape == other.shape and not wrapped(fresh, other)
+    return fresh.add_(other) if same else fresh + other
+
+
 class Attention:
     """The core: O = P V, P = M∘softmax(c Q Kᵀ + mask), for q [..., L, E], k [..., S, E], v [..., S, F].
 
@@ -120,9 +126,11 @@ class Attention:
     """
 
     def __init__(self, sides: Sides, scale: float | None, mask: Tensor | None, p: float) -> None:
+        query = sides["query"]
+        self.scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         self.sides = sides
-        self.q, self.k, self.v = (sides[name] for name in ("query", "key", "value"))
-        self.scale = 1 / math.sqrt(self.q.shape[-1]) if scale is None else scale
+        self.q = (query * self.scale).contiguous()  # c Q: batched products copy what is not contiguous, each anew
+        self.k, self.v = sides["key"].contiguous(), sides["value"].contiguous()
         self.soft = self._softmax(mask)  # [..., L, S]
         self.drop = None if p == 0 else torch.empty_like(self.soft).bernoulli_(1 - p).div_(1 - p if p < 1 else 1)
         self.weights = self._dropped(self.soft)
@@ -130,7 +138,7 @@ class Attention:
         self.rank = self.output.dim()
 
     def _softmax(self, mask: Tensor | None) -> Tensor:
-        scores = (self.q * self.scale) @ self.k.mT
+        scores = self.q @ self.k.mT
         if mask is None:
             return torch.softmax(scores, -1)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -144,24 +152,19 @@ class Attention:
         """t_O and t_P."""
         t = self._lifted(t)
         scores = self._scores(t)
-        if scores is None:
-            soft = weights = None
-        else:
-            soft = softmax_pull(self.soft, scores)
-            weights = self._dropped(soft)
-        self.soft_tangent = soft
+        weights = None if scores is None else self._dropped(softmax_pull(self.soft, scores))
         output = None if weights is None else weights @ self.v
         if "value" in t:
             moved = self.weights @ t["value"]
-            output = moved if output is None else output + moved
+            output = moved if output is None else _plus(moved, output)
         assert output is not None
         return output, torch.zeros_like(self.weights) if weights is None else weights
 
     def _scores(self, t: Tangents) -> Tensor | None:
         """t_S = c (t_Q Kᵀ + Q t_Kᵀ)."""
         parts = [(t["query"] * self.scale) @ self.k.mT] if "query" in t else []
-        parts += [(self.q * self.scale) @ t["key"].mT] if "key" in t else []
-        return sum(parts[1:], parts[0]) if parts else None
+        parts += [self.q @ t["key"].mT] if "key" in t else []
+        return None if not parts else parts[0] if len(parts) == 1 else _plus(*parts)
 
     def _lifted(self, t: Tangents) -> dict[str, Tensor]:
         return {name: lift(part, self.sides[name], self.rank) for name, part in t.items()}
@@ -178,9 +181,9 @@ class Attention:
         if "value" in wanted and d is not None:
             out["value"] = self.weights.mT @ d
         if "query" in wanted or "key" in wanted:
-            scores = softmax_pull(self.soft, self._soft_derivative(d, w)) * self.scale
+            scores = softmax_pull(self.soft, self._soft_derivative(d, w))
             if "query" in wanted:
-                out["query"] = scores @ self.k
+                out["query"] = (scores @ self.k) * self.scale
             if "key" in wanted:
                 out["key"] = scores.mT @ self.q
         return self._fitting(out)
@@ -199,12 +202,14 @@ class Attention:
             parts.append(soft_t * (soft_d - along) - y * (soft_t * soft_d).sum(-1, keepdim=True))
         scores_d = softmax_pull(y, soft_d)
         bent = sum(parts[1:], parts[0]) if parts else None
-        for name, other, turn in (("query", "key", False), ("key", "query", True)):
-            if name in wanted:
-                terms = [] if bent is None else [(bent.mT if turn else bent) @ self.sides[other]]
-                terms += [(scores_d.mT if turn else scores_d) @ t[other]] if other in t else []
-                if terms:
-                    out[name] = sum(terms[1:], terms[0]) * self.scale
+        if "query" in wanted:
+            terms = [] if bent is None else [bent @ self.k]
+            terms += [scores_d @ t["key"]] if "key" in t else []
+            out |= {"query": sum(terms[1:], terms[0]) * self.scale} if terms else {}
+        if "key" in wanted:
+            terms = [] if bent is None else [bent.mT @ self.q]
+            terms += [scores_d.mT @ (t["query"] * self.scale)] if "query" in t else []
+            out |= {"key": sum(terms[1:], terms[0])} if terms else {}
         return {name: without(part, self.sides[name].dim()) for name, part in self._fitting(out).items()}
 
     def _fitting(self, parts: Sides) -> dict[str, Tensor]:
