@@ -189,19 +189,20 @@ class Attention:
         return self._fitting(out)
 
     def bend(self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        """The derivatives' derivatives along t, summed over tangents."""
+        """The derivatives' derivatives along t, summed over tangents.
+
+        With d' = d_P − ⟨P, d_P⟩, t' = t_S − ⟨P, t_S⟩ and g = d t_Vᵀ + d'∘t', the scores' is P∘(g − ⟨P, g⟩).
+        """
         t, y = self._lifted(t), self.soft
-        soft_d, moved = self._soft_derivative(d, w), self._scores(t)
-        soft_t = None if moved is None else softmax_pull(y, moved)
+        soft_d, scores_t = self._centred(self._soft_derivative(d, w)), self._scores(t)
+        soft_t = None if scores_t is None else self._centred(scores_t)
         out: dict[str, Tensor] = {}
         if "value" in wanted and soft_t is not None and d is not None:
-            out["value"] = self._dropped(soft_t).mT @ d
-        parts = [softmax_pull(y, self._dropped(d @ t["value"].mT))] if "value" in t and d is not None else []
-        if soft_t is not None:
-            along = (y * soft_d).sum(-1, keepdim=True)
-            parts.append(soft_t * (soft_d - along) - y * (soft_t * soft_d).sum(-1, keepdim=True))
-        scores_d = softmax_pull(y, soft_d)
-        bent = sum(parts[1:], parts[0]) if parts else None
+            out["value"] = self._dropped(y * soft_t).mT @ d
+        parts = [self._dropped(d @ t["value"].mT)] if "value" in t and d is not None else []
+        parts += [] if soft_t is None else [soft_t * soft_d]
+        bent = softmax_pull(y, parts[0] if len(parts) == 1 else _plus(*parts)) if parts else None
+        scores_d = y * soft_d
         if "query" in wanted:
             terms = [] if bent is None else [bent @ self.k]
             terms += [scores_d @ t["key"]] if "key" in t else []
@@ -211,6 +212,10 @@ class Attention:
             terms += [scores_d.mT @ (t["query"] * self.scale)] if "query" in t else []
             out |= {"key": sum(terms[1:], terms[0])} if terms else {}
         return {name: without(part, self.sides[name].dim()) for name, part in self._fitting(out).items()}
+
+    def _centred(self, v: Tensor) -> Tensor:
+        """v − ⟨P, v⟩ of each row (before dropout); P∘ that is the softmax's derivative."""
+        return v - (self.soft * v).sum(-1, keepdim=True)
 
     def _fitting(self, parts: Sides) -> dict[str, Tensor]:
         """Summed over the axes along which a side was broadcast."""

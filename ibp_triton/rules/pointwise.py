@@ -58,11 +58,11 @@ class ReLU(Pointwise):
         return self.output
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D where the output is positive."""
+        """d where the output is positive."""
         return {"input": self._masked(d)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T where the output is positive."""
+        """t where the output is positive."""
         return self._masked(t["input"])
 
     def _masked(self, t: Tensor) -> Tensor:
@@ -103,11 +103,11 @@ class LeakyReLU(Pointwise):
         return F.leaky_relu(input, negative_slope)
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D, or negative_slope · d where the input is not positive."""
+        """d, or negative_slope · d where the input is not positive."""
         return {"input": torch.ops.aten.leaky_relu_backward(d, self.input, self.negative_slope, False)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T likewise."""
+        """t likewise."""
         return self.vjp(t["input"], ("input",))["input"]
 
 
@@ -123,11 +123,11 @@ class Sigmoid(Pointwise):
 
     @cached_property
     def slope(self) -> Tensor:
-        """Y (1 − y)."""
+        """y (1 − y)."""
         return self.output * (1 - self.output)
 
     def bend(self) -> Tensor:
-        """Y (1 − y)(1 − 2y)."""
+        """y (1 − y)(1 − 2y)."""
         return self.slope * (1 - 2 * self.output)
 
 
@@ -167,7 +167,7 @@ class Softplus(Pointwise):
         return torch.where(self.curved, torch.sigmoid(self.beta * self.input), 1.0)
 
     def bend(self) -> Tensor:
-        """Β s (1 − s), 0 above the threshold."""
+        """β s (1 − s), 0 above the threshold."""
         return self.beta * self.slope * (1 - self.slope)
 
 
@@ -183,11 +183,11 @@ class SiLU(Pointwise):
 
     @cached_property
     def slope(self) -> Tensor:
-        """S (1 + a (1 − s))."""
+        """s (1 + a (1 − s))."""
         return torch.ops.aten.silu_backward(_one(self.input), self.input)  # type: ignore[no-any-return]
 
     def bend(self) -> Tensor:
-        """S (1 − s)(2 + a (1 − 2s))."""
+        """s (1 − s)(2 + a (1 − 2s))."""
         return self.gate * (1 - self.gate) * (2 + self.input * (1 - 2 * self.gate))
 
 
@@ -208,15 +208,13 @@ class GELU(Pointwise):
         return torch.ops.aten.gelu_backward(_one(a), a, approximate=self.approximate)  # type: ignore[no-any-return]
 
     def bend(self) -> Tensor:
-        """Φ(a)(2 − a²), or that of the approximation."""
+        """φ(a)(2 − a²), or that of the approximation."""
         a = self.input
         if self.approximate == "none":
-            return self._density() * (2 - a * a)
+            square, scale = a * a, 1 / math.sqrt(2 * math.pi)
+            return (square * -0.5).exp_().mul_(square.mul_(-scale).add_(2 * scale))
         th, inner1, inner2 = self._tanh_parts()
         return (1 - th * th) * (inner1 + 0.5 * a * (inner2 - 2 * th * inner1 * inner1))
-
-    def _density(self) -> Tensor:
-        return torch.exp(-0.5 * self.input.square()) / math.sqrt(2 * math.pi)
 
     def _tanh_parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """tanh(u), u', u'' for u = √(2/π)(a + 0.044715 a³)."""
@@ -255,11 +253,11 @@ class Dropout(Pointwise):
         return input if self.mask is None else input * self.mask
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D · mask."""
+        """d · mask."""
         return {"input": d if self.mask is None else d * self.mask}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T · mask."""
+        """t · mask."""
         return self.vjp(t["input"], ("input",))["input"]
 
 

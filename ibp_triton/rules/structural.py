@@ -25,7 +25,7 @@ class Add(Layer):
         return self.output  # type: ignore[no-any-return]
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D for each side, summed where that side was broadcast."""
+        """d for each side, summed where that side was broadcast."""
         return {name: self._scaled(name, sum_to(d, self.sides[name], self.output.dim())) for name in wanted}
 
     def jvp(self, t: Tangents) -> Tensor:
@@ -92,11 +92,11 @@ class Reshape(Layer):
         return self.output  # type: ignore[no-any-return]
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D in the input's shape."""
+        """d in the input's shape."""
         return {"input": d.reshape(*d.shape[: d.dim() - self.output.dim()], *self.shape)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T in the output's shape."""
+        """t in the output's shape."""
         tangent = t["input"]
         return tangent.reshape(*tangent.shape[: tangent.dim() - len(self.shape)], *self.output.shape)
 
@@ -156,13 +156,13 @@ class Pad(BatchedMap):
         return output
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D without the margin."""
+        """d without the margin."""
         if not self.pads:
             return super().vjp(d, wanted)
         return {"input": unfold(F.pad(fold(d, self.output), [-p for p in self.pads]), d, self.output)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T with a margin of zeros."""
+        """t with a margin of zeros."""
         if not self.pads:
             return super().jvp(t)
         return unfold(F.pad(fold(t["input"], self.input), self.pads), t["input"], self.input)
