@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, each, lift, matched, product, sum_to, without, wrapped
+from ibp_triton.rules.base import Layer, Names, Tangents, each, matched, product, sum_to, without, wrapped
 
 Sides = Mapping[str, Tensor]
 
@@ -108,7 +108,7 @@ class TorchLogSoftmax(LogSoftmax):
 
 def softmax_pull(y: Tensor, d: Tensor, axis: int = -1) -> Tensor:
     """y∘(d − ⟨y, d⟩) along ``axis``, a kernel of torch's; [T, *S] for d of [T, *S]."""
-    if wrapped(y, d):
+    if wrapped(y, d) or d.shape[d.dim() - y.dim() :] != y.shape:
         return y * (d - (y * d).sum(axis, keepdim=True))
     return each(lambda one: torch._softmax_backward_data(one, y, axis, y.dtype), d, y.dim())
 
@@ -119,10 +119,16 @@ def _plus(fresh: Tensor, other: Tensor) -> Tensor:
     return fresh.add_(other) if same else fresh + other
 
 
+def _each(parts: Tangents) -> list[dict[str, Tensor]]:
+    """One tangent vector after the other."""
+    return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+
+
 class Attention:
     """The core: O = P V, P = M∘softmax(c Q Kᵀ + mask), for q [..., L, E], k [..., S, E], v [..., S, F].
 
-    Everything broadcasts in front; tangents and derivatives [T, ...] too. Both outputs, O and P, may have derivatives.
+    All broadcast in front. Both outputs, O and P, may have derivatives. Tangent vectors go one by one: what is as large
+    as P stays in the cache, and no side is copied for each of them.
     """
 
     def __init__(self, sides: Sides, scale: float | None, mask: Tensor | None, p: float) -> None:
@@ -148,9 +154,15 @@ class Attention:
     def _dropped(self, v: Tensor) -> Tensor:
         return v if self.drop is None else v * self.drop
 
-    def push(self, t: Tangents) -> tuple[Tensor, Tensor]:
-        """t_O and t_P."""
-        t = self._lifted(t)
+    def push(self, t: Tangents, weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """t_O and, if wanted, t_P."""
+        if any(part.dim() == self.sides[name].dim() for name, part in t.items()):
+            return self._push(t)
+        found = [self._push(one) for one in _each(t)]
+        shown = torch.stack([w for _, w in found]) if weights else None
+        return torch.stack([output for output, _ in found]), shown
+
+    def _push(self, t: Tangents) -> tuple[Tensor, Tensor]:
         scores = self._scores(t)
         weights = None if scores is None else self._dropped(softmax_pull(self.soft, scores))
         output = None if weights is None else weights @ self.v
@@ -166,9 +178,6 @@ class Attention:
         parts += [self.q @ t["key"].mT] if "key" in t else []
         return None if not parts else parts[0] if len(parts) == 1 else _plus(*parts)
 
-    def _lifted(self, t: Tangents) -> dict[str, Tensor]:
-        return {name: lift(part, self.sides[name], self.rank) for name, part in t.items()}
-
     def _soft_derivative(self, d: Tensor | None, w: Tensor | None) -> Tensor:
         """d_softmax = M∘(d Vᵀ + w)."""
         found = w if d is None else d @ self.v.mT if w is None else d @ self.v.mT + w
@@ -177,6 +186,14 @@ class Attention:
 
     def pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
         """The derivatives for d of O and w of P (None: zero)."""
+        given = {name: part for name, part in (("d", d), ("w", w)) if part is not None}
+        ranks = {"d": self.rank, "w": self.weights.dim()}
+        if any(part.dim() == ranks[name] for name, part in given.items()):
+            return self._pull(d, w, wanted)
+        found = [self._pull(one.get("d"), one.get("w"), wanted) for one in _each(given)]
+        return {name: torch.stack([part[name] for part in found]) for name in found[0]}
+
+    def _pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
         out = {}
         if "value" in wanted and d is not None:
             out["value"] = self.weights.mT @ d
@@ -193,7 +210,17 @@ class Attention:
 
         With d' = d_P − ⟨P, d_P⟩, t' = t_S − ⟨P, t_S⟩ and g = d t_Vᵀ + d'∘t', the scores' is P∘(g − ⟨P, g⟩).
         """
-        t, y = self._lifted(t), self.soft
+        if any(part.dim() == self.sides[name].dim() for name, part in t.items()):
+            return self._bend(d, w, t, wanted)
+        given = {name: part for name, part in (("d", d), ("w", w), *t.items()) if part is not None}
+        total: dict[str, Tensor] = {}
+        for one in _each(given):
+            found = self._bend(one.pop("d", None), one.pop("w", None), one, wanted)
+            total = {name: _plus(total[name], part) if name in total else part for name, part in found.items()}
+        return total
+
+    def _bend(self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        y = self.soft
         soft_d, scores_t = self._centred(self._soft_derivative(d, w)), self._scores(t)
         soft_t = None if scores_t is None else self._centred(scores_t)
         out: dict[str, Tensor] = {}
@@ -211,7 +238,7 @@ class Attention:
             terms = [] if bent is None else [bent.mT @ self.q]
             terms += [scores_d.mT @ (t["query"] * self.scale)] if "query" in t else []
             out |= {"key": sum(terms[1:], terms[0])} if terms else {}
-        return {name: without(part, self.sides[name].dim()) for name, part in self._fitting(out).items()}
+        return self._fitting(out)
 
     def _centred(self, v: Tensor) -> Tensor:
         """v − ⟨P, v⟩ of each row (before dropout); P∘ that is the softmax's derivative."""
