@@ -81,7 +81,7 @@ from ibp_triton.rules.pointwise import (
     Tanh,
     Where,
 )
-from ibp_triton.rules.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool1d, MaxPool2d
+from ibp_triton.rules.pooling import AdaptiveAvgPool2d, MaxPool1d, MaxPool2d
 from ibp_triton.rules.products import BMM, AddMM, BAddBMM, Einsum, MatMul
 from ibp_triton.rules.reductions import (
     Deviation,
@@ -192,10 +192,17 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
         *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.ravel, torch.unflatten),
         *(T.flatten, T.reshape, T.squeeze, T.unsqueeze, T.ravel, T.unflatten, T.view, T.view_as, T.reshape_as),
     ),
-    AvgPool2d: (F.avg_pool2d,),
     AdaptiveAvgPool2d: (F.adaptive_avg_pool2d,),
     BatchedMap: (
-        *(F.avg_pool1d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool3d, F.interpolate, F.upsample),
+        *(
+            F.avg_pool1d,
+            F.avg_pool2d,
+            F.avg_pool3d,
+            F.adaptive_avg_pool1d,
+            F.adaptive_avg_pool3d,
+            F.interpolate,
+            F.upsample,
+        ),
         *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, F.fold),
     ),
     Pad: (F.pad,),

@@ -239,12 +239,15 @@ class Dropout(Pointwise):
         if not training or p == 0:
             self.mask = None
             return input
-        shape = (
-            input.shape if self.masked_axes is None else [*input.shape[: self.masked_axes], *[1] * (input.dim() - 2)]
-        )
-        mask = input.new_empty(shape).bernoulli_(1 - p)  # as torch draws it for a contiguous input
+        mask = self._empty(input).bernoulli_(1 - p)
         self.mask = mask.div_(1 - p) if p < 1 else mask
         return input * self.mask
+
+    def _empty(self, input: Tensor) -> Tensor:
+        """Where torch draws its numbers: in the input's memory format."""
+        if self.masked_axes is None:
+            return torch.empty_like(input)
+        return input.new_empty([*input.shape[: self.masked_axes], *[1] * (input.dim() - self.masked_axes)])
 
     def replay(self, first: Layer, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The mask of the first evaluation."""

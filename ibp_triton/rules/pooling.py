@@ -1,4 +1,4 @@
-"""Max-pooling: the linear sweep and the reverse sweep follow the positions that the first pass chose."""
+"""Pooling. Of a maximum, the linear and the reverse sweep follow the positions that the first pass chose."""
 
 from __future__ import annotations
 
@@ -83,37 +83,6 @@ class MaxPool2d(_MaxPool):
         return torch.ops.aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
             d, like, *pair, ceil, self.index
         )
-
-
-class AvgPool2d(BatchedMap):
-    """The mean of each window of [N, C, H, W], by torch's kernels."""
-
-    label = "avg_pool2d"
-
-    def forward(
-        self,
-        input: Tensor,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> Tensor:
-        """[N, C, ...] → [N, C, ...]."""
-        stride = kernel_size if stride is None or stride == [] or stride == () else stride
-        pairs = [list(v) if isinstance(v, (tuple, list)) else [v, v] for v in (kernel_size, stride, padding)]
-        self.window = ([p * 2 if len(p) == 1 else p for p in pairs], ceil_mode, count_include_pad, divisor_override)
-        return super().forward(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)  # type: ignore[no-any-return]
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """d shared out over each window."""
-        if wrapped(d, self.input):
-            return super().vjp(d, wanted)
-        folded = fold(d, self.output)
-        like = _like(folded, self.input)
-        back = torch.ops.aten.avg_pool2d_backward(folded, like, *self.window[0], *self.window[1:])
-        return {"input": unfold(back, d, self.output)}
 
 
 class AdaptiveAvgPool2d(BatchedMap):

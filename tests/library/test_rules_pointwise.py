@@ -113,6 +113,17 @@ def test_ties_are_shared_as_in_torch():
     check(Call(torch.maximum, (x, torch.tensor([1.0, 0, -1], dtype=torch.float64))))
 
 
+@pytest.mark.parametrize("function", [F.dropout, F.dropout2d])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_draws_as_torch_does(function, layout):
+    x = numbers(2, 3, 4, 5).contiguous(memory_format=layout)
+    torch.manual_seed(3)
+    layer, value = Call(function, (x, 0.4)).layer()
+    torch.manual_seed(3)
+    torch.testing.assert_close(value, function(x.requires_grad_(), 0.4).detach())
+    torch.testing.assert_close(layer.jvp({"input": x.detach()}), value)
+
+
 def test_what_is_not_covered():
     assert one(torch.div, 2, rounding_mode="floor").rule() is None
     assert two(torch.pow).rule() is None
