@@ -30,6 +30,7 @@ from ibp_triton.rules.attention import (
 )
 from ibp_triton.rules.base import Bilinear, Layer, Product
 from ibp_triton.rules.batch_norm import BatchNorm, BatchNormEval, InstanceNormEval
+from ibp_triton.rules.binary import Divide, Maximum, Minimum, Multiply, ReverseDivide, Where
 from ibp_triton.rules.dense import (
     Conv1d,
     Conv2d,
@@ -44,42 +45,28 @@ from ibp_triton.rules.moves import (
     CumulativeSum,
     Expand,
     Flip,
-    Gather,
     Identity,
-    IndexSelect,
-    Item,
-    MaskedFill,
     Mean,
     MoveAxis,
     Negative,
     Permute,
     Reverse,
     Roll,
-    Split,
-    Stack,
     Sum,
     Transpose,
-    Triangle,
-    Unbind,
 )
 from ibp_triton.rules.multihead import MultiHeadAttention
 from ibp_triton.rules.normalisation import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from ibp_triton.rules.pointwise import (
     GELU,
     ChannelDropout,
-    Divide,
     Dropout,
     LeakyReLU,
-    Maximum,
-    Minimum,
-    Multiply,
     ReLU,
-    ReverseDivide,
     Sigmoid,
     SiLU,
     Softplus,
     Tanh,
-    Where,
 )
 from ibp_triton.rules.pooling import AdaptiveAvgPool2d, MaxPool1d, MaxPool2d
 from ibp_triton.rules.products import BMM, AddMM, BAddBMM, Einsum, MatMul
@@ -94,6 +81,7 @@ from ibp_triton.rules.reductions import (
     Variance,
     VectorNorm,
 )
+from ibp_triton.rules.selection import Gather, IndexSelect, Item, MaskedFill, Split, Stack, Triangle, Unbind
 from ibp_triton.rules.structural import (
     Add,
     BatchedMap,
