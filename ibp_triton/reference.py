@@ -70,7 +70,8 @@ def _own_numbers(model: nn.Module, method: Any, x: Tensor, interface: Interface,
     if method.projections == "all":
         return torch.eye(classes, dtype=x.dtype)[:, None].repeat(1, x.shape[0], 1)
     v = torch.randn(method.projections, x.shape[0], classes, dtype=x.dtype)
-    return v / v.norm(dim=2, keepdim=True)
+    unit: Tensor = v / v.norm(dim=2, keepdim=True)
+    return unit
 
 
 class _Called:

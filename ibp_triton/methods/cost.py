@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ibp_triton import head
 from ibp_triton.ledger import MultiplyAdds
@@ -39,7 +40,7 @@ class Program:
 
 def program(recipe: Callable[[Any], Iterable[Any]], tangents: int) -> Program:
     """The recipe of a method, for that many tangents."""
-    with torch.no_grad():
+    with _disable_current_modes(), torch.no_grad():  # whoever records a step records none of this
         tally = _Tally(tangents)
         _, *terms = recipe(tally)
     rights = {id(term.right): term.right for term in terms if term.right.starts}

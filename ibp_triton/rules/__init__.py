@@ -30,34 +30,62 @@ from ibp_triton.rules.attention import (
 )
 from ibp_triton.rules.base import Bilinear, Layer, Product
 from ibp_triton.rules.batch_norm import BatchNorm, BatchNormEval, InstanceNormEval
-from ibp_triton.rules.dense import Conv1d, Conv2d, Linear
+from ibp_triton.rules.binary import Divide, Maximum, Minimum, Multiply, ReverseDivide, Where
+from ibp_triton.rules.dense import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    Linear,
+)
 from ibp_triton.rules.generic import Generic
+from ibp_triton.rules.moves import (
+    CumulativeSum,
+    Expand,
+    Flip,
+    Identity,
+    Mean,
+    MoveAxis,
+    Negative,
+    Permute,
+    Reverse,
+    Roll,
+    Sum,
+    Transpose,
+)
 from ibp_triton.rules.multihead import MultiHeadAttention
 from ibp_triton.rules.normalisation import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from ibp_triton.rules.pointwise import (
     GELU,
     ChannelDropout,
-    Divide,
     Dropout,
     LeakyReLU,
-    Maximum,
-    Minimum,
-    Multiply,
     ReLU,
-    ReverseDivide,
     Sigmoid,
     SiLU,
     Softplus,
     Tanh,
-    Where,
 )
-from ibp_triton.rules.pooling import MaxPool1d, MaxPool2d
+from ibp_triton.rules.pooling import AdaptiveAvgPool2d, MaxPool1d, MaxPool2d
 from ibp_triton.rules.products import BMM, AddMM, BAddBMM, Einsum, MatMul
+from ibp_triton.rules.reductions import (
+    Deviation,
+    EuclideanNorm,
+    Extreme,
+    Normalize,
+    Pick,
+    Sort,
+    TopK,
+    Variance,
+    VectorNorm,
+)
+from ibp_triton.rules.selection import Gather, IndexSelect, Item, MaskedFill, Split, Stack, Triangle, Unbind
 from ibp_triton.rules.structural import (
     Add,
     BatchedMap,
     Concatenate,
-    Item,
     LinearMap,
     Pad,
     Pieces,
@@ -79,6 +107,8 @@ __all__ = [
 T = torch.Tensor
 
 _TRUE_DIVISIONS = (torch.true_divide, T.true_divide, T.__truediv__, T.__div__)
+_TRANSPOSED = tuple(vars(torch._C.TensorBase)[name].__get__ for name in ("mT", "mH"))
+_REVERSED = vars(torch._C.TensorBase)["T"].__get__
 _ACTIVATIONS = {
     name: (getattr(F, name),)
     for name in ("logsigmoid", "softsign", "tanhshrink", "relu6", "hardsigmoid", "hardswish", "mish")
@@ -88,6 +118,10 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     Linear: (F.linear,),
     Conv1d: (F.conv1d,),
     Conv2d: (F.conv2d,),
+    Conv3d: (F.conv3d,),
+    ConvTranspose1d: (F.conv_transpose1d,),
+    ConvTranspose2d: (F.conv_transpose2d,),
+    ConvTranspose3d: (F.conv_transpose3d,),
     MaxPool1d: (F.max_pool1d,),
     MaxPool2d: (F.max_pool2d,),
     ReLU: (F.relu, torch.relu, T.relu),
@@ -138,21 +172,72 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     **{UNARY[name]: functions for name, functions in _ACTIVATIONS.items()},
     **{UNARY[name]: (getattr(torch, name), getattr(T, name)) for name in _ELEMENTARY},
     Concatenate: (torch.cat, torch.concat, torch.concatenate),
-    Item: (operator.getitem,),
+    Stack: (torch.stack,),
+    Item: (operator.getitem, T.__getitem__),
     Reshape: (
         *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.ravel, torch.unflatten),
         *(T.flatten, T.reshape, T.squeeze, T.unsqueeze, T.ravel, T.unflatten, T.view, T.view_as, T.reshape_as),
     ),
+    AdaptiveAvgPool2d: (F.adaptive_avg_pool2d,),
     BatchedMap: (
-        *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
-        *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+        *(
+            F.avg_pool1d,
+            F.avg_pool2d,
+            F.avg_pool3d,
+            F.adaptive_avg_pool1d,
+            F.adaptive_avg_pool3d,
+            F.interpolate,
+            F.upsample,
+        ),
+        *(F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, F.fold),
     ),
     Pad: (F.pad,),
+    Identity: (
+        *(torch.clone, T.clone, T.contiguous, T.to, T.float, T.double, T.half, T.bfloat16, T.type_as, T.cpu, T.cuda),
+        *(torch.positive, T.positive, T.__pos__),
+    ),
+    Negative: (operator.neg, torch.neg, T.neg, torch.negative, T.negative, T.__neg__),
+    Permute: (torch.permute, T.permute),
+    Transpose: (
+        *(torch.transpose, torch.swapaxes, torch.swapdims, torch.t, torch.adjoint),
+        *(T.transpose, T.swapaxes, T.swapdims, T.t, T.adjoint, *_TRANSPOSED),
+    ),
+    Reverse: (_REVERSED,),
+    MoveAxis: (torch.movedim, T.movedim, torch.moveaxis, T.moveaxis),
+    Flip: (torch.flip, T.flip),
+    Roll: (torch.roll, T.roll),
+    Expand: (T.expand, T.expand_as, torch.broadcast_to, T.broadcast_to),
+    Sum: (torch.sum, T.sum),
+    Mean: (torch.mean, T.mean),
+    CumulativeSum: (torch.cumsum, T.cumsum),
+    IndexSelect: (torch.index_select, T.index_select),
+    Gather: (torch.gather, T.gather),
+    MaskedFill: (torch.masked_fill, T.masked_fill),
+    Triangle: (torch.tril, T.tril, torch.triu, T.triu),
+    Split: (
+        *(torch.chunk, torch.split, torch.tensor_split),
+        *(T.chunk, T.split, T.tensor_split, T.split_with_sizes, torch.split_with_sizes),
+    ),
+    Unbind: (torch.unbind, T.unbind),
+    Variance: (torch.var, T.var),
+    Deviation: (torch.std, T.std),
+    EuclideanNorm: (torch.norm, T.norm),
+    VectorNorm: (torch.linalg.vector_norm,),
+    Normalize: (F.normalize,),
+    Pick: (torch.max, T.max, torch.min, T.min, torch.median, T.median),
+    TopK: (torch.topk, T.topk),
+    Sort: (torch.sort, T.sort),
+    Extreme: (torch.amax, T.amax, torch.amin, T.amin),
     LinearMap: (
-        *(torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.mean, torch.sum, torch.neg),
-        *(T.permute, T.transpose, T.swapaxes, T.movedim, T.mean, T.sum, T.neg, T.expand, T.expand_as, T.contiguous),
-        *(operator.neg, torch.narrow, T.narrow, torch.select, T.select, torch.flip, T.flip, torch.roll, T.roll),
-        *(torch.clone, T.clone, T.repeat, torch.t, T.t),
+        torch.narrow,
+        T.narrow,
+        torch.select,
+        T.select,
+        T.repeat,
+        torch.roll,
+        T.roll,
+        torch.diagonal,
+        T.diagonal,
     ),
 }
 _RULES: dict[Any, tuple[type[Layer], ...]] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, each, lift, matched, product, sum_to, without, wrapped
+from ibp_triton.rules.base import Layer, Names, Tangents, each, matched, product, sum_to, without, wrapped
 
 Sides = Mapping[str, Tensor]
 
@@ -108,21 +108,35 @@ class TorchLogSoftmax(LogSoftmax):
 
 def softmax_pull(y: Tensor, d: Tensor, axis: int = -1) -> Tensor:
     """y∘(d − ⟨y, d⟩) along ``axis``, a kernel of torch's; [T, *S] for d of [T, *S]."""
-    if wrapped(y, d):
+    if wrapped(y, d) or d.shape[d.dim() - y.dim() :] != y.shape:
         return y * (d - (y * d).sum(axis, keepdim=True))
     return each(lambda one: torch._softmax_backward_data(one, y, axis, y.dtype), d, y.dim())
+
+
+def _plus(fresh: Tensor, other: Tensor) -> Tensor:
+    """The sum, in the place of the first where that is allowed."""
+    same = fresh.shape == other.shape and not wrapped(fresh, other)
+    return fresh.add_(other) if same else fresh + other
+
+
+def _each(parts: Tangents) -> list[dict[str, Tensor]]:
+    """One tangent vector after the other."""
+    return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
 
 
 class Attention:
     """The core: O = P V, P = M∘softmax(c Q Kᵀ + mask), for q [..., L, E], k [..., S, E], v [..., S, F].
 
-    Everything broadcasts in front; tangents and derivatives [T, ...] too. Both outputs, O and P, may have derivatives.
+    All broadcast in front. Both outputs, O and P, may have derivatives. Tangent vectors go one by one: what is as large
+    as P stays in the cache, and no side is copied for each of them.
     """
 
     def __init__(self, sides: Sides, scale: float | None, mask: Tensor | None, p: float) -> None:
+        query = sides["query"]
+        self.scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         self.sides = sides
-        self.q, self.k, self.v = (sides[name] for name in ("query", "key", "value"))
-        self.scale = 1 / math.sqrt(self.q.shape[-1]) if scale is None else scale
+        self.q = (query * self.scale).contiguous()  # c Q: batched products copy what is not contiguous, each anew
+        self.k, self.v = sides["key"].contiguous(), sides["value"].contiguous()
         self.soft = self._softmax(mask)  # [..., L, S]
         self.drop = None if p == 0 else torch.empty_like(self.soft).bernoulli_(1 - p).div_(1 - p if p < 1 else 1)
         self.weights = self._dropped(self.soft)
@@ -130,7 +144,7 @@ class Attention:
         self.rank = self.output.dim()
 
     def _softmax(self, mask: Tensor | None) -> Tensor:
-        scores = (self.q * self.scale) @ self.k.mT
+        scores = self.q @ self.k.mT
         if mask is None:
             return torch.softmax(scores, -1)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -140,31 +154,29 @@ class Attention:
     def _dropped(self, v: Tensor) -> Tensor:
         return v if self.drop is None else v * self.drop
 
-    def push(self, t: Tangents) -> tuple[Tensor, Tensor]:
-        """t_O and t_P."""
-        t = self._lifted(t)
+    def push(self, t: Tangents, weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """t_O and, if wanted, t_P."""
+        if any(part.dim() == self.sides[name].dim() for name, part in t.items()):
+            return self._push(t)
+        found = [self._push(one) for one in _each(t)]
+        shown = torch.stack([w for _, w in found]) if weights else None
+        return torch.stack([output for output, _ in found]), shown
+
+    def _push(self, t: Tangents) -> tuple[Tensor, Tensor]:
         scores = self._scores(t)
-        if scores is None:
-            soft = weights = None
-        else:
-            soft = softmax_pull(self.soft, scores)
-            weights = self._dropped(soft)
-        self.soft_tangent = soft
+        weights = None if scores is None else self._dropped(softmax_pull(self.soft, scores))
         output = None if weights is None else weights @ self.v
         if "value" in t:
             moved = self.weights @ t["value"]
-            output = moved if output is None else output + moved
+            output = moved if output is None else _plus(moved, output)
         assert output is not None
         return output, torch.zeros_like(self.weights) if weights is None else weights
 
     def _scores(self, t: Tangents) -> Tensor | None:
         """t_S = c (t_Q Kᵀ + Q t_Kᵀ)."""
         parts = [(t["query"] * self.scale) @ self.k.mT] if "query" in t else []
-        parts += [(self.q * self.scale) @ t["key"].mT] if "key" in t else []
-        return sum(parts[1:], parts[0]) if parts else None
-
-    def _lifted(self, t: Tangents) -> dict[str, Tensor]:
-        return {name: lift(part, self.sides[name], self.rank) for name, part in t.items()}
+        parts += [self.q @ t["key"].mT] if "key" in t else []
+        return None if not parts else parts[0] if len(parts) == 1 else _plus(*parts)
 
     def _soft_derivative(self, d: Tensor | None, w: Tensor | None) -> Tensor:
         """d_softmax = M∘(d Vᵀ + w)."""
@@ -174,38 +186,63 @@ class Attention:
 
     def pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
         """The derivatives for d of O and w of P (None: zero)."""
+        given = {name: part for name, part in (("d", d), ("w", w)) if part is not None}
+        ranks = {"d": self.rank, "w": self.weights.dim()}
+        if any(part.dim() == ranks[name] for name, part in given.items()):
+            return self._pull(d, w, wanted)
+        found = [self._pull(one.get("d"), one.get("w"), wanted) for one in _each(given)]
+        return {name: torch.stack([part[name] for part in found]) for name in found[0]}
+
+    def _pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
         out = {}
         if "value" in wanted and d is not None:
             out["value"] = self.weights.mT @ d
         if "query" in wanted or "key" in wanted:
-            scores = softmax_pull(self.soft, self._soft_derivative(d, w)) * self.scale
+            scores = softmax_pull(self.soft, self._soft_derivative(d, w))
             if "query" in wanted:
-                out["query"] = scores @ self.k
+                out["query"] = (scores @ self.k) * self.scale
             if "key" in wanted:
                 out["key"] = scores.mT @ self.q
         return self._fitting(out)
 
     def bend(self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        """The derivatives' derivatives along t, summed over tangents."""
-        t, y = self._lifted(t), self.soft
-        soft_d, moved = self._soft_derivative(d, w), self._scores(t)
-        soft_t = None if moved is None else softmax_pull(y, moved)
+        """The derivatives' derivatives along t, summed over tangents.
+
+        With d' = d_P − ⟨P, d_P⟩, t' = t_S − ⟨P, t_S⟩ and g = d t_Vᵀ + d'∘t', the scores' is P∘(g − ⟨P, g⟩).
+        """
+        if any(part.dim() == self.sides[name].dim() for name, part in t.items()):
+            return self._bend(d, w, t, wanted)
+        given = {name: part for name, part in (("d", d), ("w", w), *t.items()) if part is not None}
+        total: dict[str, Tensor] = {}
+        for one in _each(given):
+            found = self._bend(one.pop("d", None), one.pop("w", None), one, wanted)
+            total = {name: _plus(total[name], part) if name in total else part for name, part in found.items()}
+        return total
+
+    def _bend(self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        y = self.soft
+        soft_d, scores_t = self._centred(self._soft_derivative(d, w)), self._scores(t)
+        soft_t = None if scores_t is None else self._centred(scores_t)
         out: dict[str, Tensor] = {}
         if "value" in wanted and soft_t is not None and d is not None:
-            out["value"] = self._dropped(soft_t).mT @ d
-        parts = [softmax_pull(y, self._dropped(d @ t["value"].mT))] if "value" in t and d is not None else []
-        if soft_t is not None:
-            along = (y * soft_d).sum(-1, keepdim=True)
-            parts.append(soft_t * (soft_d - along) - y * (soft_t * soft_d).sum(-1, keepdim=True))
-        scores_d = softmax_pull(y, soft_d)
-        bent = sum(parts[1:], parts[0]) if parts else None
-        for name, other, turn in (("query", "key", False), ("key", "query", True)):
-            if name in wanted:
-                terms = [] if bent is None else [(bent.mT if turn else bent) @ self.sides[other]]
-                terms += [(scores_d.mT if turn else scores_d) @ t[other]] if other in t else []
-                if terms:
-                    out[name] = sum(terms[1:], terms[0]) * self.scale
-        return {name: without(part, self.sides[name].dim()) for name, part in self._fitting(out).items()}
+            out["value"] = self._dropped(y * soft_t).mT @ d
+        parts = [self._dropped(d @ t["value"].mT)] if "value" in t and d is not None else []
+        parts += [] if soft_t is None else [soft_t * soft_d]
+        bent = softmax_pull(y, parts[0] if len(parts) == 1 else _plus(*parts)) if parts else None
+        scores_d = y * soft_d
+        if "query" in wanted:
+            terms = [] if bent is None else [bent @ self.k]
+            terms += [scores_d @ t["key"]] if "key" in t else []
+            out |= {"query": sum(terms[1:], terms[0]) * self.scale} if terms else {}
+        if "key" in wanted:
+            terms = [] if bent is None else [bent.mT @ self.q]
+            terms += [scores_d.mT @ (t["query"] * self.scale)] if "query" in t else []
+            out |= {"key": sum(terms[1:], terms[0])} if terms else {}
+        return self._fitting(out)
+
+    def _centred(self, v: Tensor) -> Tensor:
+        """v − ⟨P, v⟩ of each row (before dropout); P∘ that is the softmax's derivative."""
+        return v - (self.soft * v).sum(-1, keepdim=True)
 
     def _fitting(self, parts: Sides) -> dict[str, Tensor]:
         """Summed over the axes along which a side was broadcast."""

@@ -48,10 +48,6 @@ class Layer:
         """
         return True
 
-    def replay(self, first: Layer, *args: Any, **kwargs: Any) -> Any:
-        """``forward`` at other values, with the random numbers and the state that ``first`` used."""
-        return self.forward(*args, **kwargs)
-
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """f~: the derivatives of ⟨d, f⟩ with respect to the wanted operands, [T, *S] for d of [T, *S_out]."""
         raise NotImplementedError
@@ -128,7 +124,7 @@ class Bilinear(Layer):
         return False
 
     def param_vjp(self, left: Tensor, d: Tensor, wanted: Names, scale: Any = 1) -> dict[str, Tensor]:
-        """Scale · g(left, d) for the weight, scale · the sum of d for the bias; ``left`` is a, t, or a + βt.
+        """scale · g(left, d) for the weight, scale · the sum of d for the bias; ``left`` is a, t, or a + βt.
 
         Half precision returns float32 where that costs nothing.
         """
@@ -234,6 +230,11 @@ def without_tangents(d: Tensor, value: Tensor) -> Tensor:
 def product(numbers: Collection[int]) -> int:
     """The product of sizes, 1 for none."""
     return math.prod(numbers)
+
+
+def plus_product(fresh: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """fresh + u v, in the place of ``fresh``, which nobody else may hold; torch.func.vmap has no rule for that."""
+    return torch.addcmul(fresh, u, v) if wrapped(fresh, u, v) else fresh.addcmul_(u, v)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -275,5 +275,5 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _alike(v: Tensor, x: Tensor) -> Tensor:
-    """V in the memory format of x; others take torch's slow path."""
+    """v in the memory format of x; others take torch's slow path."""
     return v.contiguous(memory_format=memory_format(x))

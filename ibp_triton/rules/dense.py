@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import HALF, Bilinear, Names, Tangents, fold, product, unfold, wide
+from ibp_triton.rules.base import HALF, Bilinear, Names, Tangents, fold, memory_format, product, unfold, wide
 
 
 class Linear(Bilinear):
@@ -23,11 +23,11 @@ class Linear(Bilinear):
         return F.linear(input, weight, bias)
 
     def input_vjp(self, d: Tensor) -> Tensor:
-        """D W."""
+        """d W."""
         return d @ self.weight
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T Wᵀ: the forward pass without the bias."""
+        """t Wᵀ: the forward pass without the bias."""
         return F.linear(t["input"], self.weight)
 
     @property
@@ -48,7 +48,7 @@ class Linear(Bilinear):
         return out
 
     def multiply_adds(self) -> int:
-        """In · out for each row."""
+        """in · out for each row."""
         return self.input.numel() * self.weight.shape[0]
 
 
@@ -89,7 +89,7 @@ class _Conv(Bilinear):
         return [n // 2 for n in total], extra if any(extra) else []
 
     def _conv(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        function = F.conv2d if self.spatial == 2 else F.conv1d
+        function = (F.conv1d, F.conv2d, F.conv3d)[self.spatial - 1]
         return function(self._pad(x), self.weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _pad(self, x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class _Conv(Bilinear):
         if self._few_channels():
             back = self._rows_vjp(folded, size) if self._row_fills_vectors() else self._columns_vjp(folded, size)
         else:
-            layout = torch.channels_last if folded.dim() == 4 and folded.stride(1) == 1 else torch.contiguous_format
+            layout = torch.channels_last if folded.dim() == 4 and folded.stride(1) == 1 else memory_format(folded)
             shape = (folded.shape[0], self.input.shape[1], *size)
             like = torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=layout)  # only its shape is read
             back = self._backward(folded, like, [True, False, False])[0]
@@ -207,6 +207,77 @@ class Conv2d(_Conv):
     """2-d convolution, [N, C, H, W]."""
 
     label, spatial = "conv2d", 2
+
+
+class Conv3d(_Conv):
+    """3-d convolution, [N, C, D, H, W]."""
+
+    label, spatial = "conv3d", 3
+
+
+class _ConvTranspose(_Conv):
+    """The transpose of a convolution; g is the correlation of d with a."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Tensor:
+        """[N, C, ...] → [N, out, ...], weight [C, out / groups, ...]; an input without batch axis is refused."""
+        self.output_padding = _sizes(output_padding, self.spatial)
+        return super().forward(input, weight, bias, stride, padding, dilation, groups)
+
+    def _conv(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.spatial - 1]
+        settings = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+        return function(x, self.weight, bias, *settings)
+
+    def _backward(self, d: Tensor, left: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        bias = [self.weight.shape[1] * self.groups] if mask[2] else None
+        settings = (self.stride, self.padding, self.dilation, True, self.output_padding, self.groups)
+        return torch.ops.aten.convolution_backward(d, left, self.weight, bias, *settings, mask)  # type: ignore[no-any-return]
+
+    def input_vjp(self, d: Tensor) -> Tensor:
+        """The convolution."""
+        function = (F.conv1d, F.conv2d, F.conv3d)[self.spatial - 1]
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        back = function(fold(d, self.input), self.weight, None, *settings)
+        return unfold(_cut(back, self.input.shape[2:]), d, self.input)
+
+    def multiply_adds(self) -> int:
+        """Kernel volume times out / groups for each input."""
+        return self.input.numel() * product(self.weight.shape[1:])
+
+
+class ConvTranspose1d(_ConvTranspose):
+    """1-d transposed convolution, [N, C, L]."""
+
+    label, spatial = "conv_transpose1d", 1
+
+
+class ConvTranspose2d(_ConvTranspose):
+    """2-d transposed convolution, [N, C, H, W]."""
+
+    label, spatial = "conv_transpose2d", 2
+
+
+class ConvTranspose3d(_ConvTranspose):
+    """3-d transposed convolution, [N, C, D, H, W]."""
+
+    label, spatial = "conv_transpose3d", 3
+
+
+def _cut(x: Tensor, size: Any) -> Tensor:
+    """The first positions along each axis of space: output padding may make room for one more."""
+    for axis, n in enumerate(size, 2):
+        x = x.narrow(axis, 0, n)
+    return x
 
 
 def _sizes(value: Any, n: int) -> list[int]:

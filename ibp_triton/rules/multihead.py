@@ -197,9 +197,10 @@ class MultiHeadAttention(Layer):
 
     def jvp(self, t: Tangents) -> Any:
         """Through the same maps without their biases."""
-        output, weights = self.core.push(self._pushed(t))
+        output, weights = self.core.push(self._pushed(t), self.need_weights)
         pushed = self._unbatched(F.linear(self._join(output), self.out_weight))
-        return Pieces({0: pushed, 1: self._shown(weights)} if self.need_weights else {0: pushed})
+        shown = {1: self._shown(weights)} if self.need_weights and weights is not None else {}
+        return Pieces({0: pushed, **shown})
 
     def _pushed(self, t: Tangents) -> dict[str, Tensor]:
         """The tangents of the core's operands."""

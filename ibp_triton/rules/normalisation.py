@@ -28,6 +28,7 @@ from ibp_triton.rules.base import (
     each,
     matched,
     memory_format,
+    plus_product,
     product,
     wide,
     without,
@@ -71,7 +72,7 @@ class Normalisation(Layer):
     def normal(self) -> Tensor:
         """x̂, made anew each time: it is as large as the input."""
         x = self._view(wide(self.input))
-        return (x - self.mean if self.centred else x) * self.rstd
+        return (x - self.mean).mul_(self.rstd) if self.centred else x * self.rstd
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """P(γ d)/s for x, Σ d x̂ for γ and Σ d for b."""
@@ -103,8 +104,8 @@ class Normalisation(Layer):
         b, c = self._product(x, u), self._product(x, push)
         along = self._product(u, push) - b * c
         along = along - self._mean(u) * self._mean(push) if self.centred else along
-        moved = self._push(without(torch.addcmul(b * push, c, u), len(self.inner)))
-        bent = torch.addcmul(moved, self.rstd * without(along, len(self.inner)), x) * -self.rstd
+        moved = self._push(without(plus_product(b * push, c, u), len(self.inner)))
+        bent = plus_product(moved, self.rstd * without(along, len(self.inner)), x).mul_(-self.rstd)
         return {"input": self._like(bent, self.input)}
 
     def _push(self, v: Tensor) -> Tensor:

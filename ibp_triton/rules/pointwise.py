@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, lift, matched, sum_to, wide, without
+from ibp_triton.rules.base import Layer, Names, Tangents, without
 
 
 class Pointwise(Layer):
@@ -58,11 +57,11 @@ class ReLU(Pointwise):
         return self.output
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D where the output is positive."""
+        """d where the output is positive."""
         return {"input": self._masked(d)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T where the output is positive."""
+        """t where the output is positive."""
         return self._masked(t["input"])
 
     def _masked(self, t: Tensor) -> Tensor:
@@ -103,11 +102,11 @@ class LeakyReLU(Pointwise):
         return F.leaky_relu(input, negative_slope)
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D, or negative_slope · d where the input is not positive."""
+        """d, or negative_slope · d where the input is not positive."""
         return {"input": torch.ops.aten.leaky_relu_backward(d, self.input, self.negative_slope, False)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T likewise."""
+        """t likewise."""
         return self.vjp(t["input"], ("input",))["input"]
 
 
@@ -123,11 +122,11 @@ class Sigmoid(Pointwise):
 
     @cached_property
     def slope(self) -> Tensor:
-        """Y (1 − y)."""
+        """y (1 − y)."""
         return self.output * (1 - self.output)
 
     def bend(self) -> Tensor:
-        """Y (1 − y)(1 − 2y)."""
+        """y (1 − y)(1 − 2y)."""
         return self.slope * (1 - 2 * self.output)
 
 
@@ -167,7 +166,7 @@ class Softplus(Pointwise):
         return torch.where(self.curved, torch.sigmoid(self.beta * self.input), 1.0)
 
     def bend(self) -> Tensor:
-        """Β s (1 − s), 0 above the threshold."""
+        """β s (1 − s), 0 above the threshold."""
         return self.beta * self.slope * (1 - self.slope)
 
 
@@ -183,11 +182,11 @@ class SiLU(Pointwise):
 
     @cached_property
     def slope(self) -> Tensor:
-        """S (1 + a (1 − s))."""
-        return self.gate * (1 + self.input * (1 - self.gate))
+        """s (1 + a (1 − s))."""
+        return torch.ops.aten.silu_backward(_one(self.input), self.input)  # type: ignore[no-any-return]
 
     def bend(self) -> Tensor:
-        """S (1 − s)(2 + a (1 − 2s))."""
+        """s (1 − s)(2 + a (1 − 2s))."""
         return self.gate * (1 - self.gate) * (2 + self.input * (1 - 2 * self.gate))
 
 
@@ -205,26 +204,26 @@ class GELU(Pointwise):
     def slope(self) -> Tensor:
         """Φ(a) + a φ(a), or that of the approximation."""
         a = self.input
-        if self.approximate == "none":
-            return torch.special.ndtr(a) + a * self._density()  # type: ignore[no-any-return]
-        th, inner1, _ = self._tanh_parts()
-        return 0.5 * (1 + th) + 0.5 * a * (1 - th * th) * inner1
+        return torch.ops.aten.gelu_backward(_one(a), a, approximate=self.approximate)  # type: ignore[no-any-return]
 
     def bend(self) -> Tensor:
-        """Φ(a)(2 − a²), or that of the approximation."""
+        """φ(a)(2 − a²), or that of the approximation."""
         a = self.input
         if self.approximate == "none":
-            return self._density() * (2 - a * a)
+            square, scale = a * a, 1 / math.sqrt(2 * math.pi)
+            return (square * -0.5).exp_().mul_(square.mul_(-scale).add_(2 * scale))
         th, inner1, inner2 = self._tanh_parts()
         return (1 - th * th) * (inner1 + 0.5 * a * (inner2 - 2 * th * inner1 * inner1))
-
-    def _density(self) -> Tensor:
-        return torch.exp(-0.5 * self.input.square()) / math.sqrt(2 * math.pi)
 
     def _tanh_parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """tanh(u), u', u'' for u = √(2/π)(a + 0.044715 a³)."""
         a, k, c = self.input, math.sqrt(2 / math.pi), 0.044715
         return torch.tanh(k * (a + c * a**3)), k * (1 + 3 * c * a * a), 6 * k * c * a
+
+
+def _one(a: Tensor) -> Tensor:
+    """The derivative for which torch's kernel returns σ'(a), in one pass instead of one for each operation."""
+    return torch.ones((), dtype=a.dtype, device=a.device).expand_as(a)
 
 
 class Dropout(Pointwise):
@@ -239,25 +238,22 @@ class Dropout(Pointwise):
         if not training or p == 0:
             self.mask = None
             return input
-        shape = (
-            input.shape if self.masked_axes is None else [*input.shape[: self.masked_axes], *[1] * (input.dim() - 2)]
-        )
-        mask = input.new_empty(shape).bernoulli_(1 - p)  # as torch draws it for a contiguous input
+        mask = self._empty(input).bernoulli_(1 - p)
         self.mask = mask.div_(1 - p) if p < 1 else mask
         return input * self.mask
 
-    def replay(self, first: Layer, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The mask of the first evaluation."""
-        assert isinstance(first, Dropout)
-        self.input, self.mask = input, first.mask
-        return input if self.mask is None else input * self.mask
+    def _empty(self, input: Tensor) -> Tensor:
+        """Numbers are drawn as torch draws them for a contiguous input, whatever the layout."""
+        if self.masked_axes is None:
+            return input.new_empty(input.shape)
+        return input.new_empty([*input.shape[: self.masked_axes], *[1] * (input.dim() - self.masked_axes)])
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D · mask."""
+        """d · mask."""
         return {"input": d if self.mask is None else d * self.mask}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T · mask."""
+        """t · mask."""
         return self.vjp(t["input"], ("input",))["input"]
 
 
@@ -266,179 +262,3 @@ class ChannelDropout(Dropout):
 
     label = "channel_dropout"
     masked_axes = 2
-
-
-class Binary(Layer):
-    """An operation of two sides with broadcasting; either may be an activation, a parameter, a tensor or a number."""
-
-    output: Tensor
-
-    def _keep(self, input: Any, other: Any, output: Any) -> Tensor:
-        self.sides, self.output = {"input": input, "other": other}, output
-        return output  # type: ignore[no-any-return]
-
-    def _lift(self, t: Tangents) -> dict[str, Tensor]:
-        """Tangents that broadcast as their sides do."""
-        return {name: lift(part, self.sides[name], self.output.dim()) for name, part in t.items()}
-
-    def _to(self, name: str, d: Tensor) -> Tensor:
-        """Summed over the axes along which the side was broadcast."""
-        lead = d.shape[: d.dim() - self.output.dim()]
-        return sum_to(d.expand(*lead, *self.output.shape), self.sides[name], self.output.dim())
-
-    def _matched(self, d: Tensor, t: Tangents) -> tuple[Tensor, dict[str, Tensor]]:
-        d, t = matched(d, self.output.dim(), t, self.sides)
-        return d, self._lift(t)
-
-    def _gathered(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In the sides' shapes, summed over tangents."""
-        return {name: without(self._to(name, part), self.sides[name].dim()) for name, part in parts.items()}
-
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
-        """As for an active side, in float32 for half precision."""
-        return self.curvature(wide(r), {name: wide(part) for name, part in t.items()}, wanted)
-
-
-class Multiply(Binary):
-    """y = u · v."""
-
-    label = "multiply"
-
-    def forward(self, input: Any, other: Any) -> Tensor:
-        """The broadcast shape."""
-        return self._keep(input, other, input * other)
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """d v for u, d u for v, summed where they were broadcast."""
-        return {name: self._to(name, d * self.sides[_other(name)]) for name in wanted}
-
-    def jvp(self, t: Tangents) -> Tensor:
-        """t_u v + u t_v."""
-        parts = [tangent * self.sides[_other(name)] for name, tangent in self._lift(t).items()]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]  # type: ignore[no-any-return]
-
-    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        """d t_v for u, d t_u for v."""
-        d, t = self._matched(d, t)
-        return self._gathered({name: d * t[_other(name)] for name in wanted if _other(name) in t})
-
-
-def _other(name: str) -> str:
-    return "other" if name == "input" else "input"
-
-
-class Divide(Binary):
-    """y = u / v."""
-
-    label = "divide"
-
-    @classmethod
-    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
-        """Without rounding."""
-        return arguments.get("rounding_mode") is None
-
-    def forward(self, input: Any, other: Any, *, rounding_mode: None = None) -> Tensor:
-        """The broadcast shape."""
-        return self._keep(input, other, input / other)
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """d / v for u, −d y / v for v."""
-        found = d / self.sides["other"]
-        return {name: self._to(name, found if name == "input" else -found * self.output) for name in wanted}
-
-    def jvp(self, t: Tangents) -> Tensor:
-        """(t_u − y t_v) / v."""
-        t = self._lift(t)
-        parts = [t["input"]] if "input" in t else []
-        parts += [-self.output * t["other"]] if "other" in t else []
-        return (parts[0] if len(parts) == 1 else parts[0] + parts[1]) / self.sides["other"]  # type: ignore[no-any-return]
-
-    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        """−d t_v / v² for u, d (2 y t_v − t_u) / v² for v."""
-        d, t = self._matched(d, t)
-        d = d / self.sides["other"] / self.sides["other"]
-        out = {}
-        if "input" in wanted and "other" in t:
-            out["input"] = -d * t["other"]
-        if "other" in wanted:
-            parts = [-t["input"]] if "input" in t else []
-            parts += [2 * self.output * t["other"]] if "other" in t else []
-            out["other"] = d * (parts[0] if len(parts) == 1 else parts[0] + parts[1])
-        return self._gathered(out)
-
-
-class ReverseDivide(Divide):
-    """y = other / input."""
-
-    def forward(self, input: Any, other: Any, *, rounding_mode: None = None) -> Tensor:
-        """The broadcast shape."""
-        result = super().forward(other, input)
-        return result
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """The quotient's, by the sides' places in it."""
-        return _swapped(super().vjp(d, _swapped(dict.fromkeys(wanted))))
-
-    def jvp(self, t: Tangents) -> Tensor:
-        """Likewise."""
-        return super().jvp(_swapped(t))
-
-    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        """Likewise."""
-        return _swapped(super().curvature(d, _swapped(t), _swapped(dict.fromkeys(wanted))))
-
-
-def _swapped(parts: Mapping[str, Any]) -> dict[str, Any]:
-    return {_other(name): part for name, part in parts.items()}
-
-
-class Maximum(Binary):
-    """The larger of two; where they are equal, half of each, as in torch."""
-
-    label, sign = "maximum", 1
-
-    def forward(self, input: Tensor, other: Tensor) -> Tensor:
-        """The broadcast shape."""
-        first = torch.sign(input - other) * self.sign
-        share = 0.5 * (1 + first)
-        self.shares = {"input": share, "other": 1 - share}
-        return self._keep(input, other, torch.maximum(input, other) if self.sign == 1 else torch.minimum(input, other))
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """d where the side is the larger."""
-        return {name: self._to(name, d * self.shares[name]) for name in wanted}
-
-    def jvp(self, t: Tangents) -> Tensor:
-        """Each tangent where its side is the larger."""
-        parts = [part * self.shares[name] for name, part in self._lift(t).items()]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-
-class Minimum(Maximum):
-    """The smaller of two; where they are equal, half of each."""
-
-    label, sign = "minimum", -1
-
-
-class Where(Binary):
-    """input where the condition holds, other elsewhere; the condition has no derivative."""
-
-    label = "where"
-
-    def forward(self, condition: Tensor, input: Any, other: Any) -> Tensor:
-        """The broadcast shape."""
-        self.condition = condition
-        return self._keep(input, other, torch.where(condition, input, other))
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """d where the side was taken."""
-        zero = d.new_zeros(())
-        pairs = {"input": (d, zero), "other": (zero, d)}
-        return {name: self._to(name, torch.where(self.condition, *pairs[name])) for name in wanted}
-
-    def jvp(self, t: Tangents) -> Tensor:
-        """Each tangent where its side was taken."""
-        t = self._lift(t)
-        zero = next(iter(t.values())).new_zeros(())
-        pushed = torch.where(self.condition, t.get("input", zero), t.get("other", zero))
-        return pushed.expand(*pushed.shape[: pushed.dim() - self.output.dim()], *self.output.shape)

@@ -1,4 +1,4 @@
-"""Max-pooling: the linear sweep and the reverse sweep follow the positions that the first pass chose."""
+"""Pooling. Of a maximum, the linear and the reverse sweep follow the positions that the first pass chose."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, product, unfold
+from ibp_triton.rules.base import Layer, Names, Tangents, fold, memory_format, product, unfold, wrapped
+from ibp_triton.rules.structural import BatchedMap
 
 
 class _MaxPool(Layer):
@@ -40,14 +41,14 @@ class _MaxPool(Layer):
         return (output, self.index) if return_indices else output
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D added at the chosen positions."""
+        """d added at the chosen positions."""
         if d.dim() == self.index.dim():
             return {"input": self._scatter(d)}
         back = torch.cat([self._scatter(one) for one in d.unbind(0)])  # keeps the memory format, and one index
         return {"input": unfold(back, d, self.index)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T gathered at the chosen positions."""
+        """t gathered at the chosen positions."""
         tangent = t["input"]
         extra = tangent.shape[: tangent.dim() - len(self.shape)]
         flat, index = _rows(tangent, len(extra)), _rows(self.index, 0)
@@ -82,6 +83,33 @@ class MaxPool2d(_MaxPool):
         return torch.ops.aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
             d, like, *pair, ceil, self.index
         )
+
+
+class AdaptiveAvgPool2d(BatchedMap):
+    """Means over as many windows as wanted of [N, C, H, W]."""
+
+    label = "adaptive_avg_pool2d"
+
+    def forward(self, input: Tensor, output_size: Any) -> Tensor:
+        """[N, C, ...] → [N, C, *output_size]."""
+        return super().forward(input, output_size)  # type: ignore[no-any-return]
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """d shared out over each window."""
+        height, width = self.input.shape[-2:]
+        if self.output.shape[-2:] == (1, 1):
+            return {"input": (d / (height * width)).expand(*d.shape[:-2], height, width)}
+        if wrapped(d, self.input):
+            return super().vjp(d, wanted)
+        folded = fold(d, self.output)
+        back = torch.ops.aten._adaptive_avg_pool2d_backward(folded, _like(folded, self.input))
+        return {"input": unfold(back, d, self.output)}
+
+
+def _like(folded: Tensor, value: Tensor) -> Tensor:
+    """A tensor for as many samples, of which torch reads but shape and layout."""
+    shape, layout = (folded.shape[0], *value.shape[1:]), memory_format(value)
+    return torch.empty(shape, dtype=folded.dtype, device=folded.device, memory_format=layout)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

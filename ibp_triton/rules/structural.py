@@ -25,7 +25,7 @@ class Add(Layer):
         return self.output  # type: ignore[no-any-return]
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D for each side, summed where that side was broadcast."""
+        """d for each side, summed where that side was broadcast."""
         return {name: self._scaled(name, sum_to(d, self.sides[name], self.output.dim())) for name in wanted}
 
     def jvp(self, t: Tangents) -> Tensor:
@@ -92,11 +92,11 @@ class Reshape(Layer):
         return self.output  # type: ignore[no-any-return]
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D in the input's shape."""
+        """d in the input's shape."""
         return {"input": d.reshape(*d.shape[: d.dim() - self.output.dim()], *self.shape)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T in the output's shape."""
+        """t in the output's shape."""
         tangent = t["input"]
         return tangent.reshape(*tangent.shape[: tangent.dim() - len(self.shape)], *self.output.shape)
 
@@ -156,13 +156,13 @@ class Pad(BatchedMap):
         return output
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D without the margin."""
+        """d without the margin."""
         if not self.pads:
             return super().vjp(d, wanted)
         return {"input": unfold(F.pad(fold(d, self.output), [-p for p in self.pads]), d, self.output)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T with a margin of zeros."""
+        """t with a margin of zeros."""
         if not self.pads:
             return super().jvp(t)
         return unfold(F.pad(fold(t["input"], self.input), self.pads), t["input"], self.input)
@@ -170,27 +170,3 @@ class Pad(BatchedMap):
 
 class Pieces(dict[int, Any]):
     """The derivative or tangent of a tuple: {position: derivative}, zero where absent."""
-
-
-class Item(LinearMap):
-    """Indexing: of a tensor by constants, or of the tuple that a layer with several outputs returned."""
-
-    label = "item"
-
-    def forward(self, input: Any, index: Any) -> Any:
-        """The element or slice."""
-        self.index = index
-        return super().forward(input, index)
-
-    def vjp(self, d: Any, wanted: Names) -> dict[str, Any]:
-        """D at the index, zero elsewhere."""
-        if isinstance(self.input, Tensor):
-            return super().vjp(d, wanted)
-        return {"input": Pieces({self.index % len(self.input): d})}
-
-    def jvp(self, t: Tangents) -> Any:
-        """The tangent's element."""
-        if isinstance(self.input, Tensor):
-            return super().jvp(t)
-        pieces: Any = t["input"]
-        return pieces.get(self.index % len(self.input))

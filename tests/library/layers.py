@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ibp_triton.graph import Node, Ref
-from ibp_triton.rules import Layer, Pieces, candidate, rule_for
+from ibp_triton.rules import Bilinear, Layer, Pieces, candidate, rule_for
 
 
 @dataclass
@@ -170,6 +170,8 @@ def check(call: Call, leads: tuple[tuple[int, ...], ...] = ((), (1,), (5,)), out
         pull = torch.func.vjp(everything, *values)[1]
         expected = each_vector(lambda d, pull=pull: pull(d), lead, d)
         for wanted in (names, along, [n for n in names if n not in along]):
+            if lead and isinstance(layer, Bilinear):
+                wanted = along  # its weight gradient is one for all tangents, of a left side that has as many
             found = call.collected(layer.vjp(pieces(d), call.aliases(wanted)) if wanted else {})
             for name in wanted:
                 wants = expected[names.index(name)]

@@ -203,3 +203,9 @@ def test_it_runs_under_vmap(name):
     flat = [torch.utils._pytree.tree_leaves(e) for e in (found, *expected)]
     for both, first, second in zip(*flat, strict=True):
         torch.testing.assert_close(both, torch.stack([first, second]), rtol=1e-9, atol=1e-10)
+
+
+def test_attention_broadcasts():
+    torch.manual_seed(3)
+    check(sdpa((1, 3, 4, 5), (1, 3, 6, 5), (2, 3, 6, 7)))
+    check(sdpa((2, 3, 4, 5), (1, 3, 6, 5), (1, 1, 6, 7), attn_mask=bools(2, 1, 4, 6)))

@@ -117,3 +117,22 @@ def test_what_is_not_covered():
     assert one(torch.div, 2, rounding_mode="floor").rule() is None
     assert two(torch.pow).rule() is None
     assert two(torch.clamp).rule() is None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_runs_under_vmap(name):
+    call = CASES[name]()
+    along, others = call.names("active"), call.names("parametric")
+    first = next(i for i, arg in enumerate(call.args) if arg is call.operands[along[0]])
+    t = {n: torch.stack([call.operands[n]] * 2) for n in along}
+
+    def one_of_them(x):
+        args = (*call.args[:first], x, *call.args[first + 1 :])
+        layer, y = Call(call.function, args, call.kwargs, call.kinds).layer()
+        return layer.vjp(y, along + others), layer.jvp(t), layer.curvature(y, t, along)
+
+    xs = torch.stack([call.args[first], call.args[first].abs() + 1])
+    found, expected = torch.func.vmap(one_of_them)(xs), [one_of_them(x) for x in xs]
+    flat = [torch.utils._pytree.tree_leaves(e) for e in (found, *expected)]
+    for both, *apart in zip(*flat, strict=True):
+        torch.testing.assert_close(both, torch.stack(apart))
