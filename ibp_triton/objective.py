@@ -52,11 +52,7 @@ def objective(
     method: Method, network: Network, x: Tensor, labels: Any, tangents: Tensor | None, extra: Mapping[str, Any] | None
 ) -> Tensor:
     """The loss as a 0-d tensor with history; its value alone where gradients are off or nothing is trainable."""
-    named = (
-        [(name, p) for name, p in network.parameters().items() if p.requires_grad]
-        if hasattr(network, "interface")
-        else []
-    )
+    named = [(name, p) for name, p in network.parameters().items() if p.requires_grad]
     if not torch.is_grad_enabled() or not named:
         return method.value(network, x, labels, tangents, extra)
     if isinstance(x, Tensor) and x.requires_grad:

@@ -144,6 +144,14 @@ class Step:
         return Pass(head, trace, losses, c, p, passing)
 
 
+def _check_wrapped(network: Any) -> None:
+    if not isinstance(network, Network):
+        raise InputTypeError(
+            f"the first argument is the wrapped model, not {type(network).__name__}: network = ibp.Network(model), "
+            "once, then method(network, x, labels)"
+        )
+
+
 @dataclass(frozen=True)
 class Method:
     """A training objective with its gradient. Call it as a loss: ``method(network, x, labels).backward()``."""
@@ -180,6 +188,7 @@ class Method:
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or value; the message names cause and cure.
         """
+        _check_wrapped(network)
         return objective(self, network, x, labels, tangents, extra)
 
     def gradients(
@@ -227,11 +236,7 @@ class Method:
             return next(self.recipe(step))  # type: ignore[no-any-return]
 
     def _step(self, network: Network, x: Tensor, labels: Any, tangents: Any, parameters: Any, extra: Any) -> Step:
-        if not isinstance(network, Network):
-            raise InputTypeError(
-                f"the first argument is the wrapped model, not {type(network).__name__}: network = ibp.Network(model), "
-                "once, then method(network, x, labels)"
-            )
+        _check_wrapped(network)
         check_tangents(self.key, self.needs_tangents, x, tangents)
         numbers = check_batch(network.parameters(), network.dtype, x, labels, parameters)
         return Step(network, x.detach(), numbers, tangents, check_extra(extra), parameters, self.program)
