@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -103,6 +104,7 @@ class Network:
         ``own``: the model's parameters, where the caller has them. ``frugal``: sweeps may let go of what only curvature
         would read again. ``keep``: all nodes' values are kept.
         """
+        _first_block()
         self._shape = tuple(x.shape)
         settings = Settings(self.model, self.parameters() if own is None else own, parameters, self.dtype, keep)
         trace = self._recorded().record(settings, x, dict(extra or {}), frugal)
@@ -157,6 +159,16 @@ class Network:
     def __repr__(self) -> str:
         dtype = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"Network({type(self.model).__name__}, backend={self.backend!r}{dtype})"
+
+
+@cache
+def _first_block() -> None:
+    """Allocate and free one large block, once, without touching it.
+
+    glibc keeps freed memory for the next step only after it has seen a large block freed (it takes twice that size as
+    its limit, 32 MiB at most); until then every step pays page faults for its activations, a fifth of a step of BP.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 _RECORDINGS: WeakKeyDictionary[nn.Module, MutableMapping[str, Recordings]] = WeakKeyDictionary()  # of bare models

@@ -256,9 +256,10 @@ class Method:
     ) -> Parts:
         """The same loss, and detached what it is made of: ``loss, data_loss, penalty, logits``; arguments as above."""
         loss, step = objective(self, network_for(network), x, y, tangents, extra)
-        return self._parts(loss, step)
+        return self.parts_of(loss, step)
 
-    def _parts(self, loss: Tensor, step: Step) -> Parts:
+    def parts_of(self, loss: Tensor, step: Step) -> Parts:
+        """The parts of a step whose objective is ``loss``."""
         first, penalty = step.first, None
         assert first is not None
         with torch.no_grad():
