@@ -42,6 +42,7 @@ from ibp_triton.harness.progress import Progress, curve_table, result_table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
+ONLY = "method=…, row=…, variant=…, seed=… or a field of a method, such as beta=…"
 SHOWN = 200  # runs of a dry run
 ACCEPT = "keep stored runs although their data or imported code have changed since"
 
@@ -73,7 +74,7 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, help="local processes, one CPU thread each")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and their time, train nothing")] = False,
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="method=…, row=…, variant=…, seed=… or parameter=…")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=ONLY)] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="log every epoch for TensorBoard")] = False,
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,

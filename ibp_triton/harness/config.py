@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
-import ibp_triton as ibp
+from ibp_triton.harness.rows import MethodRow, once
 
 
 class Strict(BaseModel):
@@ -130,16 +129,6 @@ class Tangents(Strict):
     normalise: bool = False
 
 
-class Method(Strict):
-    """One row of the comparison; `method` is its key if the row is called something else."""
-
-    method: str | None = None
-    beta: NonNegative | list[NonNegative] | None = None
-    epsilon: NonNegative | list[NonNegative] | None = None
-    norm: Annotated[float, Field(ge=1)] | None = None
-    semantics: Literal["paper", "exact"] | None = None
-
-
 class Span(Strict):
     """Numbers from `start` to `stop`, both included, `step` apart."""
 
@@ -211,7 +200,7 @@ class Experiment(Strict):
     network: Network
     training: Training = Training()
     tangents: Tangents = Tangents()
-    methods: Annotated[dict[str, Method | None], Field(min_length=1)]
+    methods: Annotated[dict[str, SerializeAsAny[MethodRow]], Field(min_length=1)]
     seeds: Annotated[list[int | Seeds], Field(min_length=1)] = [0]
     variants: dict[str, dict[str, Any]] = {}
     select: Literal["validation", "test"] = "validation"
@@ -222,52 +211,31 @@ class Experiment(Strict):
     output: str | None = None
     runs: str | None = None
 
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _labelled(cls, given: Any) -> Any:
+        """A row is called as its method unless it names one."""
+        return {label: _labelled(label, row) for label, row in given.items()} if isinstance(given, dict) else given
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int | Seeds]) -> list[int | Seeds]:
+        list(once(seed if isinstance(seed, Seeds) else Seeds.of(seed) for seed in seeds))
+        return seeds
+
     @model_validator(mode="after")
-    def _rows(self) -> Experiment:
-        for label, row in self.methods.items():
-            _check_row(label, row or Method())
-        _check_once("seeds", (seed if isinstance(seed, Seeds) else Seeds.of(seed) for seed in self.seeds))
-        choices = any(len(parameters(label, row or Method())) > 1 for label, row in self.methods.items())
+    def _choice(self) -> Experiment:
+        choices = any(row.axes for row in self.methods.values())
         if choices and self.select == "validation" and not self.data.validation:
             raise ValueError(
-                "several β or ε need a validation split to choose by: set data.validation to a number of examples, "
-                "or select: test"
+                "several values of a method's field need a validation split to choose by: set data.validation to a "
+                "number of examples, or select: test"
             )
         return self
 
 
-def key_of(label: str, row: Method) -> str:
-    """The method key of a row: its own field, or the row's label."""
-    return row.method or label
-
-
-def parameters(label: str, row: Method) -> list[float | None]:
-    """All β or ε of a row, [None] for bp."""
-    name = ibp.METHODS[key_of(label, row)].parameter
-    value = getattr(row, name) if name else None
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _check_once(key: str, values: Iterable[Any]) -> None:
-    """A value given twice would be one run that counts as two."""
-    seen = set()
-    for value in values:
-        if value in seen:
-            raise ValueError(f"{key}: {value} is given twice; give each once")
-        seen.add(value)
-
-
-def _check_row(label: str, row: Method) -> None:
-    key = key_of(label, row)
-    if key not in ibp.METHODS:
-        raise ValueError(f"methods.{label}: {key!r} is no method; choose one of {', '.join(ibp.METHODS)}")
-    wanted = ibp.METHODS[key].parameter
-    for name in ("beta", "epsilon"):
-        if (getattr(row, name) is not None) != (name == wanted):
-            verb = "needs" if name == wanted else "takes no"
-            raise ValueError(f"methods.{label}: {key} {verb} {name}")
-    if wanted != "beta" and (row.norm is not None or row.semantics is not None):
-        raise ValueError(f"methods.{label}: {key} takes neither norm nor semantics")
-    _check_once(f"methods.{label}.{wanted}", parameters(label, row))
-    if [] in (row.beta, row.epsilon):
-        raise ValueError(f"methods.{label}.{wanted}: give at least one number")
+def _labelled(label: str, row: Any) -> Any:
+    if not isinstance(row, dict | None):
+        return row
+    own = row or {}
+    return {**own, "method": own.get("method") or label}

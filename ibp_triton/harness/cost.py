@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -12,10 +11,11 @@ import torch
 from torch.nn import functional as F
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, methods, models
+from ibp_triton.harness import data, models
 from ibp_triton.harness.config import Network
-from ibp_triton.harness.grid import MethodChoice, Run
-from ibp_triton.harness.models import ModelError, Shape
+from ibp_triton.harness.grid import Run
+from ibp_triton.harness.models import PRECISIONS, ModelError, Shape
+from ibp_triton.ledger import MultiplyAdds
 
 T = TypeVar("T")
 _SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
@@ -38,10 +38,9 @@ def ratio(run: Run) -> float:
     """Multiply-adds of one step of `run` relative to BP; in sweeps alone where only files tell the image shape."""
     if data.shape_of(run.data) is None:
         return _sweeps(run)
-    network = run.network.model_dump_json(by_alias=True)
-    method = run.method if run.method.parameter is None else replace(run.method, parameter=1.0)
     try:
-        return _ratio(network, method, run.training.batch_size, *shape_of(run))
+        work = _work(run.network.model_dump_json(by_alias=True), run.training.batch_size, *shape_of(run))
+        return run.method.multiply_adds(work) / ibp.BP().multiply_adds(work)
     except ModelError:
         raise
     except Exception:  # too large for this machine, or a model that cannot be counted: its run will say so
@@ -49,13 +48,14 @@ def ratio(run: Run) -> float:
 
 
 def _sweeps(run: Run) -> float:
-    return float(methods.build(run.method).sweeps / ibp.METHODS["bp"]().sweeps)
+    return run.method.sweeps / ibp.BP().sweeps
 
 
 @lru_cache
-def _ratio(network: str, method: MethodChoice, batch: int, shape: Shape, classes: int) -> float:
+def _work(network: str, batch: int, shape: Shape, classes: int) -> MultiplyAdds:
+    """Multiply-adds of each kind of sweep."""
     model = models.build(Network.model_validate_json(network), shape, classes, 0)
-    return methods.predicted_ratio(method, model, batch, shape)
+    return ibp.Network(model).multiply_adds((batch, *shape))
 
 
 def weight(run: Run) -> float:
@@ -87,9 +87,8 @@ _KNOWN: dict[tuple[Any, ...], tuple[Run, Any]] = {}  # by what a grid's runs sha
 
 
 def _once(function: Callable[[Run], T], run: Run) -> T:
-    """The cost of a run, worked out once for all that differ from it in seeds, β or ε alone."""
-    sections = (id(run.data), id(run.network), id(run.training))
-    key = (function, *sections, run.method.key, run.method.norm, run.method.semantics)
+    """The cost of a run, worked out once for all that differ from it in seeds, or in values that change no pass."""
+    key = (function, id(run.data), id(run.network), id(run.training), run.method.program)
     if key not in _KNOWN:
         if len(_KNOWN) > 100_000:
             _KNOWN.clear()
@@ -107,7 +106,7 @@ def makespan(work: Collection[float], workers: int) -> float:
 def _time_bp(network: str, precision: str, batch: int, shape: Shape, classes: int) -> float:
     model = models.build(Network.model_validate_json(network), shape, classes, 0)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    wrapped, method = ibp.Network(model, dtype=methods.PRECISIONS[precision]), ibp.METHODS["bp"]()
+    wrapped, method = ibp.Network(model, dtype=PRECISIONS[precision]), ibp.BP()
     x = torch.rand(batch, *shape).contiguous(memory_format=torch.channels_last)
     labels = F.one_hot(torch.arange(batch) % classes, classes).argmax(1)
     best = float("inf")

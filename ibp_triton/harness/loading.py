@@ -173,7 +173,7 @@ def _explain(fault: Any, where: str, model: type[BaseModel] = Experiment) -> str
 
 def _is_type_tag(part: str) -> bool:
     """Pydantic names the member of a union it tried, as in methods.bp.Method or seeds.0.int."""
-    return part in {"Method", "Seeds", "Span", "Augment", "int", "float", "constrained-float"} or "[" in part
+    return part in {"Seeds", "Span", "Augment", "int", "float", "constrained-float"} or "[" in part
 
 
 def _nearest(path: list[str], model: type[BaseModel]) -> str:

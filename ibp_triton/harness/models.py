@@ -17,6 +17,7 @@ from ibp_triton.harness.config import Network
 from ibp_triton.harness.seeds import derive
 
 Shape = tuple[int, int, int]
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}  # the dtype that a network computes in, if not its own
 POOLS = ("ceil", "torch-ceil", "floor")
 INITS = ("normal", "uniform", "uniform-0.01", "torch")
 

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ibp_triton.harness import cost
 from ibp_triton.harness.grid import Run
-from ibp_triton.harness.summary import Row, divergence_text, error_text
+from ibp_triton.harness.summary import Row, columns, divergence_text, error_text, headings
 
 
 class Progress:
@@ -116,15 +116,14 @@ def _loss(record: dict[str, Any], name: str = "") -> str:
 
 def result_table(rows: Sequence[Row]) -> Table:
     """The comparison: error mean ± sd, seconds an epoch, ratio to BP measured and predicted."""
-    named = any(row.variant for row in rows)
+    named, names = any(row.variant for row in rows), columns(rows)
     table = Table(caption="× bp: cost relative to bp, measured in seconds; predicted from multiply-adds")
-    for heading in (["variant"] if named else []) + ["method", "β or ε", "seeds", "error %", "s/epoch"]:
+    for heading in (["variant"] if named else []) + ["method", *headings(names), "seeds", "error %", "s/epoch"]:
         table.add_column(heading, no_wrap=heading != "variant")
     for heading in ("× bp", "predicted"):
         table.add_column(heading, no_wrap=True)
     for row in rows:
-        parameter = "" if row.parameter is None else f"{row.parameter:g}"
-        cells = [escape(row.label), parameter, row.seeds, error_text(row.mean, row.sd)]
+        cells = [escape(row.label), *row.values(names), row.seeds, error_text(row.mean, row.sd)]
         ratios = [f"{row.seconds:.2f}", "" if row.measured is None else f"{row.measured:.2f}", f"{row.predicted:.2f}"]
         table.add_row(*([escape(row.variant)] if named else []), *cells, *ratios)
     return table

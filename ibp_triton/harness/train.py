@@ -8,14 +8,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, methods, models, provenance, store
+from ibp_triton.harness import data, models, provenance, store
 from ibp_triton.harness.batches import Batches
 from ibp_triton.harness.compiled import EagerStep, compiled
 from ibp_triton.harness.data import Dataset
@@ -55,13 +55,13 @@ def train(run: Run, folder: Path, report: Report, data_dir: str | None = None, s
     state = restore(run, folder, start(run, dataset, device), say)
     store.write_json(folder / store.CONFIG, provenance.config(run), last=False)
     store.write_json(folder / store.ENVIRONMENT, store.environment(), last=False)
-    batches = Batches(dataset, run.training, run.seeds, run.tangents if methods.needs_tangents(run.method) else None)
+    batches = Batches(dataset, run.training, run.seeds, run.tangents if run.method.needs_tangents else None)
     step = _step(run, state, batches)
     for epoch in range(len(state.metrics), run.training.epochs):
         record = _epoch(run, step, state, batches, epoch)
         if _is_test_epoch(run, epoch):
             record |= errors(state.model, dataset, run.training.channels_last)
-        if run.track_cosine and run.method.semantics:
+        if run.track_cosine and hasattr(run.method, "semantics"):
             record |= semantics_gap(state.model, run.method, batches.first(PROBE))
         state.metrics.append(record)
         save(run, folder, state)
@@ -95,19 +95,19 @@ def _optimizer(run: Run, model: nn.Module) -> torch.optim.SGD:
 
 
 def _step(run: Run, state: State, batches: Batches) -> EagerStep:
-    network = ibp.Network(state.model, dtype=methods.PRECISIONS[run.training.precision])
+    network = ibp.Network(state.model, dtype=models.PRECISIONS[run.training.precision])
     doubled = run.method.key == "at" and run.training.at_gradient == "sum"
     eager = EagerStep(network, state.optimizer, 2.0 if doubled else 1.0)
     if not run.training.compile:
         return eager
     state.model.train()
-    return compiled(eager, methods.build(run.method), batches.first(run.training.batch_size), run.training.precision)
+    return compiled(eager, run.method, batches.first(run.training.batch_size), run.training.precision)
 
 
 def _epoch(run: Run, step: EagerStep, state: State, batches: Batches, epoch: int) -> store.Record:
     decay = run.training.decay**epoch
     rate = run.training.learning_rate * decay
-    method = methods.build(run.method, decay if run.training.beta_decay else 1.0)
+    method = decayed(run.method, decay) if run.training.beta_decay else run.method
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     torch.manual_seed(derive(run.seeds.order, "step", epoch))
@@ -126,6 +126,11 @@ def _epoch(run: Run, step: EagerStep, state: State, batches: Batches, epoch: int
     if shown is None or not _is_finite(state.model):
         record["diverged_step"] = epoch * count + min(int(sound) + 1, count)
     return record
+
+
+def decayed(method: ibp.Method, factor: float) -> ibp.Method:
+    """The method with β times `factor`; ε and λ stay."""
+    return replace(method, beta=method.beta * factor) if method.parameter == "beta" else method  # type: ignore[call-arg, attr-defined]
 
 
 def _is_finite(model: nn.Module) -> bool:
@@ -277,7 +282,7 @@ def _predicted_ratio(run: Run, model: nn.Module, dataset: Dataset) -> float:
     batch = run.training.batch_size
     key = (run.network.model_dump_json(), dataset.shape, dataset.classes, batch, run.method)
     if key not in _RATIOS or not run.network.name:
-        _RATIOS[key] = methods.predicted_ratio(run.method, model, batch, dataset.shape)
+        _RATIOS[key] = run.method.predicted_ratio(ibp.Network(model), (batch, *dataset.shape))
     return _RATIOS[key]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import ibp_triton as ibp
 from ibp_triton.harness import cost, grid, loading
 from ibp_triton.harness.progress import Progress, result_table
 from ibp_triton.harness.summary import Row, error_text
@@ -90,7 +91,7 @@ def _text(seconds: float) -> str:
 
 
 def test_result_table_has_every_column() -> None:
-    row = Row("", "loss_ibp", "loss_ibp", 0.03, (), (1.0, 1.2), (), 1.5, 1.4, 1.35, 3)
+    row = Row("", "loss_ibp", ibp.LossIBP(0.03), (), (1.0, 1.2), (), 1.5, 1.4, 1.35, 3)
     console = Console(file=io.StringIO(), width=100)
     console.print(result_table([row]))
     assert all(cell in shown(console) for cell in ("loss_ibp", "0.03", "2/3", "1.10 ± 0.14", "1.50", "1.40", "1.35"))

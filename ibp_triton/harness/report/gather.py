@@ -78,16 +78,26 @@ class Findings:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """One row for each variant, label and parameter that has a finished run."""
+        """One row for each variant, label and method that has a finished run."""
         return summary.rows(self.runs, self.root, self.results)
 
     @cached_property
     def chosen(self) -> list[Row]:
-        """The row of the best parameter of each variant and label, by the split that `select` names."""
+        """The row of the best values of each variant and label, by the split that `select` names."""
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.variant, row.label), []).append(row)
         return [min(group, key=self._score) for group in groups.values()]
+
+    @cached_property
+    def fields(self) -> list[str]:
+        """The fields of the methods that tell the rows apart."""
+        return summary.columns(self.rows)
+
+    @property
+    def axes(self) -> list[str]:
+        """The fields that have several values in a row."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.axes))
 
     def _score(self, row: Row) -> float:
         """The error to choose by; rows that diverged under every seed come last."""
@@ -105,7 +115,7 @@ class Findings:
 
     def published(self, row: Row) -> Published | None:
         """The paper's figures for a row in the paper's semantics."""
-        exact = any(run.method.semantics == "exact" for run in row.finished)
+        exact = getattr(row.method, "semantics", None) == "exact"
         table = TABLES.get(self.experiment.compare or "", {})
         return None if exact else table.get(row.key)
 

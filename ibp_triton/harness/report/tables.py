@@ -12,7 +12,7 @@ from typing import Any
 from ibp_triton.harness import provenance, store
 from ibp_triton.harness.report.gather import CURVES, Findings, pairs_in_order, title
 from ibp_triton.harness.report.paper import Published
-from ibp_triton.harness.summary import Row, error_text
+from ibp_triton.harness.summary import Row, error_text, headings
 
 PAIRS_NOTE = (
     "Test examples gained less those lost by the method of the line against that of the column, the seeds of both "
@@ -62,12 +62,12 @@ def comparison(findings: Findings) -> Table:
     """Table 1: our error beside the paper's, the difference, and whether the paper's order holds."""
     known = any(findings.published(row) for row in findings.chosen)
     tested = any(findings.against_base(row) for row in findings.chosen)
-    columns = ["method", "β or ε", "seeds", "error %"]
+    columns = ["method", *headings(findings.fields), "seeds", "error %"]
     columns += ["paper %", "difference", "vs bp (paper)", "as in paper"] if known else []
     columns += ["McNemar vs bp"] if tested else []
     cells = []
     for row in findings.chosen:
-        line = [title(row), parameter(row), row.seeds, error_text(row.mean, row.sd)]
+        line = [title(row), *row.values(findings.fields), row.seeds, error_text(row.mean, row.sd)]
         line += _published(findings, row) if known else []
         line += [_mcnemar(findings, row)] if tested else []
         cells.append(line)
@@ -77,12 +77,12 @@ def comparison(findings: Findings) -> Table:
 def diverged(findings: Findings) -> Table:
     """Runs whose loss or weights ended as no numbers."""
     cells = [
-        [title(row), parameter(row), str(run.seeds), run.name, *map(_shown, _where(result))]
+        [title(row), *row.values(findings.fields), str(run.seeds), run.name, *map(_shown, _where(result))]
         for row in findings.rows
         for run, result in row.diverged
     ]
-    note = f"They count in no mean, no ± and no choice of β or ε; {store.LAST_GOOD} holds the last good weights."
-    columns = ["method", "β or ε", "seed", "run", "diverged at step", "last good epoch"]
+    note = f"They count in no mean, no ± and no choice of values; {store.LAST_GOOD} holds the last good weights."
+    columns = ["method", *headings(findings.fields), "seed", "run", "diverged at step", "last good epoch"]
     return Table("Runs that diverged", columns, cells, note)
 
 
@@ -111,14 +111,14 @@ def pairs(findings: Findings) -> list[Table]:
 
 
 def every_parameter(findings: Findings) -> Table | None:
-    """All β and ε tried, where there were several."""
+    """All values tried, where there were several."""
     if len(findings.rows) == len(findings.chosen):
         return None
-    columns = ["method", "β or ε", "seeds", "validation error %", "test error %", "chosen"]
+    columns = ["method", *headings(findings.fields), "seeds", "validation error %", "test error %", "chosen"]
     cells = [
         [
             title(row),
-            parameter(row),
+            *row.values(findings.fields),
             row.seeds,
             f"{fmean(row.validation_errors):.2f}" if row.validation_errors else "",
             error_text(row.mean, row.sd),
@@ -165,11 +165,13 @@ def markdown(findings: Findings) -> str:
 
 
 def state(findings: Findings) -> str:
-    """One sentence: how much is finished, and by what the parameter was chosen."""
+    """One sentence: how much is finished, and by what the best values were chosen."""
     finished = sum(len(row.finished) for row in findings.rows)
     which = "the test set" if findings.experiment.select == "test" else "the validation split"
     several = len(findings.rows) > len(findings.chosen)
-    choice = f" The best β or ε was chosen on {which}." if several else ""
+    names = headings(findings.axes)
+    what = f"{', '.join(names)} {'was' if len(names) == 1 else 'were'}"
+    choice = f" The best {what} chosen on {which}." if several else ""
     text = f"{finished} of {len(findings.runs)} runs are finished.{choice} Errors are of the last epoch."
     return " ".join([text, *_warnings(findings)])
 
@@ -204,15 +206,13 @@ def robustness(findings: Findings) -> Iterator[Table]:
         if curves:
             levels = curves[0][1].levels
             step = math.ceil((len(levels) - 1) / 5) or 1
-            columns = ["method", "β or ε", *(f"{symbol} = {level:g}" for level in levels[::step])]
-            cells = [[title(row), parameter(row), *(f"{e:.2f}" for e in curve.mean[::step])] for row, curve in curves]
+            columns = ["method", *headings(findings.fields), *(f"{symbol} = {level:g}" for level in levels[::step])]
+            cells = [
+                [title(row), *row.values(findings.fields), *(f"{e:.2f}" for e in curve.mean[::step])]
+                for row, curve in curves
+            ]
             note = "Errors in %, mean over seeds; curves.csv has every size and the bands."
             yield Table(f"Error against {symbol} {perturbation}", columns, cells, note)
-
-
-def parameter(row: Row) -> str:
-    """The β or ε as a reader writes it."""
-    return "" if row.parameter is None else f"{row.parameter:g}"
 
 
 def _published(findings: Findings, row: Row) -> list[str]:
