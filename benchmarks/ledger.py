@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import cases
 from benchmarks.cases import METHODS, PRECISIONS, Case
+from ibp_triton.backends.torch import dense
 from ibp_triton.harness.launch import keep_freed_memory
-from ibp_triton.rules import dense
 
 KINDS = ("products", "image vjp", "pools", "elementwise")
 _PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm")

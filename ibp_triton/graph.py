@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ibp_triton.rules import Layer
+    from ibp_triton.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -54,36 +53,6 @@ class Node:
         return getattr(function, "__name__", str(function)) if function is not None else self.kind
 
 
-class Plan:
-    """What the sweeps do at each node when these parameter nodes are trainable."""
-
-    def __init__(self, nodes: list[Node], trainable: frozenset[int], output: int) -> None:
-        self.trainable = trainable
-        self.moves: list[bool] = []  # whether a node depends on a trainable parameter
-        for node in nodes:
-            self.moves.append(node.index in trainable or any(self.moves[i] for i in node.operands.values()))
-        # operands that enter the node's weight gradient, and whether there are any
-        self.trains = [self._operands(nodes, node, "parametric", True) for node in nodes]
-        self.takes = [bool(names) for names in self.trains]
-        # active operands that get a derivative: without and with the input's own
-        self.wants = {w: [self._operands(nodes, node, "active", not w) for node in nodes] for w in (False, True)}
-        # whether a node's tangent reaches a layer that takes it: without and with the output
-        self.needs = {to_output: self._needed(nodes, output, to_output) for to_output in (False, True)}
-
-    def _operands(self, nodes: list[Node], node: Node, kind: str, moving: bool) -> list[str]:
-        found = [(name, i) for name, i in node.operands.items() if nodes[i].kind == kind]
-        return [name for name, i in found if self.moves[i] or not moving]
-
-    def _needed(self, nodes: list[Node], output: int, to_output: bool) -> list[bool]:
-        needed = [False] * len(nodes)
-        needed[output] = to_output
-        for node in reversed(nodes):
-            if node.kind == "active" and (self.takes[node.index] or needed[node.index]):
-                for index in node.operands.values():
-                    needed[index] = True
-        return needed
-
-
 @dataclass(eq=False)
 class Graph:
     """A model as nodes in order; ``input`` and ``output`` are positions, ``parameters`` maps position to name."""
@@ -92,14 +61,6 @@ class Graph:
     input: int
     output: int
     parameters: dict[int, str]
-    _plan: Plan | None = None
-
-    def plan(self, trainable: Iterable[int]) -> Plan:
-        """For these trainable parameter nodes; made anew when they change."""
-        key, plan = frozenset(trainable), self._plan
-        if plan is None or plan.trainable != key:
-            plan = self._plan = Plan(self.nodes, key, self.output)
-        return plan
 
     @cached_property
     def computes_parameters(self) -> bool:

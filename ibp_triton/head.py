@@ -1,12 +1,11 @@
 """The loss head: softmax cross-entropy with its first and second derivative, and the seeds of the extra passes.
 
-A backend's head is a module with these functions: ``cross_entropy``, ``hessian_product``, ``seed``, ``input_seed``,
-``tangent_seed``, ``fgsm_step`` and ``objective``. This one is torch's; recipes reach theirs through a pass.
+``Head`` is what every backend's head can do; recipes reach theirs through a pass. The functions here are torch's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from ibp_triton.attacks import fgsm_step
 from ibp_triton.seeds import Seed
 
 __all__ = [
+    "Head",
     "cross_entropy",
     "fgsm_step",
     "hessian_product",
@@ -25,6 +25,31 @@ __all__ = [
     "seed",
     "tangent_seed",
 ]
+
+
+class Head(Protocol):
+    """The loss and the seeds of the sweeps; torch's functions below say what each gives."""
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-sample loss, its derivative c, and what ``hessian_product`` reads."""
+
+    def hessian_product(self, p: Tensor, t: Tensor) -> Tensor:
+        """H t."""
+
+    def seed(self, u: Tensor, norm: float) -> tuple[Seed, Any]:
+        """ψ(u) and ‖u‖_r^r / r."""
+
+    def input_seed(self, d_0: Tensor, norm: float) -> tuple[Seed, Any]:
+        """``seed`` of the input's derivative, for a linear sweep."""
+
+    def tangent_seed(self, d_0: Tensor, tau: Tensor, norm: float) -> tuple[Seed, Any]:
+        """Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j |⟨d_0, τ_j⟩|^r / r."""
+
+    def fgsm_step(self, x: Tensor, d: Tensor, epsilon: Any) -> Tensor:
+        """x + ε sign(d)."""
+
+    def objective(self, batch: int, *parts: tuple[Any, Any]) -> Tensor:
+        """Σ coefficient · Σ numbers, over the batch size."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,8 @@ from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
-from ibp_triton.rules.generic import Generic
-from ibp_triton.trace import Trace
+from ibp_triton.backends.torch.generic import Generic
+from ibp_triton.forward import Trace
 
 
 @dataclass(frozen=True)

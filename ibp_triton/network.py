@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ibp_triton import ledger
+from ibp_triton.backends import Backend, backend_for
 from ibp_triton.errors import InputError, MethodError, ModelError
+from ibp_triton.forward import Recordings, Trace
 from ibp_triton.graph import Graph
-from ibp_triton.interface import Interface, Pick
-from ibp_triton.record import Settings
-from ibp_triton.snapshot import Snapshot
-from ibp_triton.trace import Recordings, Trace, finished
+from ibp_triton.head import Head
+from ibp_triton.recording.interface import Interface, Pick
+from ibp_triton.recording.recorder import Settings
+from ibp_triton.recording.snapshot import Snapshot
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -58,37 +57,31 @@ class Network:
             raise MethodError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype}")
         self.model, self.backend, self.dtype = model, backend, dtype
         self.interface = Interface(x, output)
-        self._recordings: dict[bool, Recordings] = {}  # by torch's layers, and by kernels
+        self._recordings: dict[Backend, Recordings] = {}
         self._shape: tuple[int, ...] | None = None
         self._classes: int | None = None
 
     def graph(self) -> Graph | None:
         """The nodes of the last forward pass; None before the first."""
-        return self._of(self.native).last
+        return self._recorded().last
 
-    def _of(self, native: bool) -> Recordings:
-        if native not in self._recordings:
-            lower = import_module("ibp_triton.rules.triton").lower if native else None
-            self._recordings[native] = Recordings(self.interface, lower)
-        return self._recordings[native]
+    def _recorded(self) -> Recordings:
+        backend = self._backend()
+        if backend not in self._recordings:
+            self._recordings[backend] = Recordings(self.interface, backend.lower)
+        return self._recordings[backend]
+
+    def _backend(self) -> Backend:
+        return backend_for(self.backend, next(self.model.parameters(), None), self.dtype)
 
     @property
     def native(self) -> bool:
         """Whether the Triton kernels are in use: asked for, or parameters on CUDA, and a dtype that they compute in."""
-        first = next(self.model.parameters(), None)
-        if self.backend == "torch" or first is None or (self.dtype or first.dtype) not in _KERNEL_DTYPES:
-            return False
-        if self.backend == "auto":
-            return first.is_cuda and find_spec("triton") is not None
-        if find_spec("triton") is None:
-            raise ImportError("backend='triton' needs the package triton: pip install triton, or use backend='torch'")
-        return True
+        return self._backend().name == "triton"
 
-    def head(self, trace: Trace) -> Any:
-        """The loss head of the backend in use: see ``ibp_triton.head``."""
-        if not self.native:
-            return import_module("ibp_triton.head")
-        return import_module("ibp_triton.rules.triton_head").Head(trace.graph)
+    def head(self, trace: Trace) -> Head:
+        """The loss head of the backend in use."""
+        return self._backend().head(trace.graph)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name, each once."""
@@ -109,7 +102,7 @@ class Network:
         """
         self._shape = tuple(x.shape)
         settings = Settings(self.model, parameters, self.dtype, keep)
-        trace = finished(*self._of(self.native).record(settings, x, dict(extra or {})), frugal)
+        trace = self._recorded().record(settings, x, dict(extra or {}), frugal)
         self._classes = trace.logits.shape[-1] if trace.logits.dim() else None
         return trace
 

@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ibp_triton import calls
 from ibp_triton.attacks import fgsm_step
-from ibp_triton.interface import Interface
+from ibp_triton.recording import calls
+from ibp_triton.recording.interface import Interface
 
 Gradients = dict[str, Tensor]
 Function = Callable[[Mapping[str, Tensor], Tensor], Tensor]

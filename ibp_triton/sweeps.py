@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ibp_triton.errors import MethodError
+from ibp_triton.forward import Trace
 from ibp_triton.graph import Node
-from ibp_triton.rules import Bilinear, Pieces, Product
-from ibp_triton.rules.base import wide
+from ibp_triton.layer import Bilinear, Pieces, Product, wide
 from ibp_triton.seeds import Seed, numbers
-from ibp_triton.trace import Trace
 
 if TYPE_CHECKING:
     from typing_extensions import Self

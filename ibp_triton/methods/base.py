@@ -12,15 +12,15 @@ from torch import Tensor
 
 from ibp_triton.checks import check_batch, check_hyperparameters, check_labels, check_tangents
 from ibp_triton.errors import InputTypeError, MethodError
-from ibp_triton.interface import check_extra
+from ibp_triton.forward import Trace
 from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.methods.cost import Program, program
 from ibp_triton.network import Network
 from ibp_triton.objective import objective
+from ibp_triton.recording.interface import check_extra
+from ibp_triton.recording.snapshot import Snapshot
 from ibp_triton.seeds import Seed
-from ibp_triton.snapshot import Snapshot
 from ibp_triton.sweeps import Linear, Reverse, Term, weight_gradients
-from ibp_triton.trace import Trace
 
 Recipe = Iterator[Any]  # first the objective, 0-d, mean over the batch, then the terms of its gradient
 

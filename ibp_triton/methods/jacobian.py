@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ibp_triton.layer import wide
 from ibp_triton.methods.base import Method, Recipe, Step, g
-from ibp_triton.rules.base import wide
 
 
 @dataclass(frozen=True, repr=False)

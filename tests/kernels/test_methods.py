@@ -196,12 +196,12 @@ def test_sequences_of_features():
 
 
 def test_a_penalty_too_large_for_one_program(monkeypatch):
-    from ibp_triton.rules import triton_head
+    from ibp_triton.backends.triton import kernel_head
 
     model, x, labels, _ = setting(mnist)
     network = ibp.Network(model, backend="triton")
     value, found = ibp.LossIBP(0.3).gradients(network, x, labels)
-    monkeypatch.setattr(triton_head, "ONE_PROGRAM", 1)
+    monkeypatch.setattr(kernel_head, "ONE_PROGRAM", 1)
     other, again = ibp.LossIBP(0.3).gradients(network, x, labels)
     torch.testing.assert_close(value, other)
     assert all(torch.equal(found[n], again[n]) for n in found)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ibp_triton.backends.torch.rules import candidate, rule_for
 from ibp_triton.graph import Node, Ref
-from ibp_triton.rules import Bilinear, Layer, Pieces, candidate, rule_for
+from ibp_triton.layer import Bilinear, Layer, Pieces
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ibp_triton as ibp
-from ibp_triton.rules import Generic
+from ibp_triton.backends.torch.generic import Generic
 
 MAP, ROW, LINE = (2, 4, 7, 6), (3, 5), (2, 4, 9)
 SETTINGS = {

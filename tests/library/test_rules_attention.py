@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ibp_triton.rules.multihead import MultiHeadAttention
+from ibp_triton.backends.torch.multihead import MultiHeadAttention
 from tests.library.layers import Call, check, half_agrees, random_like
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ibp_triton.rules.batch_norm import BatchNorm, BatchNormEval
+from ibp_triton.backends.torch.batch_norm import BatchNorm, BatchNormEval
 from tests.library.layers import Call, check, half_agrees, random_like
 
 PARAMETRIC = {"weight": "parametric", "bias": "parametric"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ibp_triton.rules.activations import UNARY
+from ibp_triton.backends.torch.activations import UNARY
 from tests.library.layers import Call, check, half_agrees, random_like
 
 POSITIVE = ("log", "sqrt", "rsqrt", "log1p")

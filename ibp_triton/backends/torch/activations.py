@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, matched, sum_to, wide, without
-from ibp_triton.rules.pointwise import Pointwise, times
+from ibp_triton.backends.torch.pointwise import Pointwise, times
+from ibp_triton.layer import Layer, Names, Tangents, matched, sum_to, wide, without
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 

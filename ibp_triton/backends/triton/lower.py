@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibp_triton import ops
+from ibp_triton.backends.torch import dense, pointwise, pooling
+from ibp_triton.backends.torch.structural import BatchedMap, Reshape
 from ibp_triton.graph import Graph, Node
 from ibp_triton.kernels.config import precision
 from ibp_triton.kernels.wgrad import MAX_SEGMENTS
-from ibp_triton.rules import dense, pointwise, pooling
-from ibp_triton.rules.base import Bilinear, Layer, Names, Product, Tangents
-from ibp_triton.rules.structural import BatchedMap, Reshape
+from ibp_triton.layer import Bilinear, Layer, Names, Product, Tangents
 from ibp_triton.seeds import Seed
 
 # entries of Node.fused: what the lowering decided about a node

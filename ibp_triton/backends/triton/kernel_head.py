@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ibp_triton import ops
+from ibp_triton.backends.triton.lower import reads_signs
 from ibp_triton.graph import Graph
-from ibp_triton.rules.triton import reads_signs
 from ibp_triton.seeds import Absolute, Seed
 
 ONE_PROGRAM = 1 << 16  # elements that the objective's one program adds up itself: a dozen steps
 
 
 @dataclass(frozen=True)
-class Head:
+class KernelHead:
     """The head for one lowered graph."""
 
     graph: Graph

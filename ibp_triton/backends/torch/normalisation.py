@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ibp_triton.rules.base import (
+from ibp_triton.layer import (
     HALF,
     Layer,
     Names,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, lift, product, sum_to
+from ibp_triton.layer import Layer, Names, Tangents, lift, product, sum_to
 
 
 class Move(Layer):

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.attention import Attention
-from ibp_triton.rules.base import HALF, Layer, Names, Tangents, product, wide
-from ibp_triton.rules.structural import Pieces
+from ibp_triton.backends.torch.attention import Attention
+from ibp_triton.layer import HALF, Layer, Names, Pieces, Tangents, product, wide
 
 _INPUTS = ("query", "key", "value")
 _WEIGHTS = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")

@@ -11,7 +11,7 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents
+from ibp_triton.layer import Layer, Names, Tangents
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset in elements
 

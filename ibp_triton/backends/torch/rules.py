@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ibp_triton.rules.activations import (
+from ibp_triton.backends.torch.activations import (
     CELU,
     ELU,
     GLU,
@@ -21,17 +21,16 @@ from ibp_triton.rules.activations import (
     Power,
     PReLU,
 )
-from ibp_triton.rules.attention import (
+from ibp_triton.backends.torch.attention import (
     LogSoftmax,
     ScaledDotProductAttention,
     Softmax,
     TorchLogSoftmax,
     TorchSoftmax,
 )
-from ibp_triton.rules.base import Bilinear, Layer, Product
-from ibp_triton.rules.batch_norm import BatchNorm, BatchNormEval, InstanceNormEval
-from ibp_triton.rules.binary import Divide, Maximum, Minimum, Multiply, ReverseDivide, Where
-from ibp_triton.rules.dense import (
+from ibp_triton.backends.torch.batch_norm import BatchNorm, BatchNormEval, InstanceNormEval
+from ibp_triton.backends.torch.binary import Divide, Maximum, Minimum, Multiply, ReverseDivide, Where
+from ibp_triton.backends.torch.dense import (
     Conv1d,
     Conv2d,
     Conv3d,
@@ -40,8 +39,7 @@ from ibp_triton.rules.dense import (
     ConvTranspose3d,
     Linear,
 )
-from ibp_triton.rules.generic import Generic
-from ibp_triton.rules.moves import (
+from ibp_triton.backends.torch.moves import (
     CumulativeSum,
     Expand,
     Flip,
@@ -55,9 +53,9 @@ from ibp_triton.rules.moves import (
     Sum,
     Transpose,
 )
-from ibp_triton.rules.multihead import MultiHeadAttention
-from ibp_triton.rules.normalisation import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from ibp_triton.rules.pointwise import (
+from ibp_triton.backends.torch.multihead import MultiHeadAttention
+from ibp_triton.backends.torch.normalisation import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from ibp_triton.backends.torch.pointwise import (
     GELU,
     ChannelDropout,
     Dropout,
@@ -68,9 +66,9 @@ from ibp_triton.rules.pointwise import (
     Softplus,
     Tanh,
 )
-from ibp_triton.rules.pooling import AdaptiveAvgPool2d, MaxPool1d, MaxPool2d
-from ibp_triton.rules.products import BMM, AddMM, BAddBMM, Einsum, MatMul
-from ibp_triton.rules.reductions import (
+from ibp_triton.backends.torch.pooling import AdaptiveAvgPool2d, MaxPool1d, MaxPool2d
+from ibp_triton.backends.torch.products import BMM, AddMM, BAddBMM, Einsum, MatMul
+from ibp_triton.backends.torch.reductions import (
     Deviation,
     EuclideanNorm,
     Extreme,
@@ -81,28 +79,18 @@ from ibp_triton.rules.reductions import (
     Variance,
     VectorNorm,
 )
-from ibp_triton.rules.selection import Gather, IndexSelect, Item, MaskedFill, Split, Stack, Triangle, Unbind
-from ibp_triton.rules.structural import (
+from ibp_triton.backends.torch.selection import Gather, IndexSelect, Item, MaskedFill, Split, Stack, Triangle, Unbind
+from ibp_triton.backends.torch.structural import (
     Add,
     BatchedMap,
     Concatenate,
     LinearMap,
     Pad,
-    Pieces,
     Reshape,
     ReverseSubtract,
     Subtract,
 )
-
-__all__ = [
-    "Bilinear",
-    "Generic",
-    "Layer",
-    "Pieces",
-    "Product",
-    "candidate",
-    "rule_for",
-]
+from ibp_triton.layer import Layer
 
 T = torch.Tensor
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, without
+from ibp_triton.layer import Layer, Names, Tangents, without
 
 
 class Pointwise(Layer):

@@ -21,10 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from ibp_triton.arguments import rebuilt
+from ibp_triton.layer import Layer, Names, Pieces, Tangents
 from ibp_triton.randomness import RandomState
-from ibp_triton.rules.base import Layer, Names, Tangents
-from ibp_triton.rules.structural import Pieces
+from ibp_triton.recording.arguments import rebuilt
 
 
 class SteadyDropout(TorchFunctionMode):

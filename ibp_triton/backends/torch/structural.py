@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, fold, lift, sum_to, unfold
+from ibp_triton.layer import Layer, Names, Tangents, fold, lift, sum_to, unfold
 
 
 class Add(Layer):
@@ -166,7 +166,3 @@ class Pad(BatchedMap):
         if not self.pads:
             return super().jvp(t)
         return unfold(F.pad(fold(t["input"], self.input), self.pads), t["input"], self.input)
-
-
-class Pieces(dict[int, Any]):
-    """The derivative or tangent of a tuple: {position: derivative}, zero where absent."""

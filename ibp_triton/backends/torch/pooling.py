@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, fold, memory_format, product, unfold, wrapped
-from ibp_triton.rules.structural import BatchedMap
+from ibp_triton.backends.torch.structural import BatchedMap
+from ibp_triton.layer import Layer, Names, Tangents, fold, memory_format, product, unfold, wrapped
 
 
 class _MaxPool(Layer):

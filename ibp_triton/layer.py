@@ -25,6 +25,10 @@ Names = Collection[str]
 HALF = (torch.bfloat16, torch.float16)
 
 
+class Pieces(dict[int, Any]):
+    """The derivative or tangent of a tuple: {position: derivative}, zero where absent."""
+
+
 class Layer:
     """One evaluated operation f(operands). A new object each time: what a sweep saves belongs to the sweep's trace.
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch.utils._pytree import tree_flatten
 
+from ibp_triton.backends.torch.generic import Generic
+from ibp_triton.backends.torch.rules import candidate, rule_for
 from ibp_triton.graph import Constant, Node, Ref
-from ibp_triton.rules import Generic, candidate, rule_for
 
 
 def choose(node: Node, nodes: list[Node], generic: bool = False) -> None:

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, matched, product, without
-from ibp_triton.rules.moves import Move
-from ibp_triton.rules.structural import Pieces
+from ibp_triton.backends.torch.moves import Move
+from ibp_triton.layer import Layer, Names, Pieces, Tangents, matched, product, without
 
 
 class Variance(Layer):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton.errors import InputTypeError
-from ibp_triton.graph import Graph, Plan
-from ibp_triton.interface import Interface
-from ibp_triton.record import Diverged, Recorder, Restart, Settings
-from ibp_triton.rules.base import Layer
-from ibp_triton.snapshot import Snapshot
+from ibp_triton.graph import Graph
+from ibp_triton.layer import Layer
+from ibp_triton.plan import Plan
+from ibp_triton.recording.interface import Interface
+from ibp_triton.recording.recorder import Diverged, Recorder, Restart, Settings
+from ibp_triton.recording.snapshot import Snapshot
 
 
 @dataclass(eq=False)
@@ -47,10 +48,18 @@ class Recordings:
         self.opaque: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.last: Graph | None = None
         self._plain: Graph | None = None
+        self._plan: Plan | None = None
         self._copies_x = False  # because the model writes to it
 
-    def record(self, settings: Settings, x: Tensor, extra: dict[str, Any]) -> tuple[Recorder, Graph]:
+    def record(self, settings: Settings, x: Tensor, extra: dict[str, Any], frugal: bool = False) -> Trace:
         """Run the model once on x and record it, by a backend's own layers where there is a lowering."""
+        recorder, graph = self._run(settings, x, extra)
+        trainable = frozenset(i for i, name in graph.parameters.items() if recorder.own[name].requires_grad)
+        if self._plan is None or self._plan.graph is not graph or self._plan.trainable != trainable:
+            self._plan = Plan(graph, trainable)
+        return Trace(graph, recorder.values, recorder.layers, self._plan, frugal)
+
+    def _run(self, settings: Settings, x: Tensor, extra: dict[str, Any]) -> tuple[Recorder, Graph]:
         if self._lower is None:
             recorder, self.last = self._recorded(settings, x, extra, self.last)
             return recorder, self.last
@@ -99,12 +108,6 @@ class Recordings:
                 raise
             raise explained from error
         return recorder, recorder.graph(recorder.output(logits))
-
-
-def finished(recorder: Recorder, graph: Graph, frugal: bool = False) -> Trace:
-    """The trace of a recording."""
-    plan = graph.plan(i for i, name in graph.parameters.items() if recorder.own[name].requires_grad)
-    return Trace(graph, recorder.values, recorder.layers, plan, frugal)
 
 
 def _explained(error: RuntimeError, settings: Settings) -> Exception | None:

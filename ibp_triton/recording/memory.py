@@ -17,9 +17,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ibp_triton.arguments import rebuilt
-from ibp_triton.rules.base import Layer
-from ibp_triton.rules.written import Geometry, geometry
+from ibp_triton.backends.torch.written import Geometry, geometry
+from ibp_triton.layer import Layer
+from ibp_triton.recording.arguments import rebuilt
 
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 level = torch._C._functorch.maybe_current_level

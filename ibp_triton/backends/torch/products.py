@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ibp_triton.rules.base import HALF, Layer, Names, Tangents, matched, product, sum_to, wide, without
+from ibp_triton.layer import HALF, Layer, Names, Tangents, matched, product, sum_to, wide, without
 
 
 class MatMul(Layer):

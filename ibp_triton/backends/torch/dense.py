@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.rules.base import HALF, Bilinear, Names, Tangents, fold, memory_format, product, unfold, wide
+from ibp_triton.layer import HALF, Bilinear, Names, Tangents, fold, memory_format, product, unfold, wide
 
 
 class Linear(Bilinear):

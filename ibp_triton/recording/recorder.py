@@ -22,16 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ibp_triton import calls
-from ibp_triton.arguments import bind, bind_named, rebuilt, unbind
-from ibp_triton.calls import Kind
-from ibp_triton.choice import choose, has_rule
+from ibp_triton.backends.torch.generic import Generic, Hooked, Leaf, Part
+from ibp_triton.backends.torch.written import Written, geometry, seen
 from ibp_triton.errors import AutocastError, ModelError
 from ibp_triton.graph import Constant, Graph, Node, Ref
-from ibp_triton.memory import Memory, Write, level, storage_of, wrapped
-from ibp_triton.rules.base import Layer
-from ibp_triton.rules.generic import Generic, Hooked, Leaf, Part
-from ibp_triton.rules.written import Written, geometry, seen
+from ibp_triton.layer import Layer
+from ibp_triton.recording import calls
+from ibp_triton.recording.arguments import bind, bind_named, rebuilt, unbind
+from ibp_triton.recording.calls import Kind
+from ibp_triton.recording.choice import choose, has_rule
+from ibp_triton.recording.memory import Memory, Write, level, storage_of, wrapped
 
 _CONSTANT = Constant()
 _REFS = [Ref(i) for i in range(256)]  # most keys, made once, compare by identity

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, lift, memory_format, sum_to, wrapped
-from ibp_triton.rules.moves import Move
-from ibp_triton.rules.structural import LinearMap, Pieces
+from ibp_triton.backends.torch.moves import Move
+from ibp_triton.backends.torch.structural import LinearMap
+from ibp_triton.layer import Layer, Names, Pieces, Tangents, lift, memory_format, sum_to, wrapped
 
 
 class IndexSelect(Move):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, each, matched, product, sum_to, without, wrapped
+from ibp_triton.layer import Layer, Names, Tangents, each, matched, product, sum_to, without, wrapped
 
 Sides = Mapping[str, Tensor]
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ibp_triton.rules.base import HALF, Layer, Names, Tangents, memory_format, wide, without, without_tangents, wrapped
-from ibp_triton.rules.normalisation import Normalisation
+from ibp_triton.backends.torch.normalisation import Normalisation
+from ibp_triton.layer import HALF, Layer, Names, Tangents, memory_format, wide, without, without_tangents, wrapped
 
 
 class BatchNorm(Normalisation):

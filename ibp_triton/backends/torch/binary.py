@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton.rules.base import Layer, Names, Tangents, lift, matched, sum_to, wide, without
+from ibp_triton.layer import Layer, Names, Tangents, lift, matched, sum_to, wide, without
 
 
 class Binary(Layer):

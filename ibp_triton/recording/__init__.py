@@ -1,0 +1,1 @@
+"""A module at work as a graph: what its forward calls, on the real batch."""
