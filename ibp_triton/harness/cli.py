@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ibp_triton.errors import ConfigError, ExperimentError, LaunchError
 from ibp_triton.harness import bench_report as bench
-from ibp_triton.harness import cost, grid, loading, provenance, store, summary
+from ibp_triton.harness import estimates, grid, loading, provenance, store, summary
 from ibp_triton.harness import evaluate as measure
-from ibp_triton.harness.board import BoardError, with_board
-from ibp_triton.harness.crew import LaunchError
+from ibp_triton.harness.board import with_board
 from ibp_triton.harness.doctor import doctor
-from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
 from ibp_triton.harness.launch import (
@@ -36,8 +35,7 @@ from ibp_triton.harness.launch import (
     launch,
     remaining,
 )
-from ibp_triton.harness.loading import ConfigError, Plan
-from ibp_triton.harness.models import ModelError
+from ibp_triton.harness.loading import ExperimentFile
 from ibp_triton.harness.progress import Progress, curve_table, result_table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -46,8 +44,6 @@ ONLY = "method=…, row=…, variant=…, seed=… or a field of a method, such 
 SHOWN = 200  # runs of a dry run
 ACCEPT = "keep stored runs although their data or imported code have changed since"
 
-
-KNOWN = (bench.BenchError, BoardError, ConfigError, DataError, ModelError, LaunchError, store.DamageError)
 
 app.command()(kernels)
 app.command()(doctor)
@@ -58,12 +54,12 @@ def _root() -> None:
     """Invariant Backpropagation and its rivals: train, evaluate and report experiments from YAML."""
 
 
-def output_of(plan: Plan) -> Path:
+def output_of(plan: ExperimentFile) -> Path:
     """Folder of the experiment's report."""
     return Path(plan.experiment.output or f"runs/{plan.experiment.name}")
 
 
-def runs_folder(plan: Plan) -> Path:
+def runs_folder(plan: ExperimentFile) -> Path:
     """Folder that holds one folder a run."""
     return Path(plan.experiment.runs) if plan.experiment.runs else output_of(plan) / "runs"
 
@@ -127,10 +123,10 @@ def _list(job: Job, workers: int) -> None:
     console, left = Console(emoji=False), remaining(job)
     table = Table("run", "epochs", "examples", "× BP", "estimate", "state")
     for each in job.runs[:SHOWN]:
-        seconds = cost.seconds(each)
-        size = str(cost.examples(each) or "all")
+        seconds = estimates.seconds(each)
+        size = str(estimates.examples(each) or "all")
         shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
-        epochs, ratio = str(each.training.epochs), f"{cost.ratio(each):.2f}"
+        epochs, ratio = str(each.training.epochs), f"{estimates.ratio(each):.2f}"
         table.add_row(escape(each.label), epochs, size, ratio, shown, _state(left.get(each.name)))
     console.print(table)
     if len(job.runs) > SHOWN:
@@ -140,8 +136,8 @@ def _list(job: Job, workers: int) -> None:
         console.print(", ".join(f"{count} {state}" for state, count in states.items()), highlight=False)
     for module, file in provenance.imported().items():
         console.print(f"imported {module} ({file}) for these figures", highlight=False, markup=False, soft_wrap=True)
-    work = [(left.get(each.name) or 0.0) * (cost.seconds(each) or 0.0) for each in job.runs]
-    time = timedelta(seconds=round(cost.makespan(work, workers)))
+    work = [(left.get(each.name) or 0.0) * (estimates.seconds(each) or 0.0) for each in job.runs]
+    time = timedelta(seconds=round(estimates.makespan(work, workers)))
     console.print(f"{len(job.runs)} runs, about {time} left with {workers} worker(s) on this machine", highlight=False)
 
 
@@ -221,7 +217,7 @@ def main() -> None:
     try:
         with _ended_alike():
             app()
-    except KNOWN as error:
+    except ExperimentError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error}; is there space, and may this user write there? Finished runs and epochs are stored")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
@@ -18,7 +18,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
-Source = Literal["mnist", "fashion_mnist", "cifar10", "mnist5k", "image_folder", "arrays", "synthetic"]
+SourceName = Literal["mnist", "fashion_mnist", "cifar10", "mnist5k", "image_folder", "arrays", "synthetic"]
+NetworkName = Literal["paper_mnist", "paper_cifar10"]
+Pool = Literal["ceil", "torch-ceil", "floor"]
+Init = Literal["normal", "uniform", "uniform-0.01", "torch"]
+Precision = Literal["fp32", "bf16"]
+Preset = Literal["paper", "toolbox-2015", "toolbox-2016"]
+PublishedTable = Literal["table1_mnist", "table1_cifar10"]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -31,7 +37,7 @@ class Data(Strict):
     `holdout` examples become the test set, stratified, in sources that have none. `crop` is the side of a centre crop.
     """
 
-    source: Source
+    source: SourceName
     dir: str | None = None
     path: str | None = None
     subset: Count | None = None
@@ -51,12 +57,12 @@ class Data(Strict):
         return self.model_copy(update={"dir": folder}) if folder else self
 
 
-class Network(Strict):
+class NetworkChoice(Strict):
     """A network of the paper with its open choices, or `import: package.module:build` with `options`."""
 
-    name: Literal["paper_mnist", "paper_cifar10"] | None = None
-    pool: Literal["ceil", "torch-ceil", "floor"] = "ceil"
-    init: Literal["normal", "uniform", "uniform-0.01", "torch"] = "normal"
+    name: NetworkName | None = None
+    pool: Pool = "ceil"
+    init: Init = "normal"
     widths: list[Count] | None = None
     kernels: list[Count] | None = None
     pads: list[Annotated[int, Field(ge=0)]] | None = None
@@ -65,9 +71,10 @@ class Network(Strict):
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Network:
+    def _one_of_two(self) -> NetworkChoice:
         if (self.name is None) == (self.target is None):
-            raise ValueError("give either name (paper_mnist, paper_cifar10) or import (package.module:build)")
+            names = ", ".join(get_args(NetworkName))
+            raise ValueError(f"give either name ({names}) or import (package.module:build)")
         return self
 
 
@@ -99,7 +106,7 @@ class Training(Strict):
     beta_decay: bool = True
     at_gradient: Literal["mean", "sum"] = "mean"
     augment: Augment | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     channels_last: bool = True
     test_every: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
@@ -195,9 +202,9 @@ class Experiment(Strict):
 
     name: Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
     title: str = ""
-    preset: Literal["paper", "toolbox-2015", "toolbox-2016"] = "toolbox-2015"
+    preset: Preset = "toolbox-2015"
     data: Data
-    network: Network
+    network: NetworkChoice
     training: Training = Training()
     tangents: Tangents = Tangents()
     methods: Annotated[dict[str, SerializeAsAny[MethodRow]], Field(min_length=1)]
@@ -205,7 +212,7 @@ class Experiment(Strict):
     variants: dict[str, dict[str, Any]] = {}
     select: Literal["validation", "test"] = "validation"
     evaluate: Evaluate = Evaluate()
-    compare: Literal["table1_mnist", "table1_cifar10"] | None = None
+    compare: PublishedTable | None = None
     track_cosine: bool = False
     workers: Count = 1
     output: str | None = None

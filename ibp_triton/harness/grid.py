@@ -12,8 +12,9 @@ from typing import Any
 from pydantic import BaseModel
 
 import ibp_triton as ibp
-from ibp_triton.harness.config import Data, Experiment, Network, Seeds, Tangents, Training
-from ibp_triton.harness.loading import ConfigError, Plan
+from ibp_triton.errors import ConfigError
+from ibp_triton.harness.config import Data, Experiment, NetworkChoice, Seeds, Tangents, Training
+from ibp_triton.harness.loading import ExperimentFile
 from ibp_triton.harness.rows import from_stored, kinds, stored
 
 FILTERS = ("method", "row", "variant", "seed", "parameter")
@@ -30,7 +31,7 @@ class Run:
     variant: str
     row: str
     data: Data
-    network: Network
+    network: NetworkChoice
     training: Training
     tangents: Tangents
     method: ibp.Method
@@ -64,7 +65,7 @@ class Run:
             variant="",
             row=method.key,
             data=Data.model_validate(config["data"]),
-            network=Network.model_validate(config["network"]),
+            network=NetworkChoice.model_validate(config["network"]),
             training=Training.model_validate(config["training"]),
             tangents=Tangents.model_validate(config["tangents"] or {}),
             method=method,
@@ -133,7 +134,7 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def runs(plan: Plan) -> list[Run]:
+def runs(plan: ExperimentFile) -> list[Run]:
     """All runs in the order they are trained: seed by seed, so that partial results compare every method."""
     every = [run for label, variant in plan.variants() for run in _runs_of(label, variant)]
     position = {seed: number for number, seed in enumerate(_seeds(plan.experiment))}

@@ -17,7 +17,7 @@ SYMBOLS = {"beta": "β", "epsilon": "ε", "lam": "λ"}
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One (variant, row, method): errors in per cent in the order of the runs' seeds, seconds an epoch.
 
     Runs that diverged stand apart, with their results: they count neither in the mean nor in its deviation.
@@ -79,7 +79,7 @@ def results(runs: Sequence[Run], root: Path) -> dict[str, store.Record]:
     return {run.name: found for run in runs if (found := store.result(root / run.name))}
 
 
-def rows(runs: Sequence[Run], root: Path, stored: Mapping[str, store.Record] | None = None) -> list[Row]:
+def rows(runs: Sequence[Run], root: Path, stored: Mapping[str, store.Record] | None = None) -> list[ResultRow]:
     """One row for each combination that has a finished run, in the order of `runs`."""
     stored = results(runs, root) if stored is None else stored
     groups: dict[tuple[str, str, ibp.Method], list[Run]] = {}
@@ -93,13 +93,13 @@ def rows(runs: Sequence[Run], root: Path, stored: Mapping[str, store.Record] | N
     return [replace(row, measured=row.seconds / bases[row.variant]) if row.variant in bases else row for row in found]
 
 
-def _row(group: Sequence[Run], stored: Mapping[str, store.Record]) -> Row | None:
+def _row(group: Sequence[Run], stored: Mapping[str, store.Record]) -> ResultRow | None:
     pairs = [(run, stored[run.name]) for run in group if run.name in stored]
     if not pairs:
         return None
     good = [(run, result) for run, result in pairs if not result.get("diverged")]
     run = group[0]
-    return Row(
+    return ResultRow(
         variant=run.variant,
         label=run.row,
         method=run.method,
@@ -115,7 +115,7 @@ def _row(group: Sequence[Run], stored: Mapping[str, store.Record]) -> Row | None
     )
 
 
-def columns(rows: Iterable[Row]) -> list[str]:
+def columns(rows: Iterable[ResultRow]) -> list[str]:
     """The fields that tell rows apart: the strength of each method, then what else has several values in a row."""
     found = list(rows)
     strengths = [row.method.parameter for row in found if row.method.parameter]

@@ -21,8 +21,8 @@ from ibp_triton.harness.compiled import EagerStep, compiled
 from ibp_triton.harness.data import Dataset
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.probe import semantics_gap
-from ibp_triton.harness.seeds import derive
-from ibp_triton.harness.sources import Split
+from ibp_triton.harness.sources import Examples
+from ibp_triton.harness.streams import derive
 
 Report = Callable[[store.Record], None]
 Say = Callable[[str], None]
@@ -48,7 +48,7 @@ def train(run: Run, folder: Path, report: Report, data_dir: str | None = None, s
     """Train `run` in `folder`, from its last finished epoch if there is one; the result, also in result.json.
 
     `report` gets every epoch's record, `say` what is wrong with stored files and what is done about it. The caller
-    holds the folder's lock. Raises DataError and ModelError.
+    holds the folder's lock. Raises DataError and NetworkError.
     """
     device = torch.device(run.training.device)
     dataset = data.load(run.data.found_in(data_dir), run.seeds.subset).to(device)
@@ -154,7 +154,7 @@ def errors(model: nn.Module, dataset: Dataset, channels_last: bool = True) -> st
     return record
 
 
-def error(model: nn.Module, split: Split, mean: Tensor, channels_last: bool = True) -> float:
+def error(model: nn.Module, split: Examples, mean: Tensor, channels_last: bool = True) -> float:
     """Share of wrong predictions in per cent, in float32 and evaluation mode."""
     wrong = (predictions(model, split.images, mean, channels_last) != split.labels).sum()
     return 100.0 * float(wrong) / len(split.labels)

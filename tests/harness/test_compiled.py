@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import ibp_triton as ibp
+from ibp_triton.errors import ConfigError
 from ibp_triton.harness import compiled, grid, loading, models, store, train
 from ibp_triton.harness.batches import Batch
 from ibp_triton.harness.compiled import CompiledStep, EagerStep
-from ibp_triton.harness.config import Network
-from ibp_triton.harness.loading import ConfigError
+from ibp_triton.harness.config import NetworkChoice
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -40,7 +40,7 @@ def silent(_: store.Record) -> None:
 
 
 def narrow() -> nn.Module:
-    config = Network(name="paper_mnist", widths=[4, 4], hidden=8, init="uniform")
+    config = NetworkChoice(name="paper_mnist", widths=[4, 4], hidden=8, init="uniform")
     return models.build(config, (1, 16, 16), 4, 0)
 
 

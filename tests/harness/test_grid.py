@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from ibp_triton.errors import ConfigError
 from ibp_triton.harness import grid, loading
-from ibp_triton.harness.loading import ConfigError
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]

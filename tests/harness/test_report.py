@@ -20,7 +20,7 @@ from ibp_triton.harness.launch import Job, launch
 from ibp_triton.harness.report import csvfiles, tables, write_report
 from ibp_triton.harness.report.gather import Findings, pairs_in_order
 from ibp_triton.harness.report.paper import TABLES
-from ibp_triton.harness.summary import Row
+from ibp_triton.harness.summary import ResultRow
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -188,8 +188,8 @@ def test_order_of_pairs_leaves_the_papers_ties_out() -> None:
     assert pairs_in_order(rows) == (6, 8)
 
 
-def _row(key: str, mean: float) -> Row:
-    return Row("", key, ibp.BP(), (), (mean,), (), 1.0, None, 1.0, 1)
+def _row(key: str, mean: float) -> ResultRow:
+    return ResultRow("", key, ibp.BP(), (), (mean,), (), 1.0, None, 1.0, 1)
 
 
 def test_report_of_a_trained_grid(tree: Tree, write: Write, tmp_path: Path) -> None:

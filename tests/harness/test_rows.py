@@ -14,9 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 import ibp_triton as ibp
-from ibp_triton.harness import cost, grid, loading, rows
+from ibp_triton.errors import ConfigError
+from ibp_triton.harness import estimates, grid, loading, rows
 from ibp_triton.harness.cli import app
-from ibp_triton.harness.loading import ConfigError
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -141,13 +141,13 @@ def test_a_row_has_a_line_for_each_fault_and_a_limit(tree: Tree, write: Write) -
 
 def test_costs_follow_the_fields(tree: Tree, write: Write) -> None:
     every = grid.runs(loading.load(write({**tree, "methods": {**NEW, "bp": None}, "seeds": [0], "select": "test"})))
-    ratios = {run.label.removesuffix(" seed 0"): cost.ratio(run) for run in every}
+    ratios = {run.label.removesuffix(" seed 0"): estimates.ratio(run) for run in every}
     assert ratios["bp"] == 1.0
     assert ratios["pgd_training 0.1 steps=1 random_start=true"] < ratios["pgd_training 0.1 steps=2 random_start=true"]
     assert ratios["jacobian 0.01 projections=1"] < ratios["jacobian 0.01 projections=all"]
     assert ratios["trades 1"] == ratios["trades 6"]
     for run in every:
-        assert cost.weight(run) == pytest.approx(2 * 64 * ratios[run.label.removesuffix(" seed 0")])
+        assert estimates.weight(run) == pytest.approx(2 * 64 * ratios[run.label.removesuffix(" seed 0")])
 
 
 def test_new_methods_train_and_report_from_yaml(tree: Tree, write: Write, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from statistics import fmean
 from typing import Any
 
 from ibp_triton.harness import provenance, store
-from ibp_triton.harness.report.gather import CURVES, Findings, pairs_in_order, title
+from ibp_triton.harness.evaluate import CLEAN, CURVES
+from ibp_triton.harness.report.gather import Findings, pairs_in_order, title
 from ibp_triton.harness.report.paper import Published
-from ibp_triton.harness.summary import Row, error_text, headings
+from ibp_triton.harness.summary import ResultRow, error_text, headings
 
 PAIRS_NOTE = (
     "Test examples gained less those lost by the method of the line against that of the column, the seeds of both "
@@ -98,7 +99,7 @@ def pairs(findings: Findings) -> list[Table]:
     """Every method against every other, by the test examples they disagree on; a table for each variant."""
     found = []
     for variant in dict.fromkeys(row.variant for row in findings.chosen):
-        rows = [row for row in findings.chosen if row.variant == variant and findings.outcomes(row, "clean")]
+        rows = [row for row in findings.chosen if row.variant == variant and findings.outcomes(row, CLEAN)]
         if len(rows) > 2:
             columns = [f"vs {row.label}" for row in rows[:-1]]
             cells = [[_against(findings, base, row) for base in rows[:number]] for number, row in enumerate(rows)]
@@ -201,21 +202,25 @@ def _some(names: Collection[str]) -> str:
 
 def robustness(findings: Findings) -> Iterator[Table]:
     """Each robustness curve at six of its levels at most, evenly spaced."""
-    for name, (symbol, perturbation, _) in CURVES.items():
+    for name, kind in CURVES.items():
         curves = findings.curves[name]
         if curves:
             levels = curves[0][1].levels
             step = math.ceil((len(levels) - 1) / 5) or 1
-            columns = ["method", *headings(findings.fields), *(f"{symbol} = {level:g}" for level in levels[::step])]
+            columns = [
+                "method",
+                *headings(findings.fields),
+                *(f"{kind.symbol} = {level:g}" for level in levels[::step]),
+            ]
             cells = [
                 [title(row), *row.values(findings.fields), *(f"{e:.2f}" for e in curve.mean[::step])]
                 for row, curve in curves
             ]
             note = "Errors in %, mean over seeds; curves.csv has every size and the bands."
-            yield Table(f"Error against {symbol} {perturbation}", columns, cells, note)
+            yield Table(f"Error against {kind.symbol} {kind.of}", columns, cells, note)
 
 
-def _published(findings: Findings, row: Row) -> list[str]:
+def _published(findings: Findings, row: ResultRow) -> list[str]:
     paper, base = findings.published(row), findings.base(row)
     if paper is None or not row.errors:
         return ["", "", "", ""]
@@ -236,17 +241,17 @@ def _word(sign: int) -> str:
     return {-1: "better", 0: "equal", 1: "worse"}[sign]
 
 
-def _mcnemar(findings: Findings, row: Row) -> str:
+def _mcnemar(findings: Findings, row: ResultRow) -> str:
     test = findings.against_base(row)
     return f"+{test.gained} −{test.lost}, p = {test.p:.2g}" if test else ""
 
 
-def _against(findings: Findings, base: Row, row: Row) -> str:
+def _against(findings: Findings, base: ResultRow, row: ResultRow) -> str:
     test = findings.paired(base, row)
     return f"{test.gained - test.lost:+d}, p = {test.p:.2g}" if test else ""
 
 
-def _paper_ratio(findings: Findings, row: Row) -> str:
+def _paper_ratio(findings: Findings, row: ResultRow) -> str:
     base = findings.base(row)
     paper, bp = findings.published(row), findings.published(base) if base else None
     return f"{paper.seconds / bp.seconds:.2f}" if paper and bp else ""
@@ -265,5 +270,5 @@ def _note(findings: Findings) -> str:
     return " ".join(notes)
 
 
-def _of(known: Iterable[tuple[Row, Published]], variant: str) -> list[tuple[Row, Published]]:
+def _of(known: Iterable[tuple[ResultRow, Published]], variant: str) -> list[tuple[ResultRow, Published]]:
     return [(row, paper) for row, paper in known if row.variant == variant]

@@ -11,14 +11,14 @@ import torch
 from torch.nn import functional as F
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, models
-from ibp_triton.harness.config import Network
+from ibp_triton.errors import NetworkError
+from ibp_triton.harness import data, models, sources
+from ibp_triton.harness.config import NetworkChoice, Precision
 from ibp_triton.harness.grid import Run
-from ibp_triton.harness.models import PRECISIONS, ModelError, Shape
+from ibp_triton.harness.models import PRECISIONS, Shape
 from ibp_triton.ledger import MultiplyAdds
 
 T = TypeVar("T")
-_SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
 
 
 def shape_of(run: Run) -> tuple[Shape, int]:
@@ -30,7 +30,7 @@ def examples(run: Run) -> int | None:
     """Training examples of a run; None where only the files would tell."""
     if run.data.subset:
         return run.data.subset
-    total = {**_SIZES, "synthetic": run.data.examples, "mnist5k": 5_000 - run.data.holdout}.get(run.data.source)
+    total = sources.examples_of(run.data)
     return None if total is None else total - run.data.validation
 
 
@@ -41,7 +41,7 @@ def ratio(run: Run) -> float:
     try:
         work = _work(run.network.model_dump_json(by_alias=True), run.training.batch_size, *shape_of(run))
         return run.method.multiply_adds(work) / ibp.BP().multiply_adds(work)
-    except ModelError:
+    except NetworkError:
         raise
     except Exception:  # too large for this machine, or a model that cannot be counted: its run will say so
         return _sweeps(run)
@@ -54,7 +54,7 @@ def _sweeps(run: Run) -> float:
 @lru_cache
 def _work(network: str, batch: int, shape: Shape, classes: int) -> MultiplyAdds:
     """Multiply-adds of each kind of sweep."""
-    model = models.build(Network.model_validate_json(network), shape, classes, 0)
+    model = models.build(NetworkChoice.model_validate_json(network), shape, classes, 0)
     return ibp.Network(model).multiply_adds((batch, *shape))
 
 
@@ -71,7 +71,7 @@ def seconds(run: Run) -> float | None:
 def _weight(run: Run) -> float:
     try:
         relative = ratio(run)
-    except ModelError:  # one network that cannot be built leaves the other runs alone
+    except NetworkError:  # one network that cannot be built leaves the other runs alone
         relative = _sweeps(run)
     return relative * (examples(run) or 1000) * run.training.epochs
 
@@ -103,8 +103,8 @@ def makespan(work: Collection[float], workers: int) -> float:
 
 
 @lru_cache
-def _time_bp(network: str, precision: str, batch: int, shape: Shape, classes: int) -> float:
-    model = models.build(Network.model_validate_json(network), shape, classes, 0)
+def _time_bp(network: str, precision: Precision, batch: int, shape: Shape, classes: int) -> float:
+    model = models.build(NetworkChoice.model_validate_json(network), shape, classes, 0)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, method = ibp.Network(model, dtype=PRECISIONS[precision]), ibp.BP()
     x = torch.rand(batch, *shape).contiguous(memory_format=torch.channels_last)
