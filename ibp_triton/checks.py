@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -69,9 +68,9 @@ def _count(method: Any, name: str, value: Any) -> None:
 
 
 def check_batch(
-    own: Mapping[str, Tensor], dtype: torch.dtype | None, x: Tensor, labels: Any, parameters: Mapping[str, Tensor]
-) -> Tensor:
-    """The labels as int64; shapes, dtypes and devices are checked against the model's own parameters.
+    own: Mapping[str, Tensor], dtype: torch.dtype | None, x: Tensor, parameters: Mapping[str, Tensor]
+) -> None:
+    """Shapes, dtypes and devices of x are checked against the model's own parameters.
 
     Raises:
         InputError, InputTypeError, AutocastError: naming the cause and the cure.
@@ -80,24 +79,6 @@ def check_batch(
     if unknown:
         raise InputError(f"parameters has names the model lacks: {unknown}; the model's are {sorted(own)}")
     _check_input(x, dtype, own)
-    numbers = _labels(labels, x)
-    if numbers.dim() != 1 or numbers.shape[0] != x.shape[0]:
-        raise InputError(f"labels must have shape [{x.shape[0]}], one a sample of x, not {list(numbers.shape)}")
-    if numbers.device != x.device:
-        raise InputError(f"labels are on {numbers.device}, x on {x.device}; move them to one device")
-    return numbers
-
-
-def _labels(labels: Any, x: Tensor) -> Tensor:
-    """Class numbers of any integer dtype, in a tensor, an array or a list."""
-    if not isinstance(labels, Tensor):
-        try:
-            labels = torch.as_tensor(np.asarray(labels)).to(x.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputTypeError(f"labels must be a tensor of class numbers, not {type(labels).__name__}") from error
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise InputTypeError(f"labels must be int64 class numbers, not {labels.dtype}; use labels.long()")
-    return torch.as_tensor(labels, dtype=torch.int64)
 
 
 def _check_input(x: Any, dtype: torch.dtype | None, own: Mapping[str, Tensor]) -> None:
@@ -132,18 +113,23 @@ def _check_input(x: Any, dtype: torch.dtype | None, own: Mapping[str, Tensor]) -
         raise InputTypeError(f"x is {x.dtype}, the parameters are {names}; {cast}Network(model, dtype=...)")
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Logits [N, M] with M > 1, and labels from 0 to M − 1 where they can be read.
+def check_labels(labels: Tensor, logits: Tensor, ignored: int | None = None) -> None:
+    """Logits [N, M, ...] with M > 1, labels [N, ...] from 0 to M − 1 (or ``ignored``) where they can be read.
 
     Raises:
         InputError: otherwise.
     """
-    if logits.dim() != 2 or logits.shape[0] != labels.shape[0]:
-        raise InputError(f"the model must return logits [{labels.shape[0]}, M], not {list(logits.shape)}")
+    if logits.dim() < 2 or (logits.shape[0], *logits.shape[2:]) != tuple(labels.shape):
+        wanted = ", ".join(["M", *map(str, labels.shape[1:])])
+        raise InputError(f"the model must return logits [{labels.shape[0]}, {wanted}], not {list(logits.shape)}")
     if logits.shape[1] < 2:
-        raise InputError("the model returns one logit, whose cross-entropy is always 0: let it return two, [N, 2]")
+        raise InputError(
+            "the model returns one logit, whose cross-entropy is always 0: let it return two, [N, 2], or pass "
+            "criterion=nn.BCEWithLogitsLoss()"
+        )
     if not readable(labels):
         return
+    labels = labels if ignored is None else labels[labels != ignored]
     if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
         low, high = int(labels.min()), int(labels.max())
         raise InputError(

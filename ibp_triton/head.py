@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.attacks import fgsm_step
+from ibp_triton.layer import HALF
 from ibp_triton.seeds import Seed
 
 __all__ = [
@@ -36,14 +37,14 @@ class Head(Protocol):
     def hessian_product(self, p: Tensor, t: Tensor) -> Tensor:
         """H t."""
 
-    def seed(self, u: Tensor, norm: float) -> tuple[Seed, Any]:
-        """ψ(u) and ‖u‖_r^r / r."""
+    def seed(self, u: Tensor, norm: float, weights: Tensor | None = None) -> tuple[Seed, Any]:
+        """w ψ(u) and Σ w |u|^r / r."""
 
-    def input_seed(self, d_0: Tensor, norm: float) -> tuple[Seed, Any]:
+    def input_seed(self, d_0: Tensor, norm: float, weights: Tensor | None = None) -> tuple[Seed, Any]:
         """``seed`` of the input's derivative, for a linear sweep."""
 
-    def tangent_seed(self, d_0: Tensor, tau: Tensor, norm: float) -> tuple[Seed, Any]:
-        """Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j |⟨d_0, τ_j⟩|^r / r."""
+    def tangent_seed(self, d_0: Tensor, tau: Tensor, norm: float, weights: Tensor | None = None) -> tuple[Seed, Any]:
+        """w Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j w |⟨d_0, τ_j⟩|^r / r."""
 
     def fgsm_step(self, x: Tensor, d: Tensor, epsilon: Any) -> Tensor:
         """x + ε sign(d)."""
@@ -57,7 +58,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     Half precision is widened to float32 for loss and softmax. c is per sample: not divided by N.
     """
-    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    wide = logits.float() if logits.dtype in HALF else logits
     log_p = torch.log_softmax(wide, dim=1)
     index = labels[:, None]
     loss = -log_p.gather(1, index)[:, 0]
@@ -82,28 +83,33 @@ def psi(u: Tensor, norm: float) -> Tensor:
 
 def penalty(u: Tensor, norm: float) -> Tensor:
     """‖u‖_r^r / r summed over everything, 0-d; half precision is added up in float32."""
-    u = u.float() if u.dtype in (torch.bfloat16, torch.float16) else u
+    u = u.float() if u.dtype in HALF else u
     if norm == 1:
         return u.abs().sum()
     return u.square().sum() / 2 if norm == 2 else u.abs().pow(norm).sum() / norm
 
 
-def seed(u: Tensor, norm: float) -> tuple[Seed, Tensor]:
-    """ψ(u) and ‖u‖_r^r / r, in numbers that ``objective`` adds up."""
-    return Seed(psi(u, norm)), penalty(u, norm)
+def seed(u: Tensor, norm: float, weights: Tensor | None = None) -> tuple[Seed, Tensor]:
+    """w ψ(u) and Σ w |u|^r / r, in numbers that ``objective`` adds up; w [N, 1, ...] weighs samples, None: alike."""
+    if weights is None:
+        return Seed(psi(u, norm)), penalty(u, norm)
+    u = torch.where(weights > 0, u, 0)  # a sample that does not count adds nothing, whatever its numbers
+    wide = u.float() if u.dtype in HALF else u
+    return Seed((weights * psi(u, norm)).to(u.dtype)), (weights * wide.abs().pow(norm)).sum() / norm
 
 
-def input_seed(d_0: Tensor, norm: float) -> tuple[Seed, Tensor]:
+def input_seed(d_0: Tensor, norm: float, weights: Tensor | None = None) -> tuple[Seed, Tensor]:
     """``seed`` of the input's derivative, for the linear sweep: a backend may leave the sign to the first layer."""
-    return seed(d_0, norm)
+    return seed(d_0, norm, weights)
 
 
-def tangent_seed(d_0: Tensor, tau: Tensor, norm: float) -> tuple[Seed, Tensor]:
-    """Σ_j ψ(⟨d_0, τ_j⟩) τ_j for tangents [T, N, ...], and Σ_j |⟨d_0, τ_j⟩|^r / r."""
+def tangent_seed(d_0: Tensor, tau: Tensor, norm: float, weights: Tensor | None = None) -> tuple[Seed, Tensor]:
+    """w Σ_j ψ(⟨d_0, τ_j⟩) τ_j for tangents [T, N, ...], and Σ_j w |⟨d_0, τ_j⟩|^r / r; w [N]."""
     slopes = torch.linalg.vecdot(tau.flatten(2), d_0.flatten(1))  # [T, N]
-    weights = psi(slopes, norm)
-    collapsed = (weights.view(*weights.shape, *([1] * (tau.dim() - 2))) * tau).sum(0)
-    return Seed(collapsed), penalty(slopes, norm)
+    factors, penalties = seed(slopes, norm, weights)
+    numbers = factors.numbers
+    collapsed = (numbers.view(*numbers.shape, *([1] * (tau.dim() - 2))) * tau).sum(0)
+    return Seed(collapsed), penalties
 
 
 def objective(batch: int, *parts: tuple[Any, Tensor]) -> Tensor:

@@ -60,12 +60,8 @@ class Layer:
         """f~~: the tangent of the output for these tangents of the operands (an operand not named has none)."""
         raise NotImplementedError
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
-        """∇_w ⟨r, Df(a; w)[t]⟩ for the wanted parametric operands, summed over tangents; absent where zero.
-
-        ``exact`` matters only to operations made of several torch functions: whether what lies between them moves
-        with w (the true derivative) or stays put (the paper's semantics).
-        """
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """∇_w ⟨r, Df(a; w)[t]⟩ for the wanted parametric operands, summed over tangents; absent where zero."""
         return {}
 
     def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
@@ -144,7 +140,7 @@ class Bilinear(Layer):
         """f~ for the input alone."""
         raise NotImplementedError
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """g(t, r); a bias has no tangent term."""
         return self.param_vjp(t["input"], r, [name for name in wanted if name == "weight"])
 

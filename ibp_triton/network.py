@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Network:
             raise MethodError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype}")
         self.model, self.backend, self.dtype = model, backend, dtype
         self.interface = Interface(x, output)
-        self._recordings: dict[Backend, Recordings] = {}
+        self._recordings: MutableMapping[str, Recordings] = {}  # by backend
         self._shape: tuple[int, ...] | None = None
         self._classes: int | None = None
 
@@ -67,9 +68,9 @@ class Network:
 
     def _recorded(self) -> Recordings:
         backend = self._backend()
-        if backend not in self._recordings:
-            self._recordings[backend] = Recordings(self.interface, backend.lower)
-        return self._recordings[backend]
+        if backend.name not in self._recordings:
+            self._recordings[backend.name] = Recordings(self.interface, backend.lower)
+        return self._recordings[backend.name]
 
     def _backend(self) -> Backend:
         return backend_for(self.backend, next(self.model.parameters(), None), self.dtype)
@@ -93,15 +94,17 @@ class Network:
         parameters: Mapping[str, Tensor],
         extra: Mapping[str, Any] | None = None,
         *,
+        own: Mapping[str, nn.Parameter] | None = None,
         frugal: bool = False,
         keep: bool = True,
     ) -> Trace:
         """The first sweep at x [N, ...] with ``parameters`` (the model's own where absent).
 
-        ``frugal``: sweeps may let go of what only curvature would read again. ``keep``: all nodes' values are kept.
+        ``own``: the model's parameters, where the caller has them. ``frugal``: sweeps may let go of what only curvature
+        would read again. ``keep``: all nodes' values are kept.
         """
         self._shape = tuple(x.shape)
-        settings = Settings(self.model, parameters, self.dtype, keep)
+        settings = Settings(self.model, self.parameters() if own is None else own, parameters, self.dtype, keep)
         trace = self._recorded().record(settings, x, dict(extra or {}), frugal)
         self._classes = trace.logits.shape[-1] if trace.logits.dim() else None
         return trace
@@ -147,9 +150,29 @@ class Network:
         self._shape = last
         return rows
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: what was recorded stays behind, and is recorded again."""
+        return {**self.__dict__, "_recordings": {}}
+
     def __repr__(self) -> str:
         dtype = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"Network({type(self.model).__name__}, backend={self.backend!r}{dtype})"
+
+
+_RECORDINGS: WeakKeyDictionary[nn.Module, MutableMapping[str, Recordings]] = WeakKeyDictionary()  # of bare models
+
+
+def network_for(model: Network | nn.Module) -> Network:
+    """The network itself, or one for a bare model, which follows the model's last recording and keeps nothing alive.
+
+    Raises:
+        ModelError (a TypeError): for anything else.
+    """
+    if isinstance(model, Network):
+        return model
+    network = Network(model)
+    network._recordings = _RECORDINGS.setdefault(model, {})
+    return network
 
 
 def _check_model(model: Any) -> None:

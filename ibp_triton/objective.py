@@ -12,7 +12,7 @@ from ibp_triton.checks import readable
 from ibp_triton.errors import InputError
 
 if TYPE_CHECKING:
-    from ibp_triton.methods.base import Method
+    from ibp_triton.methods.base import Method, Step
     from ibp_triton.network import Network
 
 
@@ -21,9 +21,10 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: tuple[Any, ...], names: list[str], *parameters: Tensor) -> Tensor:
-        method, network, x, labels, tangents, extra = step
-        loss, gradients, used = method.step(network, x, labels, tangents, None, extra)
-        # a parameter without part in the model keeps .grad as it is
+        method, network, x, y, tangents, extra, own, done = step
+        loss, gradients, made = method.step(network, x, y, tangents, None, extra, own)
+        done.append(made)
+        used = made.used  # a parameter without part in the model keeps .grad as it is
         zeros = {
             n: torch.zeros_like(p) for n, p in zip(names, parameters, strict=True) if n in used and n not in gradients
         }
@@ -40,7 +41,7 @@ class _Objective(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError(
                 "backward was called a second time on the same loss, whose gradient has been handed out: "
-                "compute the loss again, method(network, x, labels)"
+                "compute the loss again, method(network, x, y)"
             )
         gradients, ctx.gradients = ctx.gradients, None
         if readable(upstream[0]) and float(upstream[0]) == 1:  # nothing to scale, and no wait for a device to know
@@ -49,15 +50,16 @@ class _Objective(torch.autograd.Function):
 
 
 def objective(
-    method: Method, network: Network, x: Tensor, labels: Any, tangents: Tensor | None, extra: Mapping[str, Any] | None
-) -> Tensor:
-    """The loss as a 0-d tensor with history; its value alone where gradients are off or nothing is trainable."""
-    named = [(name, p) for name, p in network.parameters().items() if p.requires_grad]
+    method: Method, network: Network, x: Tensor, y: Any, tangents: Tensor | None, extra: Mapping[str, Any] | None
+) -> tuple[Tensor, Step]:
+    """The loss, 0-d, with history where gradients are on and something is trainable, and the step that gave it."""
+    own = network.parameters()
+    named = {name: p for name, p in own.items() if p.requires_grad}
     if not torch.is_grad_enabled() or not named:
-        return method.value(network, x, labels, tangents, extra)
+        return method.value_step(network, x, y, tangents, extra)
     if isinstance(x, Tensor) and x.requires_grad:
         raise InputError("the loss has no gradient with respect to x: pass x.detach()")
-    names, parameters = zip(*named, strict=True)
-    step = (method, network, x, labels, tangents, extra)
-    loss: Tensor = _Objective.apply(step, list(names), *parameters)  # type: ignore[no-untyped-call]
-    return loss
+    done: list[Step] = []
+    step = (method, network, x, y, tangents, extra, own, done)
+    loss: Tensor = _Objective.apply(step, list(named), *named.values())  # type: ignore[no-untyped-call]
+    return loss, done[0]

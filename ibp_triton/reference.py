@@ -38,7 +38,7 @@ def gradients(
             sees the same random numbers.
         method: an object with ``key``, ``parameter`` and the attributes of the methods in ``ibp_triton``.
         x: [N, ...]; use float64 for comparisons.
-        labels: [N] integers.
+        labels: [N] integers, or what ``method.criterion`` takes.
         tangents: [T, N, ...] for tbp and fast_tbp.
         extra: the model's other inputs by name.
         interface: how the model is called and its logits picked, as ``Network(model, x=…, output=…).interface``.
@@ -51,7 +51,8 @@ def gradients(
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         numbers = _own_numbers(model, method, x, interface or Interface(), dict(extra or {}))
         function = _pure(model, interface or Interface(), dict(extra or {}))
-        value, result = run(function, parameters, method, x.detach(), labels, tangents if numbers is None else numbers)
+        target = _Target(method, labels, x)
+        value, result = run(function, parameters, method, x.detach(), target, tangents if numbers is None else numbers)
     n = x.shape[0]
     return value.detach() / n, {name: g.detach() / n for name, g in result.items()}
 
@@ -110,94 +111,130 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="sum")
+class _Target:
+    """The criterion at a batch's targets: each sample's loss is the criterion on that sample alone."""
+
+    def __init__(self, method: Any, y: Any, x: Tensor) -> None:
+        self.criterion, self.y, self.batch = getattr(method, "criterion", None), torch.as_tensor(y), x.shape[0]
+        self.weights = self._weights(torch.ones(self.batch, dtype=x.dtype))
+
+    def _weights(self, ones: Tensor) -> Tensor:
+        """N κ_n: what each sample counts in the criterion on the batch."""
+        m, y = self.criterion, self.y
+        reduction = getattr(m, "reduction", "none") if isinstance(m, nn.Module) else "none"
+        if not isinstance(m, (nn.CrossEntropyLoss, nn.NLLLoss)) or y.is_floating_point():
+            return self.batch * ones if reduction == "sum" else ones
+        w = ones.new_ones(int(y.max()) + 1) if m.weight is None else m.weight.to(ones.dtype)
+        each = torch.where(y == m.ignore_index, 0, w[y.clamp_min(0)]).reshape(self.batch, -1).sum(1)
+        if reduction == "mean":
+            return self.batch * each / each.sum()
+        return (each > 0) * ones * (self.batch if reduction == "sum" else 1)
+
+    def losses(self, logits: Tensor) -> Tensor:
+        """ℓ [N], zero for a sample that does not count."""
+        m, y = self.criterion, self.y
+        if m is None:
+            return F.cross_entropy(logits, y, reduction="none")
+        if not isinstance(m, nn.Module) or not hasattr(m, "reduction"):
+            return m(logits, y)  # type: ignore[no-any-return]
+        alone = [m(logits[n : n + 1], y[n : n + 1]).mean() for n in range(self.batch)]
+        kept = [one if w > 0 else logits.new_zeros(()) for one, w in zip(alone, self.weights, strict=True)]
+        return torch.stack(kept)
+
+    def each(self, logits: Tensor) -> Tensor:
+        """Σ ℓ_n, whose derivative is that of each sample's own loss."""
+        return self.losses(logits).sum()
+
+    def all(self, logits: Tensor) -> Tensor:
+        """Σ N κ_n ℓ_n."""
+        return (self.weights * self.losses(logits)).sum()
+
+    def weighted(self, u: Tensor, axis: int = 0) -> Tensor:
+        """N κ_n u_n, the samples being along ``axis``."""
+        return self.weights.view(-1, *[1] * (u.dim() - 1 - axis)) * u
 
 
-def _norm(u: Tensor, r: float) -> Tensor:
-    return u.abs().pow(r).sum() / r
+def _norm(u: Tensor, r: float, target: _Target, axis: int = 0) -> Tensor:
+    return target.weighted(u.abs().pow(r), axis).sum() / r
 
 
 def _psi(u: Tensor, r: float) -> Tensor:
     return u.sign() * u.abs().pow(r - 1) if r != 1 else u.sign()
 
 
-def _loss_gradient(function: Function, parameters: Gradients, x: Tensor, labels: Tensor) -> tuple[Tensor, Gradients]:
+def _loss_gradient(function: Function, parameters: Gradients, x: Tensor, target: _Target) -> tuple[Tensor, Gradients]:
     leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
-    value = _loss(function(leaves, x), labels)
+    value = target.all(function(leaves, x))
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return value, dict(zip(leaves, found, strict=True))
 
 
-def _input_gradient(function: Function, parameters: Gradients, x: Tensor, labels: Tensor) -> Tensor:
+def _input_gradient(function: Function, parameters: Gradients, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
     x = x.clone().requires_grad_()
-    return torch.autograd.grad(_loss(function(parameters, x), labels), x)[0]
+    return torch.autograd.grad(loss(function(parameters, x)), x)[0]
 
 
 def _add(a: Gradients, b: Gradients, factor: Any) -> Gradients:
     return {name: a[name] + factor * b[name] for name in a}
 
 
-def _bp(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, tangents: Any) -> Any:
-    return _loss_gradient(f, parameters, x, labels)
+def _bp(f: Function, parameters: Gradients, method: Any, x: Tensor, target: _Target, tangents: Any) -> Any:
+    return _loss_gradient(f, parameters, x, target)
 
 
-def _adversarial(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, tangents: Any) -> Any:
-    star = fgsm_step(x, _input_gradient(f, parameters, x, labels), method.epsilon)
-    value, gradient = _loss_gradient(f, parameters, star, labels)
+def _adversarial(f: Function, parameters: Gradients, method: Any, x: Tensor, target: _Target, tangents: Any) -> Any:
+    star = fgsm_step(x, _input_gradient(f, parameters, x, target.all), method.epsilon)
+    value, gradient = _loss_gradient(f, parameters, star, target)
     if method.key == "fast_at":
         return value, gradient
-    clean, first = _loss_gradient(f, parameters, x, labels)
+    clean, first = _loss_gradient(f, parameters, x, target)
     half = {name: 0.5 * g for name, g in gradient.items()}
     return 0.5 * (clean + value), _add(half, first, 0.5)
 
 
-def _seeded(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, tangents: Any) -> Any:
+def _seeded(f: Function, parameters: Gradients, method: Any, x: Tensor, target: _Target, tangents: Any) -> Any:
     """Loss IBP and Fast TBP: a penalty on ⟨d_0, seed⟩."""
-    value, gradient = _loss_gradient(f, parameters, x, labels)
-    d_0 = _input_gradient(f, parameters, x, labels)
+    value, gradient = _loss_gradient(f, parameters, x, target)
+    d_0 = _input_gradient(f, parameters, x, target.each)
     if tangents is None:
-        seed, size = _psi(d_0, method.norm), _norm(d_0, method.norm)
+        seed, size = target.weighted(_psi(d_0, method.norm)), _norm(d_0, method.norm, target)
     else:
         slopes = (tangents * d_0).flatten(2).sum(2)
-        seed = (_psi(slopes, method.norm).reshape(*slopes.shape, *[1] * (x.dim() - 1)) * tangents).sum(0)
-        size = _norm(slopes, method.norm)
+        factors = target.weighted(_psi(slopes, method.norm), 1)
+        seed = (factors.reshape(*slopes.shape, *[1] * (x.dim() - 1)) * tangents).sum(0)
+        size = _norm(slopes, method.norm, target, 1)
     if method.semantics == "exact":
-        extra = _loss_change(f, parameters, x, labels, seed)
+        extra = _loss_change(f, parameters, x, target, seed)
     else:
-        c = _head(f(parameters, x), labels)
+        c = torch.func.grad(target.each)(f(parameters, x).detach())
         extra = _paper_term(f, parameters, x, seed, c)
     return value + method.beta * size, _add(gradient, extra, method.beta)
 
 
-def _loss_change(f: Function, parameters: Gradients, x: Tensor, labels: Tensor, seed: Tensor) -> Gradients:
+def _loss_change(f: Function, parameters: Gradients, x: Tensor, target: _Target, seed: Tensor) -> Gradients:
     """d/ds ∇_w L(x + s · seed) at s = 0: forward over reverse."""
 
     def gradient(x: Tensor) -> Gradients:
-        return torch.func.grad(lambda p: _loss(f(p, x), labels))(parameters)  # type: ignore[no-any-return]
+        return torch.func.grad(lambda p: target.each(f(p, x)))(parameters)  # type: ignore[no-any-return]
 
     return torch.func.jvp(gradient, (x,), (seed,))[1]  # type: ignore[no-any-return]
 
 
-def _head(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])).detach()
-
-
-def _prediction(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, tangents: Any) -> Any:
+def _prediction(f: Function, parameters: Gradients, method: Any, x: Tensor, target: _Target, tangents: Any) -> Any:
     """Prediction IBP (the tangent is d_0) and TBP (the tangents are given): a penalty on ‖J τ‖."""
-    value, gradient = _loss_gradient(f, parameters, x, labels)
-    directions = [_input_gradient(f, parameters, x, labels)] if tangents is None else list(tangents)
+    value, gradient = _loss_gradient(f, parameters, x, target)
+    directions = [_input_gradient(f, parameters, x, target.each)] if tangents is None else list(tangents)
     for tau in directions:
         t_K = torch.func.jvp(lambda u: f(parameters, u), (x,), (tau,))[1]
-        e_K = _psi(t_K, method.norm)
-        value = value + method.beta * _norm(t_K, method.norm)
+        e_K = target.weighted(_psi(t_K, method.norm))
+        value = value + method.beta * _norm(t_K, method.norm, target)
         if method.semantics == "paper":
             extra = _paper_term(f, parameters, x, tau, e_K)
         else:
             extra = _prediction_change(f, parameters, x, tau, e_K)
             if tangents is None:
                 e_0 = torch.func.vjp(lambda u: f(parameters, u), x)[1](e_K)[0]
-                extra = _add(extra, _loss_change(f, parameters, x, labels, e_0), 1)
+                extra = _add(extra, _loss_change(f, parameters, x, target, e_0), 1)
         gradient = _add(gradient, extra, method.beta)
     return value, gradient
 
@@ -261,15 +298,15 @@ def _cut(value: Any) -> Any:
     return value if tangent is None else forward_ad.make_dual(primal.detach(), tangent)
 
 
-def _jacobian(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, v: Any) -> Any:
+def _jacobian(f: Function, parameters: Gradients, method: Any, x: Tensor, target: _Target, v: Any) -> Any:
     """(M / 2n) Σ_j ‖Jᵀ v_j‖²: Tangent BP along (M/n) Jᵀ v_j, with v_j in place of ψ."""
-    value, gradient = _loss_gradient(f, parameters, x, labels)
+    value, gradient = _loss_gradient(f, parameters, x, target)
     scale = v.shape[2] / v.shape[0]
     for direction in v:
         r = torch.func.vjp(lambda u: f(parameters, u), x)[1](direction)[0]
-        value = value + method.beta * scale / 2 * r.square().sum()
+        value = value + method.beta * scale * _norm(r, 2, target)
         change = _prediction_change if method.semantics == "exact" else _paper_term
-        gradient = _add(gradient, change(f, parameters, x, scale * r, direction), method.beta)
+        gradient = _add(gradient, change(f, parameters, x, scale * target.weighted(r), direction), method.beta)
     return value, gradient
 
 
@@ -277,15 +314,15 @@ def _clamped(star: Tensor, x: Tensor, epsilon: float) -> Tensor:
     return torch.minimum(torch.maximum(star, x - epsilon), x + epsilon)
 
 
-def _pgd(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, u: Any) -> Any:
+def _pgd(f: Function, parameters: Gradients, method: Any, x: Tensor, target: _Target, u: Any) -> Any:
     star = x if u is None else x + method.epsilon * (2 * u - 1)
     for _ in range(method.steps):
-        star = fgsm_step(star, _input_gradient(f, parameters, star, labels), method.step_size)
+        star = fgsm_step(star, _input_gradient(f, parameters, star, target.all), method.step_size)
         star = _clamped(star, x, method.epsilon)
-    return _loss_gradient(f, parameters, star, labels)
+    return _loss_gradient(f, parameters, star, target)
 
 
-def _trades(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: Tensor, n: Any) -> Any:
+def _trades(f: Function, parameters: Gradients, method: Any, x: Tensor, target: _Target, n: Any) -> Any:
     p, star = f(parameters, x).log_softmax(1).detach(), x + 0.001 * n
     for _ in range(method.steps):
         u = star.clone().requires_grad_()
@@ -296,12 +333,12 @@ def _trades(f: Function, parameters: Gradients, method: Any, x: Tensor, labels: 
     logits = f(leaves, x)
     q = f(leaves, star).log_softmax(1)
     divergence = F.kl_div(q, logits.log_softmax(1), reduction="sum", log_target=True)
-    value = _loss(logits, labels) + method.lam * divergence
+    value = target.all(logits) + method.lam * divergence
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return value, dict(zip(leaves, found, strict=True))
 
 
-Oracle = Callable[[Function, Gradients, Any, Tensor, Tensor, Any], tuple[Tensor, Gradients]]
+Oracle = Callable[[Function, Gradients, Any, Tensor, _Target, Any], tuple[Tensor, Gradients]]
 ORACLES: dict[str, Oracle] = {
     "bp": _bp,
     "loss_ibp": _seeded,

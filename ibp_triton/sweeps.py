@@ -214,7 +214,12 @@ class Term:
         return replace(self, coefficient=coefficient if first else coefficient * self.coefficient)
 
 
-def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> dict[str, Tensor]:
+def g(left: Any, right: Any) -> Term:
+    """The weight gradient of a reverse sweep with the activations of its pass, or with a linear sweep over it."""
+    return Term(1, right.trace, right, left.side)
+
+
+def weight_gradients(terms: Sequence[Term], batch: int) -> dict[str, Tensor]:
     """Sum of the terms divided by ``batch``: {parameter name: gradient}, of each trainable parameter in the graphs.
 
     Sweeps that have not run do so here, in one order. Bilinear layers get all their products at once and merge those
@@ -227,12 +232,12 @@ def weight_gradients(terms: Sequence[Term], batch: int, exact: bool = False) -> 
         groups.setdefault(id(shared), []).append(term)
     total: dict[str, Tensor] = {}
     for group in groups.values():
-        for name, part in _gradients(group, batch, exact).items():
+        for name, part in _gradients(group, batch).items():
             total[name] = total[name] + part if name in total else part
     return total
 
 
-def _gradients(terms: Sequence[Term], batch: int, exact: bool) -> dict[str, Tensor]:
+def _gradients(terms: Sequence[Term], batch: int) -> dict[str, Tensor]:
     """``weight_gradients`` of terms that share a graph."""
     trace = terms[0].trace
     nodes, means = trace.graph.nodes, dict[int, Any]()
@@ -246,7 +251,7 @@ def _gradients(terms: Sequence[Term], batch: int, exact: bool) -> dict[str, Tens
             _collect(means, node, layer.joint_gradient(_products(terms, node), wanted, batch))
         elif wanted:
             for term in terms:
-                _collect(means, node, _part(term, node, wanted, exact), term.coefficient / batch)
+                _collect(means, node, _part(term, node, wanted), term.coefficient / batch)
         for term in terms if trace.frugal else ():
             _let_go(term, node, forward)
         for sweep in running.values():
@@ -288,7 +293,7 @@ def _let_go(term: Term, node: Node, forward: bool) -> None:
                 term.tangents[index] = FREED
 
 
-def _part(term: Term, node: Node, wanted: list[str], exact: bool) -> dict[str, Any]:
+def _part(term: Term, node: Node, wanted: list[str]) -> dict[str, Any]:
     """One term's gradient with respect to the operands of a layer that is not bilinear."""
     layer, right = term.trace.layers[node.index], term.right.at(node.index)
     if layer is None or right is None:
@@ -296,7 +301,7 @@ def _part(term: Term, node: Node, wanted: list[str], exact: bool) -> dict[str, A
     if term.tangents is None:
         return layer.vjp(right, wanted)
     tangents = _tangents_of(node, term.tangents)
-    return layer.tangent_param_vjp(tangents, right, wanted, exact) if tangents else {}
+    return layer.tangent_param_vjp(tangents, right, wanted) if tangents else {}
 
 
 def _products(terms: Sequence[Term], node: Node) -> list[Product]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ibp_triton.methods.base import Method, Recipe, Step, g
+from ibp_triton.methods.base import Method, Recipe, Step
+from ibp_triton.sweeps import g
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class AdversarialTraining(Method):
     """Adversarial Training: minimises (L(x) + L(x*)) / 2 at x* = x + ε sign(∇_x L), x* a constant.
 
@@ -23,14 +24,14 @@ class AdversarialTraining(Method):
     def recipe(self, s: Step) -> Recipe:
         """½ g(a, d) + ½ g(a*, d*)."""
         a = s.forward()
-        d = a.reverse(a.c)
+        d = a.reverse(a.counted(a.c))
         b = s.forward(a.fgsm(s.x, d, self.epsilon))
         yield s.objective(a, (0.5, a.losses), (0.5, b.losses))
         yield 0.5 * g(a, d)
-        yield 0.5 * g(b, b.reverse(b.c))
+        yield 0.5 * g(b, b.reverse(b.counted(b.c)))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class FastAdversarialTraining(Method):
     """Fast Adversarial Training: minimises L(x*) at x* = x + ε sign(∇_x L), x* a constant.
 
@@ -44,12 +45,12 @@ class FastAdversarialTraining(Method):
     def recipe(self, s: Step) -> Recipe:
         """g(a*, d*)."""
         a = s.forward()
-        b = s.forward(a.fgsm(s.x, a.reverse(a.c), self.epsilon))
+        b = s.forward(a.fgsm(s.x, a.reverse(a.counted(a.c)), self.epsilon))
         yield s.objective(b, (1, b.losses))
-        yield g(b, b.reverse(b.c))
+        yield g(b, b.reverse(b.counted(b.c)))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PGDTraining(Method):
     """PGD adversarial training (Madry et al. 2018): minimises L(x*), x* by steps of gradient sign within ‖x* − x‖∞ ≤ ε.
 
@@ -73,13 +74,13 @@ class PGDTraining(Method):
             star = s.x + self.epsilon * (2 * s.uniform(*s.x.shape) - 1)
         for _ in range(self.steps):
             a = s.forward(star)
-            star = _within(a.fgsm(star, a.reverse(a.c), self.step_size), s.x, self.epsilon)
+            star = _within(a.fgsm(star, a.reverse(a.counted(a.c)), self.step_size), s.x, self.epsilon)
         b = s.forward(star)
         yield s.objective(b, (1, b.losses))
-        yield g(b, b.reverse(b.c))
+        yield g(b, b.reverse(b.counted(b.c)))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TRADES(Method):
     """TRADES (Zhang et al. 2019): minimises L(x) + λ KL(p(x) ‖ p(x*)), x* maximising the KL in ‖x* − x‖∞ ≤ ε.
 
@@ -100,6 +101,7 @@ class TRADES(Method):
 
     def recipe(self, s: Step) -> Recipe:
         """g(a, d) + λ g(a, h) + λ g(b, e): h_K = p∘(log p − log q − KL), e_K = q − p at x*."""
+        s.plain_labels("TRADES")
         star = s.x + 0.001 * s.normal(*s.x.shape)
         a = s.forward()
         log_p = a.logits.log_softmax(1)
@@ -111,8 +113,8 @@ class TRADES(Method):
         log_q = b.logits.log_softmax(1)
         gap = log_p - log_q
         divergence = (p * gap).sum(1)
-        yield s.objective(a, (1, a.losses), (self.lam, divergence))
-        yield g(a, a.reverse(a.c))
+        yield s.objective(a, (1, a.losses), penalty=(self.lam, divergence))
+        yield g(a, a.reverse(a.counted(a.c)))
         yield self.lam * g(a, a.reverse(p * (gap - divergence[:, None])))
         yield self.lam * g(b, b.reverse(log_q.exp() - p))
 

@@ -3,40 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ibp_triton.checks import check_batch, check_hyperparameters, check_labels, check_tangents
-from ibp_triton.errors import InputTypeError, MethodError
+from ibp_triton.checks import check_batch, check_hyperparameters, check_tangents
+from ibp_triton.criteria import Criterion, CrossEntropy, Loss, criterion_for
+from ibp_triton.errors import MethodError
 from ibp_triton.forward import Trace
+from ibp_triton.head import Head
 from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.methods.cost import Program, program
-from ibp_triton.network import Network
+from ibp_triton.network import Network, network_for
 from ibp_triton.objective import objective
 from ibp_triton.recording.interface import check_extra
 from ibp_triton.recording.snapshot import Snapshot
 from ibp_triton.seeds import Seed
-from ibp_triton.sweeps import Linear, Reverse, Term, weight_gradients
+from ibp_triton.sweeps import Linear, Reverse, Term, g, weight_gradients
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Recipe = Iterator[Any]  # first the objective, 0-d, mean over the batch, then the terms of its gradient
 
 
 @dataclass(eq=False)
 class Pass:
-    """A forward pass, what the loss head gave, and the sweeps over it.
+    """A forward pass, the criterion at its logits, and the sweeps over it.
 
-    ``losses`` [N], ``c`` [N, M] the loss's derivative with respect to the logits, ``p`` what H is made of.
+    Per sample throughout: ``c`` is ∂ℓ/∂z of each, and a seed comes with the weights N κ_n of the samples in it.
     """
 
-    head: Any
+    head: Head
     trace: Trace
-    losses: Tensor
-    c: Tensor
-    p: Tensor
+    loss: Loss
     passing: bool = False  # no term reads this pass: its reverse sweep may use it up
     side: ClassVar[None] = None  # as a left side of g: the trace's own activations
 
@@ -46,8 +49,27 @@ class Pass:
         return self.trace.logits
 
     @property
-    def directions(self) -> torch.dtype:
-        """The dtype of tangents."""
+    def losses(self) -> Tensor:
+        """N κ_n ℓ_n, [N]."""
+        return self.counted(self.loss.losses)
+
+    @property
+    def c(self) -> Tensor:
+        """∂ℓ_n/∂z_n of each sample, in the logits' shape; zero for one that does not count."""
+        return self.loss.c
+
+    def counted(self, u: Tensor, rank: int | None = None) -> Tensor:
+        """N κ_n u_n for u [N, ...], or [T, N, ...] beyond ``rank`` axes: u itself where all samples count alike."""
+        weights = self._weights(u.dim() if rank is None else rank)
+        return u if weights is None else (weights * u).to(u.dtype)
+
+    def _weights(self, rank: int) -> Tensor | None:
+        """N κ_n as [N, 1, ...]."""
+        weights = self.loss.weights
+        return None if weights is None else weights.view(-1, *[1] * (rank - 1))
+
+    @property
+    def _tangent_dtype(self) -> torch.dtype:
         return self.trace.input.dtype
 
     def reverse(self, seed: Any, bends: Sequence[tuple[Reverse, Linear]] = ()) -> Reverse:
@@ -59,32 +81,32 @@ class Pass:
 
     def tangent(self, seed: Any) -> Linear:
         """t from t_0 = seed, a ``Seed`` or tangents [N, ...] or [T, N, ...]."""
-        return Linear(self.trace, seed.to(self.directions) if isinstance(seed, Tensor) else seed, to_output=False)
+        return Linear(self.trace, seed.to(self._tangent_dtype) if isinstance(seed, Tensor) else seed, to_output=False)
+
+    def data(self, d: Reverse) -> Term:
+        """The criterion's own gradient, d being the reverse sweep from c: one more where samples count differently."""
+        return g(self, d if self.loss.weights is None else self.reverse(self.counted(self.c)).run())
 
     def input_seed(self, d: Reverse, norm: float) -> tuple[Seed, Any]:
         """ψ(d_0) and ‖d_0‖_r^r / r."""
-        return self.head.input_seed(d.at_input, norm)  # type: ignore[no-any-return]
+        d_0 = d.at_input
+        return self.head.input_seed(d_0, norm, self._weights(d_0.dim()))
 
     def tangent_seed(self, d: Reverse, tangents: Tensor, norm: float) -> tuple[Seed, Any]:
         """Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j |⟨d_0, τ_j⟩|^r / r."""
-        return self.head.tangent_seed(d.at_input, tangents.to(self.directions), norm)  # type: ignore[no-any-return]
+        return self.head.tangent_seed(d.at_input, tangents.to(self._tangent_dtype), norm, self._weights(1))
 
     def output_seed(self, t: Linear, norm: float) -> tuple[Seed, Any]:
         """ψ(t_K) and ‖t_K‖_r^r / r."""
-        return self.head.seed(t.at_output, norm)  # type: ignore[no-any-return]
+        return self.head.seed(t.at_output, norm, self._weights(self.logits.dim()))
 
     def hessian(self, t: Linear) -> Tensor:
         """H t_K."""
-        return self.head.hessian_product(self.p, t.at_output)  # type: ignore[no-any-return]
+        return self.loss.hessian(t.at_output)
 
     def fgsm(self, x: Tensor, d: Reverse, epsilon: Any) -> Tensor:
         """x + ε sign(d_0)."""
-        return self.head.fgsm_step(x, d.at_input, epsilon)  # type: ignore[no-any-return]
-
-
-def g(left: Pass | Linear, right: Reverse) -> Term:
-    """The weight gradient of a reverse sweep with the activations of its pass, or with a linear sweep over it."""
-    return Term(1, right.trace, right, left.side)
+        return self.head.fgsm_step(x, d.at_input, epsilon)
 
 
 @dataclass(eq=False)
@@ -92,19 +114,36 @@ class Step:
     """One batch, as a recipe sees it: its tensors and the passes it can run."""
 
     network: Network
+    own: Mapping[str, nn.Parameter]  # the model's parameters
+    criterion: Criterion
     x: Tensor
-    labels: Tensor
+    y: Tensor
     tangents: Tensor | None
     extra: Mapping[str, Any]
     parameters: Mapping[str, Tensor]
     program: Program
     used: set[str] = field(default_factory=set)  # the parameters that took part in a forward pass
+    first: Pass | None = None
+    penalty: Any = None  # the numbers of the objective's penalty, without its coefficient
     _passes: int = 0
     _start: Snapshot | None = None
 
-    def objective(self, a: Pass, *parts: tuple[Any, Any]) -> Tensor:
-        """Σ coefficient · Σ numbers, mean over the batch."""
-        return a.head.objective(self.x.shape[0], *parts)  # type: ignore[no-any-return]
+    @property
+    def divisor(self) -> int:
+        """What sums over the samples are divided by."""
+        return self.criterion.divisor(self.x.shape[0])
+
+    def objective(self, a: Pass, *parts: tuple[Any, Any], penalty: tuple[Any, Any] | None = None) -> Tensor:
+        """Σ coefficient · Σ numbers over the losses and the penalty, mean over the batch."""
+        if penalty is None:
+            return a.head.objective(self.divisor, *parts)
+        self.penalty = penalty[1]
+        return a.head.objective(self.divisor, *parts, penalty)
+
+    def plain_labels(self, method: str) -> None:
+        """Refuse a criterion other than cross-entropy on class numbers."""
+        if not isinstance(self.criterion, CrossEntropy) or self.criterion.module is not None:
+            raise MethodError(f"{method} is defined for plain cross-entropy on class numbers: leave criterion= out")
 
     def normal(self, *shape: int) -> Tensor:
         """A method's own standard normal numbers; drawn before the first forward pass."""
@@ -135,67 +174,104 @@ class Step:
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Pass:
-        trace = self.network.forward(x, self.parameters, self.extra, frugal=not self.program.bends, keep=False)
+        frugal = not self.program.bends
+        trace = self.network.forward(x, self.parameters, self.extra, own=self.own, frugal=frugal, keep=False)
         self.used.update(trace.graph.parameters.values())
-        check_labels(self.labels, trace.logits)
         head = self.network.head(trace)
-        passing = self._passes - 1 not in self.program.kept and not self.program.bends
-        losses, c, p = head.cross_entropy(trace.logits, self.labels)
-        return Pass(head, trace, losses, c, p, passing)
+        loss = self.criterion.at(trace.logits, self.y, head)
+        found = Pass(head, trace, loss, self._passes - 1 not in self.program.kept and frugal)
+        self.first = self.first or found
+        return found
 
 
-def _check_wrapped(network: Any) -> None:
-    if not isinstance(network, Network):
-        raise InputTypeError(
-            f"the first argument is the wrapped model, not {type(network).__name__}: network = ibp.Network(model), "
-            "once, then method(network, x, labels)"
-        )
+class Parts(NamedTuple):
+    """A loss, and detached what it is made of."""
+
+    loss: Tensor  # 0-d, as ``method(network, x, y)`` returns it
+    data_loss: Tensor  # 0-d: the criterion at the first forward pass's logits
+    penalty: Tensor | None  # 0-d, without its coefficient; None for a method that has none
+    logits: Tensor  # of the first forward pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Method:
-    """A training objective with its gradient. Call it as a loss: ``method(network, x, labels).backward()``."""
+    """A training objective with its gradient. Call it as a loss: ``method(network, x, y).backward()``.
+
+    Two methods are equal if they are of one class and their hyper-parameters are equal numbers or the same objects;
+    neither ==, hash nor repr looks into a tensor.
+
+    Args:
+        criterion: the loss of the data: one of torch's modules, such as nn.CrossEntropyLoss(label_smoothing=0.1),
+            nn.BCEWithLogitsLoss() or nn.MSELoss(), or a function (z, y) → [N] of per-sample losses, twice
+            differentiable for exact semantics. None is cross-entropy on class numbers.
+    """
 
     key: ClassVar[str]
     title: ClassVar[str]
     parameter: ClassVar[str | None] = None
     needs_tangents: ClassVar[bool] = False
+    criterion: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
+        criterion_for(self.criterion)
 
     def recipe(self, s: Step) -> Recipe:
         """The objective, mean over the batch, and then the terms of its gradient."""
         raise NotImplementedError
 
+    def at(self, **changes: Any) -> Self:
+        """The same method with other hyper-parameters: ``method.at(beta=0.01)``."""
+        return replace(self, **changes)
+
     def __call__(
         self,
-        network: Network,
+        network: Network | nn.Module,
         x: Tensor,
-        labels: Tensor,
+        y: Any,
         tangents: Tensor | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The objective, mean over the batch, as a 0-d tensor whose ``backward()`` adds the method's gradient to .grad.
 
         Args:
-            network: the model, wrapped once.
+            network: the model, wrapped as ``ibp.Network(model)`` or as it is.
             x: [N, ...] in the parameters' dtype (any dtype if the network has one of its own).
-            labels: [N], integers from 0 to M − 1, in a tensor, an array or a list.
+            y: the targets: [N] integers from 0 to M − 1 in a tensor, an array or a list, or what the criterion takes.
             tangents: [T, N, ...] tangent vectors, for tangent methods only (``lie_tangents``).
             extra: the other inputs of the model's forward by name, such as {"attention_mask": mask}: constants.
 
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or value; the message names cause and cure.
         """
-        _check_wrapped(network)
-        return objective(self, network, x, labels, tangents, extra)
+        return objective(self, network_for(network), x, y, tangents, extra)[0]
+
+    def parts(
+        self,
+        network: Network | nn.Module,
+        x: Tensor,
+        y: Any,
+        tangents: Tensor | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> Parts:
+        """The same loss, and detached what it is made of: ``loss, data_loss, penalty, logits``; arguments as above."""
+        loss, step = objective(self, network_for(network), x, y, tangents, extra)
+        return self._parts(loss, step)
+
+    def _parts(self, loss: Tensor, step: Step) -> Parts:
+        first, penalty = step.first, None
+        assert first is not None
+        with torch.no_grad():
+            if step.penalty is not None:
+                penalty = first.head.objective(step.divisor, (1, step.penalty)).detach()
+            data_loss = first.head.objective(step.divisor, (1, first.losses))
+        return Parts(loss, data_loss, penalty, first.logits.detach())
 
     def gradients(
         self,
-        network: Network,
+        network: Network | nn.Module,
         x: Tensor,
-        labels: Tensor,
+        y: Any,
         tangents: Tensor | None = None,
         parameters: Mapping[str, Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
@@ -205,41 +281,60 @@ class Method:
         A pure function of tensors (but for the running statistics of BatchNorm in train mode): it runs under
         torch.func.vmap over stacked ``parameters`` ({name: tensor}, the rest is the model's own), x, β and ε.
         """
-        value, found, _ = self.step(network, x, labels, tangents, parameters, extra)
-        own = network.parameters()
-        trainable = {name: (parameters or {}).get(name, p) for name, p in own.items() if p.requires_grad}
+        value, found, step = self.step(network_for(network), x, y, tangents, parameters, extra)
+        trainable = {name: (parameters or {}).get(name, p) for name, p in step.own.items() if p.requires_grad}
         return value, {n: found[n] if n in found else torch.zeros_like(p) for n, p in trainable.items()}
 
     def step(
-        self, network: Network, x: Tensor, labels: Any, tangents: Any, parameters: Any, extra: Any
-    ) -> tuple[Tensor, dict[str, Tensor], set[str]]:
-        """The objective, the gradients of the parameters that it depends on, and those that took part in a pass."""
-        with torch.no_grad():
-            step = self._step(network, x, labels, tangents, parameters or {}, extra)
-            recipe = self.recipe(step)
-            value, terms = next(recipe), list(recipe)
-            found = weight_gradients(terms, x.shape[0], self.program.bends)
-        own = network.parameters()
-        return value, {n: d.to((parameters or {}).get(n, own[n]).dtype) for n, d in found.items()}, step.used
-
-    def value(
         self,
         network: Network,
         x: Tensor,
-        labels: Tensor,
+        y: Any,
+        tangents: Any = None,
+        parameters: Any = None,
+        extra: Any = None,
+        own: Mapping[str, nn.Parameter] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], Step]:
+        """The objective, the gradients of the parameters that it depends on, and the step that gave them.
+
+        ``own``: the model's parameters by name, where the caller has them.
+        """
+        with torch.no_grad():
+            step = self._step(network, x, y, tangents, parameters or {}, extra, own)
+            recipe = self.recipe(step)
+            value, terms = next(recipe), list(recipe)
+            found = weight_gradients(terms, step.divisor)
+        for name, d in found.items():
+            dtype = (parameters or {}).get(name, step.own[name]).dtype
+            if d.dtype != dtype:
+                found[name] = d.to(dtype)
+        return value, found, step
+
+    def value(
+        self,
+        network: Network | nn.Module,
+        x: Tensor,
+        y: Any,
         tangents: Tensor | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The objective alone, 0-d, without the passes that only its gradient needs."""
-        with torch.no_grad():
-            step = self._step(network, x, labels, tangents, {}, extra)
-            return next(self.recipe(step))  # type: ignore[no-any-return]
+        return self.value_step(network_for(network), x, y, tangents, extra)[0]
 
-    def _step(self, network: Network, x: Tensor, labels: Any, tangents: Any, parameters: Any, extra: Any) -> Step:
-        _check_wrapped(network)
+    def value_step(self, network: Network, x: Tensor, y: Any, tangents: Any, extra: Any) -> tuple[Tensor, Step]:
+        """The objective alone, and the step that gave it."""
+        with torch.no_grad():
+            step = self._step(network, x, y, tangents, {}, extra, None)
+            return next(self.recipe(step)), step
+
+    def _step(self, network: Network, x: Tensor, y: Any, tangents: Any, parameters: Any, extra: Any, own: Any) -> Step:
         check_tangents(self.key, self.needs_tangents, x, tangents)
-        numbers = check_batch(network.parameters(), network.dtype, x, labels, parameters)
-        return Step(network, x.detach(), numbers, tangents, check_extra(extra), parameters, self.program)
+        own = network.parameters() if own is None else own
+        check_batch(own, network.dtype, x, parameters)
+        criterion = criterion_for(self.criterion)
+        targets = criterion.targets(y, x)
+        extra = check_extra(extra)
+        return Step(network, own, criterion, x.detach(), targets, tangents, extra, parameters, self.program)
 
     @cached_property
     def program(self) -> Program:
@@ -265,5 +360,22 @@ class Method:
         """Cost in sweeps over the network (BP: 3), for five tangents where there are tangents."""
         return self.multiply_adds(MultiplyAdds(1, 1, 1, 1, 1, 1))
 
+    def _values(self) -> tuple[Any, ...]:
+        """The class and its hyper-parameters; of a tensor which one it is."""
+        found = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return type(self), *((name, id(v) if isinstance(v, (Tensor, nn.Module)) else v) for name, v in found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Method) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self))})"
+        shown = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "criterion" or self.criterion)
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in shown)})"
+
+
+def _shown(value: Any) -> str:
+    """A tensor's numbers are not read: they may lie on a device."""
+    return f"<0-d tensor on {value.device}>" if isinstance(value, Tensor) else repr(value)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ibp_triton import head
 from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.seeds import Seed
+from ibp_triton.sweeps import Term, g
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,13 @@ class _Pass:
     logits: Tensor = field(default_factory=lambda: torch.zeros(1, 2))
 
     def __post_init__(self) -> None:
-        self.losses, self.c, self.p = head.cross_entropy(self.logits, torch.zeros(1, dtype=torch.int64))
+        self.losses, self.c, _ = head.cross_entropy(self.logits, torch.zeros(1, dtype=torch.int64))
+
+    def counted(self, u: Tensor, rank: int | None = None) -> Tensor:
+        return u
+
+    def data(self, d: _Sweep) -> Term:
+        return g(self, d)
 
     def reverse(self, seed: Any, bends: Any = ()) -> _Sweep:
         start = seed.tensor if isinstance(seed, Seed) else seed
@@ -139,8 +146,11 @@ class _Tally:
         self.passes += 1
         return _Pass(self, self.passes - 1)
 
-    def objective(self, a: _Pass, *parts: Any) -> Tensor:
+    def objective(self, a: _Pass, *parts: Any, penalty: Any = None) -> Tensor:
         return torch.zeros(())
+
+    def plain_labels(self, method: str) -> None:
+        pass
 
     def normal(self, *shape: int) -> Tensor:
         return torch.ones(shape)

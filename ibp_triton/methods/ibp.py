@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ibp_triton.methods.base import Method, Pass, Recipe, Step, g
-from ibp_triton.sweeps import Reverse, Term
+from ibp_triton.methods.base import Method, Pass, Recipe, Step
+from ibp_triton.sweeps import Reverse, Term, g
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class BP(Method):
     """Standard backpropagation: minimises L."""
 
@@ -20,10 +20,10 @@ class BP(Method):
         """g(a, d)."""
         a = s.forward()
         yield s.objective(a, (1, a.losses))
-        yield g(a, a.reverse(a.c))
+        yield g(a, a.reverse(a.counted(a.c)))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LossIBP(Method):
     """Loss IBP: minimises L + β ‖∇_x L‖_r^r / r (Eq. 8 of the paper and Algorithm 1).
 
@@ -43,11 +43,11 @@ class LossIBP(Method):
         a = s.forward()
         d = a.reverse(a.c)
         seed, penalty = a.input_seed(d, self.norm)
-        yield s.objective(a, (1, a.losses), (self.beta, penalty))
+        yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
         yield from along(a, d, seed, self.beta, self.semantics)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PredictionIBP(Method):
     """Prediction IBP: minimises L + β ‖J ∇_x L‖_r^r / r, J the Jacobian of the logits (Section 4 of the paper).
 
@@ -68,14 +68,14 @@ class PredictionIBP(Method):
         d = a.reverse(a.c)
         t = a.tangent(d.at_input)
         seed, penalty = a.output_seed(t, self.norm)
-        yield s.objective(a, (1, a.losses), (self.beta, penalty))
+        yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
         e = a.reverse(seed)
         if self.semantics == "paper":
-            yield g(a, d)
+            yield a.data(d)
             yield self.beta * g(t, e)
             return
         u = a.tangent(e.at_input)
-        yield g(a, d)
+        yield a.data(d)
         yield self.beta * g(t, e)
         yield self.beta * g(u, d)
         yield self.beta * g(a, a.reverse(a.hessian(u), bends=[(d, u), (e, t)]))
@@ -85,7 +85,7 @@ def along(a: Pass, d: Reverse, seed: Any, beta: Any, semantics: str) -> Iterator
     """Terms of L + β ⟨d_0, seed⟩: paper g(a + βt, d); exact also g(a, δ), the change of d along the seed."""
     t = a.tangent(seed)
     bent = a.reverse(a.hessian(t), bends=[(d, t)]) if semantics == "exact" else None
-    yield g(a, d)
+    yield a.data(d)
     yield beta * g(t, d)
     if bent is not None:
         yield beta * g(a, bent)

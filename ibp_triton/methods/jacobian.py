@@ -8,11 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ibp_triton.errors import MethodError
 from ibp_triton.layer import wide
-from ibp_triton.methods.base import Method, Recipe, Step, g
+from ibp_triton.methods.base import Method, Recipe, Step
+from ibp_triton.sweeps import g
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class JacobianRegularisation(Method):
     """Jacobian regularisation (Hoffman et al. 2019): minimises L + β ½ ‖J‖_F², J the Jacobian of the M logits.
 
@@ -34,12 +36,14 @@ class JacobianRegularisation(Method):
         classes, count = s.classes(), s.x.shape[0]
         v = _basis(s.x, count, classes) if self.projections == "all" else _sphere(s, self.projections, count, classes)
         a = s.forward()
+        if a.logits.dim() != 2:
+            raise MethodError(f"Jacobian regularisation needs logits [N, M], not {list(a.logits.shape)}")
         r = a.reverse(v.to(a.logits.dtype))
-        scale = classes / v.shape[0]
-        penalty = scale / 2 * wide(r.at_input).square().sum()
-        yield s.objective(a, (1, a.losses), (self.beta, penalty))
-        t = a.tangent(scale * r.at_input)
-        yield g(a, a.reverse(a.c).run())  # so that t may run along with the weight gradients
+        scale, rank = classes / v.shape[0], s.x.dim()
+        penalty = scale / 2 * a.counted(wide(r.at_input).square(), rank).sum()
+        yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
+        t = a.tangent(scale * a.counted(r.at_input, rank))
+        yield g(a, a.reverse(a.counted(a.c)).run())  # so that t may run along with the weight gradients
         yield self.beta * g(t, r)
         if self.semantics == "exact":
             yield self.beta * g(a, a.reverse(None, bends=[(r, t)]))

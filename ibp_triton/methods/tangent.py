@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ibp_triton.methods.base import Method, Recipe, Step, g
+from ibp_triton.methods.base import Method, Recipe, Step
 from ibp_triton.methods.ibp import along
+from ibp_triton.sweeps import g
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TangentBP(Method):
     """Tangent BP (Simard et al. 1992): minimises L + β Σ_j ‖J τ_j‖_r^r / r.
 
@@ -28,15 +29,15 @@ class TangentBP(Method):
         a = s.forward()
         t = a.tangent(s.tangents)
         seed, penalty = a.output_seed(t, self.norm)
-        yield s.objective(a, (1, a.losses), (self.beta, penalty))
+        yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
         e = a.reverse(seed)
-        yield g(a, a.reverse(a.c))
+        yield g(a, a.reverse(a.counted(a.c)))
         yield self.beta * g(t, e)
         if self.semantics == "exact":
             yield self.beta * g(a, a.reverse(None, bends=[(e, t)]))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class FastTangentBP(Method):
     """Fast Tangent BP: minimises L + β Σ_j |⟨∇_x L, τ_j⟩|^r / r, all tangents in one collapsed seed.
 
@@ -57,5 +58,5 @@ class FastTangentBP(Method):
         d = a.reverse(a.c)
         assert s.tangents is not None  # checked before the step began
         seed, penalty = a.tangent_seed(d, s.tangents, self.norm)
-        yield s.objective(a, (1, a.losses), (self.beta, penalty))
+        yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
         yield from along(a, d, seed, self.beta, self.semantics)

@@ -43,6 +43,7 @@ class Settings:
     """What a recording depends on besides the model: values in place of parameters, and the dtype to compute in."""
 
     model: nn.Module
+    own: Mapping[str, nn.Parameter]  # the model's parameters by name
     parameters: Mapping[str, Tensor]
     dtype: torch.dtype | None = None
     keep: bool = True  # whether the values of all nodes are kept, or only those that sweeps read
@@ -92,7 +93,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.settings, self.last, self.opaque, self.strict = settings, last, opaque, strict
-        self.own = dict(settings.model.named_parameters())
+        self.own = settings.own
         self.nodes: list[Node] = []
         self.values: list[Any] = []
         self.layers: list[Layer | None] = []

@@ -330,7 +330,7 @@ class PReLU(Layer):
         """t, or w t."""
         return times(t["input"], self.slope)
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """Σ r t over the elements that are not positive."""
         if "weight" not in wanted:
             return {}

@@ -53,7 +53,7 @@ class Softmax(Layer):
         g = d * push - d * self._along(y * push) - push * self._along(y * d)
         return {"input": self._pull(without(g, self.rank)).to(self.dtype)}
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """Nothing: one operand cannot be active and parametric."""
         return {}
 
@@ -305,7 +305,7 @@ class ScaledDotProductAttention(Layer):
         """t_P V + P t_V."""
         return self.core.push(self._tangents(t))[0]
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """As for an active operand."""
         return self.curvature(r, t, wanted)
 

@@ -157,10 +157,10 @@ class BatchNorm(Normalisation):
             return super().jvp(t)
         return self._pull_each(t["input"])
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """Σ r P(t)/s for γ."""
         if wrapped(r, t["input"], self.input, self.weight):
-            return super().tangent_param_vjp(t, r, wanted, exact)
+            return super().tangent_param_vjp(t, r, wanted)
         if "weight" not in wanted:
             return {}
         pairs = self._pairs(r, t["input"])
@@ -230,7 +230,7 @@ class BatchNormEval(Layer):
         """t γ/√(σ² + ε)."""
         return t["input"] * self.gain
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """Σ r t/√(σ² + ε) for γ: not g of the ordinary gradient, so it does not merge."""
         if "weight" not in wanted:
             return {}

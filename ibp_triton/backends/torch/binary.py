@@ -37,7 +37,7 @@ class Binary(Layer):
         """In the sides' shapes, summed over tangents."""
         return {name: without(self._to(name, part), self.sides[name].dim()) for name, part in parts.items()}
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """As for an active side, in float32 for half precision."""
         return self.curvature(wide(r), {name: wide(part) for name, part in t.items()}, wanted)
 

@@ -162,7 +162,7 @@ class Generic(Layer):
         parts = dict(zip(outputs, found, strict=True))
         return parts[0] if isinstance(self.graphed, Tensor) else _positions(self.graphed, parts)
 
-    def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names) -> dict[str, Tensor]:
         """∇_w ⟨Jᵀ r, t⟩: a torch function is one layer, so both semantics agree."""
         return self._bend(t, r, wanted)
 

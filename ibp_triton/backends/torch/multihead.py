@@ -215,7 +215,7 @@ class MultiHeadAttention(Layer):
         bent = self._inner(self.core.bend(heads, shown, self._pushed(t), _INPUTS))
         return self._through(bent, wanted)
 
-    def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names) -> dict[str, Tensor]:
         """The formulas above; parametric operands in the place of activations likewise."""
         outer, heads, shown, t = self._matched(r, t)
         pushed = self._pushed(t)

@@ -89,7 +89,7 @@ class Normalisation(Layer):
         """γ P(t)/s."""
         return self._like(self._gain(self._push(self._view(wide(t["input"])))), t["input"])
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """Σ r P(t)/s for γ, which is not g of the ordinary gradient and does not merge; b has none."""
         if "weight" not in wanted:
             return {}
@@ -234,10 +234,10 @@ class _Native(Normalisation):
         pushed = self._pushed(tangent) if pushed is None else pushed
         return self._like(self._gain(self._view(pushed)), tangent)
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """Σ r P(t)/s for γ; P(t)/s is kept for the jvp that follows."""
         if not self._native or wrapped(r, t["input"]):
-            return super().tangent_param_vjp(t, r, wanted, exact)
+            return super().tangent_param_vjp(t, r, wanted)
         if "weight" not in wanted:
             return {}
         pushed = self.memory[t["input"]] = self._pushed(t["input"])

@@ -94,7 +94,7 @@ class MatMul(Layer):
         found = self._back(self._derivative(d), moved, wanted)
         return {name: without(part, self.values[name].dim()) for name, part in found.items()}
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """The same, in float32 for half precision."""
         if r.dtype in HALF:
             r, t = wide(r), {name: wide(part) for name, part in t.items()}
@@ -240,7 +240,7 @@ class Einsum(Layer):
         found = self._back(d, t, wanted)
         return {name: without(part, self.values[name].dim()) for name, part in found.items()}
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """The same, in float32 for half precision."""
         if r.dtype in HALF:
             r, t = wide(r), {name: wide(part) for name, part in t.items()}

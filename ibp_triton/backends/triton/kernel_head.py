@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton import ops
+from ibp_triton import head, ops
 from ibp_triton.backends.triton.lower import reads_signs
 from ibp_triton.graph import Graph
 from ibp_triton.seeds import Absolute, Seed
@@ -35,27 +35,31 @@ class KernelHead:
         """H t for H = diag(p) − p pᵀ, [N, M]."""
         return ops.hessian_product(logits, t.contiguous())  # type: ignore[no-any-return]
 
-    def seed(self, u: Tensor, norm: float) -> tuple[Seed, Tensor]:
+    def seed(self, u: Tensor, norm: float, weights: Tensor | None = None) -> tuple[Seed, Tensor]:
         """ψ(u), and ‖u‖_r^r / r in parts; u [N, ...] or [T, N, M]. For norm 2 the seed is u itself."""
+        if weights is not None or u.dim() > 4:
+            return head.seed(u, norm, weights)
         rows = _rows(u)
         if norm == 2:
             return Seed(u), ops.norm_value(rows, norm)
         psi, penalties = ops.norm_seed(rows, norm)
         return Seed(psi.view(u.shape) if rows.dim() != u.dim() else psi), penalties
 
-    def input_seed(self, d_0: Tensor, norm: float) -> tuple[Seed, Any]:
+    def input_seed(self, d_0: Tensor, norm: float, weights: Tensor | None = None) -> tuple[Seed, Any]:
         """``seed`` of the input's derivative; where its readers take a sign on the way in, no tensor is made for it.
 
         The penalty of a small batch is then d_0 itself, whose absolute values ``objective`` adds up.
         """
-        if norm != 1 or not reads_signs(self.graph):
-            return self.seed(d_0, norm)
+        if norm != 1 or weights is not None or not reads_signs(self.graph):
+            return self.seed(d_0, norm, weights)
         d_0 = _rows(d_0).view(d_0.shape)
         penalty = Absolute(d_0) if d_0.numel() <= ONE_PROGRAM else ops.norm_value(_rows(d_0), norm)
         return Seed(d_0, signed=True), penalty
 
-    def tangent_seed(self, d_0: Tensor, tau: Tensor, norm: float) -> tuple[Seed, Tensor]:
+    def tangent_seed(self, d_0: Tensor, tau: Tensor, norm: float, weights: Tensor | None = None) -> tuple[Seed, Tensor]:
         """Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j |⟨d_0, τ_j⟩|^r / r, for tangents [T, N, ...]."""
+        if weights is not None:
+            return head.tangent_seed(d_0, tau, norm, weights)
         seed, penalties = ops.fast_tbp_seed(d_0.contiguous(), tau.contiguous(), norm)
         return Seed(seed), penalties
 
