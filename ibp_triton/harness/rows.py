@@ -55,10 +55,10 @@ def _words(annotation: Any) -> str:
 
 @lru_cache
 def kinds(key: str) -> dict[str, FieldKind]:
-    """The fields of a method by name."""
-    cls = ibp.METHODS[key]
+    """The fields of a method by name, but for those of every method, such as its criterion."""
+    cls, shared = ibp.METHODS[key], {field.name for field in fields(ibp.Method)}
     hints = get_type_hints(cls)
-    return {field.name: FieldKind(hints[field.name], field.default) for field in fields(cls)}
+    return {one.name: FieldKind(hints[one.name], one.default) for one in fields(cls) if one.name not in shared}
 
 
 def once(values: Iterable[Any]) -> Iterator[Any]:
