@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.machinery
 import json
 import os
@@ -27,8 +28,8 @@ Written by `make mutants` (tests/mutants): small faults put into the mathematics
 tests notice.
 """
 TESTS = {  # files of tests/library for files of the package, the quickest and nearest first
-    "methods": ("invariants", "ledger", "more_methods", "agreement"),
-    "sweeps": ("invariants", "ledger", "more_methods", "agreement"),
+    "methods": ("invariants", "ledger", "more_methods", "criteria", "agreement"),
+    "sweeps": ("invariants", "ledger", "more_methods", "criteria", "agreement"),
     "dense pooling moves reductions structural": ("rules", "rules_structural", "invariants"),
     "batch_norm normalisation": ("rules_normalisation", "rules", "invariants"),
     "attention multihead products": ("rules_attention", "rules"),
@@ -94,10 +95,17 @@ def _child(tests: list[str], mutant: Mutant) -> None:
         os._exit(code)
 
 
-def read() -> dict[str, str]:
-    """The outcomes known by key."""
+def read(digests: dict[str, str]) -> dict[str, str]:
+    """The outcomes known by key; what survived other tests than today's is not known."""
     lines = OUTCOMES.read_text(encoding="utf-8").splitlines() if OUTCOMES.exists() else []
-    return {one["key"]: one["outcome"] for one in map(json.loads, lines)}
+    found = list(map(json.loads, lines))
+    now = (one for one in found if one["outcome"] != "survived" or one["tests"] == digests[one["key"].split(":")[0]])
+    return {one["key"]: one["outcome"] for one in now}
+
+
+def digest(tests: list[str]) -> str:
+    """Of these files."""
+    return hashlib.sha256(b"".join((ROOT / test).read_bytes() for test in tests)).hexdigest()[:16]
 
 
 def report(sample: list[Mutant], known: dict[str, str], seed: int) -> str:
@@ -125,7 +133,8 @@ def main() -> None:
     torch.set_num_threads(1)
     every = [mutant for path in sorted(tests) for mutant in mutants(path)]
     sample = random.Random(asked.seed).sample(every, min(asked.count, len(every)))
-    end, known, usual = time.monotonic() + 60 * asked.minutes, read(), dict[str, float]()
+    digests = {path: digest(files) for path, files in tests.items()}
+    end, known, usual = time.monotonic() + 60 * asked.minutes, read(digests), dict[str, float]()
     OUTCOMES.parent.mkdir(exist_ok=True)
     for number, mutant in enumerate(sample, 1):
         if mutant.key in known or time.monotonic() > end:
@@ -136,7 +145,8 @@ def main() -> None:
                 sys.exit(f"{mutant.path}: {' '.join(tests[mutant.path])} fail as they are; mend them first")
         known[mutant.key], seconds = run(tests[mutant.path], mutant, 10 + 3 * usual[mutant.path])
         with OUTCOMES.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": mutant.key, "outcome": known[mutant.key]}) + "\n")
+            record = {"key": mutant.key, "outcome": known[mutant.key], "tests": digests[mutant.path]}
+            file.write(json.dumps(record) + "\n")
         print(f"{number}/{len(sample)} {mutant.path}: {known[mutant.key]}, {seconds:.1f} s", flush=True)
         REPORT.write_text(report(sample, known, asked.seed), encoding="utf-8")
 
