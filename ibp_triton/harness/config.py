@@ -220,7 +220,7 @@ class Experiment(Strict):
 
     @field_validator("methods", mode="before")
     @classmethod
-    def _labelled(cls, given: Any) -> Any:
+    def _named(cls, given: Any) -> Any:
         """A row is called as its method unless it names one."""
         return {label: _labelled(label, row) for label, row in given.items()} if isinstance(given, dict) else given
 

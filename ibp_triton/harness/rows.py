@@ -34,7 +34,7 @@ class FieldKind:
         try:
             return self._adapter.validate_python(value)
         except ValidationError:
-            raise ValueError(f"expected {self._words}, or a list of such values, got {value!r}") from None
+            raise ValueError(f"expected {self._words}, or a list of such values, got {value!r:.80}") from None
 
     def read_all(self, value: Any) -> Any:
         """A value or a list of values, none of them twice; raises ValueError."""
