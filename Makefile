@@ -9,7 +9,7 @@ PEER = torchattacks==3.5.1
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test lint format bench bench-ratios clean
+.PHONY: setup quickstart test lint format bench bench-ratios mutants clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,10 @@ bench: setup
 
 bench-ratios: setup
 	$(RUN) OMP_NUM_THREADS=1 python -m benchmarks.ratios --json benchmarks/ratios.json
+
+# A seeded sample of small faults, and whether the tests notice: 90 minutes at most, goes on where it stopped.
+mutants: setup
+	$(RUN) $(TEST_ENV) python -m tests.mutants
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -12,7 +12,7 @@ import ibp_triton as ibp
 from ibp_triton.harness.augment import augment
 from ibp_triton.harness.config import Seeds, Tangents, Training
 from ibp_triton.harness.data import Dataset
-from ibp_triton.harness.seeds import stream
+from ibp_triton.harness.streams import stream
 
 
 @dataclass(frozen=True)

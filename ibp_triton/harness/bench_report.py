@@ -12,15 +12,12 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from ibp_triton.errors import BenchError
 from ibp_triton.harness import store
 
 
-class BenchError(ValueError):
-    """A benchmark file that cannot be read; the message names the file and the cure."""
-
-
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One benchmark: median seconds, the quartiles around it, and what it said of itself."""
 
     group: str
@@ -50,7 +47,7 @@ class Change:
         return self.ratio > self.allowed
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[BenchRow]:
     """The rows of a pytest-benchmark file.
 
     Raises:
@@ -65,30 +62,30 @@ def read(path: Path) -> list[Row]:
         raise BenchError(f"{path}: not a file of pytest-benchmark's --benchmark-json ({error!r})") from error
 
 
-def _row(entry: dict[str, Any]) -> Row:
+def _row(entry: dict[str, Any]) -> BenchRow:
     stats = entry["stats"]
-    return Row(entry["group"] or "", entry["name"], stats["median"], stats["q1"], stats["q3"], entry["extra_info"])
+    return BenchRow(entry["group"] or "", entry["name"], stats["median"], stats["q1"], stats["q3"], entry["extra_info"])
 
 
-def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def groups(rows: Iterable[BenchRow]) -> dict[str, list[BenchRow]]:
     """Rows by group, in order."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    found: dict[str, list[BenchRow]] = defaultdict(list)
     for row in rows:
         found[row.group].append(row)
     return dict(found)
 
 
-def baseline(rows: list[Row]) -> Row | None:
+def baseline(rows: list[BenchRow]) -> BenchRow | None:
     """The row of a group that says it is the baseline (eager BP, torch's own backward)."""
     return next((row for row in rows if row.info.get("baseline")), None)
 
 
-def our_bp(rows: list[Row]) -> Row | None:
+def our_bp(rows: list[BenchRow]) -> BenchRow | None:
     """Our own BP, if the group has it."""
     return next((row for row in rows if row.info.get("method") == "bp" and not row.info.get("baseline")), None)
 
 
-def tables(rows: list[Row]) -> list[Table]:
+def tables(rows: list[BenchRow]) -> list[Table]:
     """A table a group: milliseconds, noise, ratios to the baseline and to our BP, the predicted ratio."""
     result = []
     for group, members in groups(rows).items():
@@ -104,11 +101,11 @@ def tables(rows: list[Row]) -> list[Table]:
     return result
 
 
-def _told(row: Row, key: str) -> str:
+def _told(row: BenchRow, key: str) -> str:
     return f"{row.info[key]:.2f}" if key in row.info else "–"
 
 
-def compare(new: list[Row], old: list[Row]) -> list[Change]:
+def compare(new: list[BenchRow], old: list[BenchRow]) -> list[Change]:
     """Every benchmark that both files hold; allowed is three times their joint noise and a quarter of a per cent."""
     before = {(row.group, row.name): row for row in old}
     found = []
@@ -129,7 +126,7 @@ def comparison_table(changes: list[Change]) -> Table:
     return table
 
 
-def plot(rows: list[Row], path: Path) -> Path:
+def plot(rows: list[BenchRow], path: Path) -> Path:
     """Bars of median milliseconds with their quartiles, a panel a group, as SVG."""
     from io import BytesIO
 

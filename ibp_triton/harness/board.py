@@ -6,12 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ibp_triton.errors import BoardError
+
 Listener = Callable[[dict[str, Any]], None]
 METRICS = ("loss", "test_error", "validation_error", "seconds", "cosine", "norm_ratio")
-
-
-class BoardError(RuntimeError):
-    """TensorBoard was asked for and is not installed."""
 
 
 def with_board(listen: Listener, root: Path) -> Listener:

@@ -18,13 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ibp_triton.errors import ConfigError, ExperimentError, LaunchError
 from ibp_triton.harness import bench_report as bench
-from ibp_triton.harness import cost, grid, loading, provenance, store, summary
+from ibp_triton.harness import estimates, grid, loading, provenance, store, summary
 from ibp_triton.harness import evaluate as measure
-from ibp_triton.harness.board import BoardError, with_board
-from ibp_triton.harness.crew import LaunchError
+from ibp_triton.harness.board import with_board
 from ibp_triton.harness.doctor import doctor
-from ibp_triton.harness.files import DataError
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
 from ibp_triton.harness.launch import (
@@ -36,17 +35,15 @@ from ibp_triton.harness.launch import (
     launch,
     remaining,
 )
-from ibp_triton.harness.loading import ConfigError, Plan
-from ibp_triton.harness.models import ModelError
+from ibp_triton.harness.loading import ExperimentFile
 from ibp_triton.harness.progress import Progress, curve_table, result_table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
+ONLY = "method=…, row=…, variant=…, seed=… or a field of a method, such as beta=…"
 SHOWN = 200  # runs of a dry run
 ACCEPT = "keep stored runs although their data or imported code have changed since"
 
-
-KNOWN = (bench.BenchError, BoardError, ConfigError, DataError, ModelError, LaunchError, store.DamageError)
 
 app.command()(kernels)
 app.command()(doctor)
@@ -57,12 +54,12 @@ def _root() -> None:
     """Invariant Backpropagation and its rivals: train, evaluate and report experiments from YAML."""
 
 
-def output_of(plan: Plan) -> Path:
+def output_of(plan: ExperimentFile) -> Path:
     """Folder of the experiment's report."""
     return Path(plan.experiment.output or f"runs/{plan.experiment.name}")
 
 
-def runs_folder(plan: Plan) -> Path:
+def runs_folder(plan: ExperimentFile) -> Path:
     """Folder that holds one folder a run."""
     return Path(plan.experiment.runs) if plan.experiment.runs else output_of(plan) / "runs"
 
@@ -73,7 +70,7 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, help="local processes, one CPU thread each")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and their time, train nothing")] = False,
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="method=…, row=…, variant=…, seed=… or parameter=…")] = None,
+    only: Annotated[list[str] | None, typer.Option(help=ONLY)] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="log every epoch for TensorBoard")] = False,
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
@@ -126,10 +123,10 @@ def _list(job: Job, workers: int) -> None:
     console, left = Console(emoji=False), remaining(job)
     table = Table("run", "epochs", "examples", "× BP", "estimate", "state")
     for each in job.runs[:SHOWN]:
-        seconds = cost.seconds(each)
-        size = str(cost.examples(each) or "all")
+        seconds = estimates.seconds(each)
+        size = str(estimates.examples(each) or "all")
         shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
-        epochs, ratio = str(each.training.epochs), f"{cost.ratio(each):.2f}"
+        epochs, ratio = str(each.training.epochs), f"{estimates.ratio(each):.2f}"
         table.add_row(escape(each.label), epochs, size, ratio, shown, _state(left.get(each.name)))
     console.print(table)
     if len(job.runs) > SHOWN:
@@ -139,8 +136,8 @@ def _list(job: Job, workers: int) -> None:
         console.print(", ".join(f"{count} {state}" for state, count in states.items()), highlight=False)
     for module, file in provenance.imported().items():
         console.print(f"imported {module} ({file}) for these figures", highlight=False, markup=False, soft_wrap=True)
-    work = [(left.get(each.name) or 0.0) * (cost.seconds(each) or 0.0) for each in job.runs]
-    time = timedelta(seconds=round(cost.makespan(work, workers)))
+    work = [(left.get(each.name) or 0.0) * (estimates.seconds(each) or 0.0) for each in job.runs]
+    time = timedelta(seconds=round(estimates.makespan(work, workers)))
     console.print(f"{len(job.runs)} runs, about {time} left with {workers} worker(s) on this machine", highlight=False)
 
 
@@ -220,7 +217,7 @@ def main() -> None:
     try:
         with _ended_alike():
             app()
-    except KNOWN as error:
+    except ExperimentError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error}; is there space, and may this user write there? Finished runs and epochs are stored")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
-import ibp_triton as ibp
+from ibp_triton.harness.rows import MethodRow, once
 
 
 class Strict(BaseModel):
@@ -19,7 +18,13 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
-Source = Literal["mnist", "fashion_mnist", "cifar10", "mnist5k", "image_folder", "arrays", "synthetic"]
+SourceName = Literal["mnist", "fashion_mnist", "cifar10", "mnist5k", "image_folder", "arrays", "synthetic"]
+NetworkName = Literal["paper_mnist", "paper_cifar10"]
+Pool = Literal["ceil", "torch-ceil", "floor"]
+Init = Literal["normal", "uniform", "uniform-0.01", "torch"]
+Precision = Literal["fp32", "bf16"]
+Preset = Literal["paper", "toolbox-2015", "toolbox-2016"]
+PublishedTable = Literal["table1_mnist", "table1_cifar10"]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -32,7 +37,7 @@ class Data(Strict):
     `holdout` examples become the test set, stratified, in sources that have none. `crop` is the side of a centre crop.
     """
 
-    source: Source
+    source: SourceName
     dir: str | None = None
     path: str | None = None
     subset: Count | None = None
@@ -52,12 +57,12 @@ class Data(Strict):
         return self.model_copy(update={"dir": folder}) if folder else self
 
 
-class Network(Strict):
+class NetworkChoice(Strict):
     """A network of the paper with its open choices, or `import: package.module:build` with `options`."""
 
-    name: Literal["paper_mnist", "paper_cifar10"] | None = None
-    pool: Literal["ceil", "torch-ceil", "floor"] = "ceil"
-    init: Literal["normal", "uniform", "uniform-0.01", "torch"] = "normal"
+    name: NetworkName | None = None
+    pool: Pool = "ceil"
+    init: Init = "normal"
     widths: list[Count] | None = None
     kernels: list[Count] | None = None
     pads: list[Annotated[int, Field(ge=0)]] | None = None
@@ -66,9 +71,10 @@ class Network(Strict):
     options: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> Network:
+    def _one_of_two(self) -> NetworkChoice:
         if (self.name is None) == (self.target is None):
-            raise ValueError("give either name (paper_mnist, paper_cifar10) or import (package.module:build)")
+            names = ", ".join(get_args(NetworkName))
+            raise ValueError(f"give either name ({names}) or import (package.module:build)")
         return self
 
 
@@ -100,7 +106,7 @@ class Training(Strict):
     beta_decay: bool = True
     at_gradient: Literal["mean", "sum"] = "mean"
     augment: Augment | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     channels_last: bool = True
     test_every: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
@@ -128,16 +134,6 @@ class Tangents(Strict):
     border: Literal["zeros", "replicate"] = "zeros"
     coordinate_scale: Positive | None = None
     normalise: bool = False
-
-
-class Method(Strict):
-    """One row of the comparison; `method` is its key if the row is called something else."""
-
-    method: str | None = None
-    beta: NonNegative | list[NonNegative] | None = None
-    epsilon: NonNegative | list[NonNegative] | None = None
-    norm: Annotated[float, Field(ge=1)] | None = None
-    semantics: Literal["paper", "exact"] | None = None
 
 
 class Span(Strict):
@@ -206,68 +202,47 @@ class Experiment(Strict):
 
     name: Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
     title: str = ""
-    preset: Literal["paper", "toolbox-2015", "toolbox-2016"] = "toolbox-2015"
+    preset: Preset = "toolbox-2015"
     data: Data
-    network: Network
+    network: NetworkChoice
     training: Training = Training()
     tangents: Tangents = Tangents()
-    methods: Annotated[dict[str, Method | None], Field(min_length=1)]
+    methods: Annotated[dict[str, SerializeAsAny[MethodRow]], Field(min_length=1)]
     seeds: Annotated[list[int | Seeds], Field(min_length=1)] = [0]
     variants: dict[str, dict[str, Any]] = {}
     select: Literal["validation", "test"] = "validation"
     evaluate: Evaluate = Evaluate()
-    compare: Literal["table1_mnist", "table1_cifar10"] | None = None
+    compare: PublishedTable | None = None
     track_cosine: bool = False
     workers: Count = 1
     output: str | None = None
     runs: str | None = None
 
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """A row is called as its method unless it names one."""
+        return {label: _labelled(label, row) for label, row in given.items()} if isinstance(given, dict) else given
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int | Seeds]) -> list[int | Seeds]:
+        list(once(seed if isinstance(seed, Seeds) else Seeds.of(seed) for seed in seeds))
+        return seeds
+
     @model_validator(mode="after")
-    def _rows(self) -> Experiment:
-        for label, row in self.methods.items():
-            _check_row(label, row or Method())
-        _check_once("seeds", (seed if isinstance(seed, Seeds) else Seeds.of(seed) for seed in self.seeds))
-        choices = any(len(parameters(label, row or Method())) > 1 for label, row in self.methods.items())
+    def _choice(self) -> Experiment:
+        choices = any(row.axes for row in self.methods.values())
         if choices and self.select == "validation" and not self.data.validation:
             raise ValueError(
-                "several β or ε need a validation split to choose by: set data.validation to a number of examples, "
-                "or select: test"
+                "several values of a method's field need a validation split to choose by: set data.validation to a "
+                "number of examples, or select: test"
             )
         return self
 
 
-def key_of(label: str, row: Method) -> str:
-    """The method key of a row: its own field, or the row's label."""
-    return row.method or label
-
-
-def parameters(label: str, row: Method) -> list[float | None]:
-    """All β or ε of a row, [None] for bp."""
-    name = ibp.METHODS[key_of(label, row)].parameter
-    value = getattr(row, name) if name else None
-    return list(value) if isinstance(value, list) else [value]
-
-
-def _check_once(key: str, values: Iterable[Any]) -> None:
-    """A value given twice would be one run that counts as two."""
-    seen = set()
-    for value in values:
-        if value in seen:
-            raise ValueError(f"{key}: {value} is given twice; give each once")
-        seen.add(value)
-
-
-def _check_row(label: str, row: Method) -> None:
-    key = key_of(label, row)
-    if key not in ibp.METHODS:
-        raise ValueError(f"methods.{label}: {key!r} is no method; choose one of {', '.join(ibp.METHODS)}")
-    wanted = ibp.METHODS[key].parameter
-    for name in ("beta", "epsilon"):
-        if (getattr(row, name) is not None) != (name == wanted):
-            verb = "needs" if name == wanted else "takes no"
-            raise ValueError(f"methods.{label}: {key} {verb} {name}")
-    if wanted != "beta" and (row.norm is not None or row.semantics is not None):
-        raise ValueError(f"methods.{label}: {key} takes neither norm nor semantics")
-    _check_once(f"methods.{label}.{wanted}", parameters(label, row))
-    if [] in (row.beta, row.epsilon):
-        raise ValueError(f"methods.{label}.{wanted}: give at least one number")
+def _labelled(label: str, row: Any) -> Any:
+    if not isinstance(row, dict | None):
+        return row
+    own = row or {}
+    return {**own, "method": own.get("method") or label}

@@ -11,16 +11,13 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from ibp_triton.errors import LaunchError
 from ibp_triton.harness.grid import Run
 
 DEATHS = 2  # of workers within one run, before it is given up
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 Do = Callable[[Run, Listener], None]
-
-
-class LaunchError(RuntimeError):
-    """Training stopped for all runs: unfit data or model, or workers that died. What is finished is stored."""
 
 
 class Desk:

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ibp_triton.errors import DataError
 from ibp_triton.harness import sources
 from ibp_triton.harness.config import Data
-from ibp_triton.harness.files import DataError
-from ibp_triton.harness.seeds import stream
-from ibp_triton.harness.sources import Split
+from ibp_triton.harness.sources import Examples
+from ibp_triton.harness.streams import stream
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Images [N, C, H, W] float32 in [0, 1] (mean not subtracted), labels [N] int64, the mean to subtract [C, h, w]."""
 
-    train: Split
-    validation: Split
-    test: Split
+    train: Examples
+    validation: Examples
+    test: Examples
     mean: Tensor
     classes: int
 
@@ -32,7 +32,7 @@ class Dataset:
 
     def to(self, device: torch.device) -> Dataset:
         """The whole set on a device."""
-        moved = [Split(s.images.to(device), s.labels.to(device)) for s in (self.train, self.validation, self.test)]
+        moved = [Examples(s.images.to(device), s.labels.to(device)) for s in (self.train, self.validation, self.test)]
         return Dataset(moved[0], moved[1], moved[2], self.mean.to(device), self.classes)
 
 
@@ -47,7 +47,7 @@ def load(data: Data, subset_seed: int) -> Dataset:
         raise DataError(f"{data.source}: the test set is empty; give examples to measure the error on")
     test = _first(test, data.test, "data.test")
     train, validation, test = (_crop(split, data.crop) for split in (train, validation, test))
-    train, validation, test = (Split(_unit(s.images), s.labels) for s in (train, validation, test))
+    train, validation, test = (Examples(_unit(s.images), s.labels) for s in (train, validation, test))
     return Dataset(train, validation, test, _mean(train.images, data.mean), classes)
 
 
@@ -60,7 +60,7 @@ def shape_of(data: Data) -> tuple[tuple[int, int, int], int] | None:
     return (channels, data.crop, data.crop), classes
 
 
-def _draw(train: Split, data: Data, seed: int) -> tuple[Split, Split]:
+def _draw(train: Examples, data: Data, seed: int) -> tuple[Examples, Examples]:
     available = len(train.labels)
     wanted = data.subset or available - data.validation
     if wanted < 1 or wanted + data.validation > available:
@@ -73,20 +73,20 @@ def _draw(train: Split, data: Data, seed: int) -> tuple[Split, Split]:
     return train.take(chosen), train.take(held)
 
 
-def _first(split: Split, count: int | None, key: str) -> Split:
+def _first(split: Examples, count: int | None, key: str) -> Examples:
     if count is not None and count > len(split.labels):
         raise DataError(f"{key}: {count} examples asked for, the test set has {len(split.labels)}")
     return split.take(torch.arange(count or len(split.labels)))
 
 
-def _crop(split: Split, side: int | None) -> Split:
+def _crop(split: Examples, side: int | None) -> Examples:
     if side is None:
         return split
     height, width = split.images.shape[-2:]
     if side > min(height, width):
         raise DataError(f"data.crop: {side} is larger than the images ({height}×{width})")
     top, left = (height - side) // 2, (width - side) // 2
-    return Split(split.images[..., top : top + side, left : left + side].contiguous(), split.labels)
+    return Examples(split.images[..., top : top + side, left : left + side].contiguous(), split.labels)
 
 
 def _unit(images: Tensor) -> Tensor:

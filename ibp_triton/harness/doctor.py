@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ibp_triton.harness import files, remotes, sources, store
+from ibp_triton.harness import files, remotes, store
 
 ROOM = 2 << 30  # bytes that a grid with its checkpoints may well need
 
@@ -93,12 +93,10 @@ def _disk() -> Iterator[Finding]:
 def _data() -> Iterator[Finding]:
     place = files.given_folder(None)
     root = place or files.cache_folder()
-    names = {**{source: list(known) for source, known in remotes.IDX.items()}, "cifar10": list(remotes.CIFAR_NAMES)}
-    for source, wanted in names.items():
-        subfolder = sources.CIFAR_FOLDER if source == "cifar10" else source
-        whole = all(files.locate(root, subfolder, name) for name in wanted)
-        packed = source == "cifar10" and files.locate(root, subfolder, remotes.CIFAR_ARCHIVE.name)
-        cure = f"put its files into {root / subfolder}" if place else "the first run that needs it downloads it"
+    for source, public in remotes.PUBLIC.items():
+        whole = all(files.locate(root, public.folder, name) for name in public.files)
+        packed = all(r.is_archive and files.locate(root, public.folder, r.name) for r in public.files.values())
+        cure = f"put its files into {root / public.folder}" if place else "the first run that needs it downloads it"
         there = str(root) if whole or packed else None
         yield Finding(source, there, f"data.source: {source}", "" if there else cure)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
+from ibp_triton.errors import DamageError
 from ibp_triton.harness import data, models, store
 from ibp_triton.harness.config import Evaluate, Levels, Span
 from ibp_triton.harness.grid import Run
-from ibp_triton.harness.seeds import stream
+from ibp_triton.harness.streams import stream
 
-CURVES = ("adversarial", "gaussian", "pgd")
+CLEAN = "clean"  # the curve of one level, without a perturbation
 _EXAMPLES = "examples"
 Perturb = Callable[[Tensor, Tensor, int], Iterator[Tensor]]
 
@@ -27,7 +29,7 @@ def values(levels: Levels) -> list[float]:
 
 
 def levels_of(choice: Evaluate, curve: str) -> list[float]:
-    """The sizes a curve was measured at; [0.0] for the curve "clean", without a perturbation."""
+    """The sizes a curve was measured at; [0.0] for CLEAN."""
     return values(getattr(choice, curve)) if curve in CURVES else [0.0]
 
 
@@ -46,7 +48,7 @@ def summary_of(folder: Path, choice: Evaluate) -> store.Record | None:
     """The stored summary of this evaluation; None if it was not done or one of its two files is damaged."""
     found = store.find_json(folder / f"{file_stem(choice)}.json")
     outcomes = folder / f"{file_stem(choice)}.safetensors"
-    if found is None or not isinstance(found.get("clean"), dict) or not outcomes.is_file():
+    if found is None or not isinstance(found.get(CLEAN), dict) or not outcomes.is_file():
         return None
     seal = found.get(store.SEAL)
     return found if seal is None or seal == store.digest(outcomes) else None
@@ -66,10 +68,10 @@ def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = No
     labels = dataset.test.labels
     if choice.examples is not None:
         x, labels = x[: choice.examples], labels[: choice.examples]
-    outcomes = {"clean": _outcomes(model, x, labels, choice, _clean)}
-    for name in CURVES:
-        if levels_of(choice, name):
-            outcomes[name] = _outcomes(model, x, labels, choice, _perturbation(name, model, choice))
+    outcomes = {CLEAN: _outcomes(model, x, labels, choice, _clean)}
+    for name, kind in CURVES.items():
+        if levels := levels_of(choice, name):
+            outcomes[name] = _outcomes(model, x, labels, choice, kind.perturbation(model, levels, choice))
     summary = {"run": run.name, "examples": len(labels), **_errors(outcomes, choice)}
     if choice.masking is not None:
         summary["masking"] = masking(model, x, labels, choice)
@@ -99,12 +101,12 @@ def load_model(run: Run, folder: Path, dataset: data.Dataset) -> nn.Module:
     found, result = store.read_tensors(path), store.find_json(folder / store.RESULT) or {}
     seal = (result.get(store.SEAL) or {}).get(path.name)
     if found is None or (seal and seal != store.digest(path)):
-        raise store.DamageError(f"{path}: missing or damaged; {cure}")
+        raise DamageError(f"{path}: missing or damaged; {cure}")
     model = models.build(run.network, dataset.shape, dataset.classes, run.seeds.weights)
     try:
         model.load_state_dict(found[0])
     except RuntimeError as error:
-        raise store.DamageError(f"{path}: does not fit the run's network ({error}); {cure}") from error
+        raise DamageError(f"{path}: does not fit the run's network ({error}); {cure}") from error
     return model.eval()
 
 
@@ -125,19 +127,17 @@ def masking(model: nn.Module, x: Tensor, labels: Tensor, choice: Evaluate) -> st
     Errors in per cent under random ±ε, FGSM and PGD; shares of zero entries and of all-zero input gradients.
     """
     assert choice.masking is not None
-    at = choice.model_copy(update={name: [choice.masking] for name in CURVES})
-    perturbations = {"random": _random_signs(at), **{n: _perturbation(n, model, at) for n in ("adversarial", "pgd")}}
+    at = [choice.masking]
+    harms = {"random": _random_signs, "fgsm": _fgsm, "pgd": _pgd}
     errors = {
-        name: 100.0 * float((~_outcomes(model, x, labels, at, perturb)).float().mean())
-        for name, perturb in perturbations.items()
+        f"{name}_error": 100.0 * float((~_outcomes(model, x, labels, choice, harm(model, at, choice))).float().mean())
+        for name, harm in harms.items()
     }
     zero = [(_signs(model, part, y) == 0).flatten(1) for _, part, y in _batches(x, labels, choice.batch_size)]
     entries = torch.cat(zero)
     return {
         "epsilon": choice.masking,
-        "random_error": errors["random"],
-        "fgsm_error": errors["adversarial"],
-        "pgd_error": errors["pgd"],
+        **errors,
         "zero_entries": float(entries.float().mean()),
         "zero_gradients": float(entries.all(1).float().mean()),
     }
@@ -158,11 +158,6 @@ def _batches(x: Tensor, labels: Tensor, size: int) -> Iterator[tuple[int, Tensor
 
 def _clean(x: Tensor, labels: Tensor, number: int) -> Iterator[Tensor]:
     yield x
-
-
-def _perturbation(name: str, model: nn.Module, choice: Evaluate) -> Perturb:
-    levels = levels_of(choice, name)
-    return {"adversarial": _fgsm, "gaussian": _noise, "pgd": _pgd}[name](model, levels, choice)
 
 
 def _fgsm(model: nn.Module, levels: Sequence[float], choice: Evaluate) -> Perturb:
@@ -192,13 +187,30 @@ def _pgd(model: nn.Module, levels: Sequence[float], choice: Evaluate) -> Perturb
     return perturb
 
 
-def _random_signs(choice: Evaluate) -> Perturb:
+def _random_signs(model: nn.Module, levels: Sequence[float], choice: Evaluate) -> Perturb:
     def perturb(x: Tensor, labels: Tensor, number: int) -> Iterator[Tensor]:
         signs = 2 * torch.randint(2, x.shape, generator=stream(choice.seed, "signs", number)) - 1
-        yield x + (choice.masking or 0.0) * signs.to(x)
+        yield from (x + epsilon * signs.to(x) for epsilon in levels)
 
     return perturb
 
 
 def _signs(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return ibp.attacks.input_gradient(model, x, labels).sign()
+
+
+@dataclass(frozen=True)
+class CurveKind:
+    """A curve of errors: the symbol of the perturbation's size, what it is the size of, a title, and how it is made."""
+
+    symbol: str
+    of: str
+    title: str
+    perturbation: Callable[[nn.Module, Sequence[float], Evaluate], Perturb]
+
+
+CURVES = {  # by the key of `evaluate` that has the levels
+    "adversarial": CurveKind("ε", "of the adversarial example x + ε sign(∇L)", "Adversarial examples", _fgsm),
+    "gaussian": CurveKind("σ", "of the noise", "Gaussian noise", _noise),
+    "pgd": CurveKind("ε", "of projected gradient descent", "Projected gradient descent", _pgd),
+}

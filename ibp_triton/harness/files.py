@@ -16,6 +16,7 @@ import pooch
 import torch
 from torch import Tensor
 
+from ibp_triton.errors import DataError
 from ibp_triton.harness.store import digest as digest_of
 from ibp_triton.harness.store import write_bytes
 
@@ -25,10 +26,6 @@ LARGE = 256 << 20  # bytes of an unpacked file, more than any of the public sets
 DIGESTS = ".unpacked.sha256"
 
 
-class DataError(ValueError):
-    """Missing, damaged or unfit data; the message names the file, what was expected and what to do."""
-
-
 @dataclass(frozen=True)
 class Remote:
     """A file to download: address of its folder on each mirror, name and SHA-256."""
@@ -36,6 +33,11 @@ class Remote:
     mirrors: tuple[str, ...]
     name: str
     sha256: str
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether it holds several files."""
+        return self.name.endswith(".tar.gz")
 
 
 def given_folder(given: str | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""The runs of an experiment: variants × rows × parameters × seeds, each with a resolved config and a hash."""
+"""The runs of an experiment: variants × rows × their values × seeds, each with a resolved config and a hash."""
 
 from __future__ import annotations
 
@@ -11,39 +11,34 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ibp_triton.harness.config import Data, Experiment, Method, Network, Seeds, Tangents, Training, key_of, parameters
-from ibp_triton.harness.loading import ConfigError, Plan
+import ibp_triton as ibp
+from ibp_triton.errors import ConfigError
+from ibp_triton.harness.config import Data, Experiment, NetworkChoice, Seeds, Tangents, Training
+from ibp_triton.harness.loading import ExperimentFile
+from ibp_triton.harness.rows import from_stored, kinds, stored
 
 FILTERS = ("method", "row", "variant", "seed", "parameter")
 
 
 @dataclass(frozen=True)
-class MethodChoice:
-    """One method with its number: key of ibp.METHODS, β or ε (None for bp), norm and semantics where they apply."""
-
-    key: str
-    parameter: float | None
-    norm: float | None
-    semantics: str | None
-
-
-@dataclass(frozen=True)
 class Run:
-    """One training run, resolved; `variant` and `row` only label it and are no part of its identity.
+    """One training run, resolved; `variant`, `row` and `axes` only label it and are no part of its identity.
 
+    `axes` are the fields of the method that have several values in its row.
     `folder` is the name of the run's folder where that is not the one its config gives, as `provenance.settle` finds.
     """
 
     variant: str
     row: str
     data: Data
-    network: Network
+    network: NetworkChoice
     training: Training
     tangents: Tangents
-    method: MethodChoice
+    method: ibp.Method
     seeds: Seeds
     track_cosine: bool = False
     folder: str = ""
+    axes: tuple[str, ...] = ()
 
     def config(self) -> dict[str, Any]:
         """Everything that decides the result, as plain values (no folders of data sets, no device)."""
@@ -57,25 +52,25 @@ class Run:
             # an option younger than stored runs counts only where it is set: they keep their names
             "training": _text(self.training, "device", *(() if self.training.compile else ("compile",))),
             "method": _method_text(self.method),
-            "tangents": _text(self.tangents) if self.method.key in ("tbp", "fast_tbp") else "null",
+            "tangents": _text(self.tangents) if self.method.needs_tangents else "null",
             "seeds": _text(self.seeds),
             "track_cosine": json.dumps(self.track_cosine),
         }
 
     @classmethod
-    def from_config(cls, stored: dict[str, Any]) -> Run:
+    def from_config(cls, config: dict[str, Any]) -> Run:
         """The run that a run folder's config.json describes."""
-        method = MethodChoice(**stored["method"])
+        method = from_stored(config["method"])
         return cls(
             variant="",
             row=method.key,
-            data=Data.model_validate(stored["data"]),
-            network=Network.model_validate(stored["network"]),
-            training=Training.model_validate(stored["training"]),
-            tangents=Tangents.model_validate(stored["tangents"] or {}),
+            data=Data.model_validate(config["data"]),
+            network=NetworkChoice.model_validate(config["network"]),
+            training=Training.model_validate(config["training"]),
+            tangents=Tangents.model_validate(config["tangents"] or {}),
             method=method,
-            seeds=Seeds.model_validate(stored["seeds"]),
-            track_cosine=stored["track_cosine"],
+            seeds=Seeds.model_validate(config["seeds"]),
+            track_cosine=config["track_cosine"],
         )
 
     def on(self, device: str) -> Run:
@@ -102,11 +97,16 @@ class Run:
 
     @property
     def label(self) -> str:
-        """A line for people: variant, row, parameter and seed."""
-        parts = [self.variant, self.row]
-        if self.method.parameter is not None:
-            parts.append(f"{self.method.parameter:g}")
-        return " ".join([part for part in parts if part] + [f"seed {self.seeds.order}"])
+        """A line for people: variant, row, the method's strength, the other axes of its row, and seed."""
+        strength = self.method.parameter
+        axes = [f"{name}={shown(getattr(self.method, name))}" for name in self.axes if name != strength]
+        parts = [self.variant, self.row, self.strength, *axes, f"seed {self.seeds.order}"]
+        return " ".join(part for part in parts if part)
+
+    @property
+    def strength(self) -> str:
+        """The method's β, ε or λ as text; empty for bp."""
+        return shown(getattr(self.method, self.method.parameter)) if self.method.parameter else ""
 
 
 _TEXTS: dict[tuple[int, tuple[str, ...]], tuple[BaseModel, str]] = {}  # by id, beside the section that has it
@@ -123,11 +123,18 @@ def _text(section: BaseModel, *without: str) -> str:
 
 
 @lru_cache(maxsize=10_000)
-def _method_text(method: MethodChoice) -> str:
-    return json.dumps(vars(method), sort_keys=True)
+def _method_text(method: ibp.Method) -> str:
+    return json.dumps(stored(method), sort_keys=True)
 
 
-def runs(plan: Plan) -> list[Run]:
+def shown(value: Any) -> str:
+    """The value of a method's field as a reader writes it, and `--only`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def runs(plan: ExperimentFile) -> list[Run]:
     """All runs in the order they are trained: seed by seed, so that partial results compare every method."""
     every = [run for label, variant in plan.variants() for run in _runs_of(label, variant)]
     position = {seed: number for number, seed in enumerate(_seeds(plan.experiment))}
@@ -135,23 +142,38 @@ def runs(plan: Plan) -> list[Run]:
 
 
 def select(every: Iterable[Run], only: Iterable[str]) -> list[Run]:
-    """Runs that match all of "method=loss_ibp", "row=…", "variant=…", "seed=0", "parameter=0.03"."""
+    """Runs that match all of "method=loss_ibp", "row=…", "variant=…", "seed=0", "beta=0.03" (any field of a method)."""
     chosen = list(every)
+    names = (*FILTERS, *dict.fromkeys(name for run in chosen for name in kinds(run.method.key)))
     for text in only:
         name, _, value = text.partition("=")
-        if name not in FILTERS:
-            raise ConfigError(f"--only {text}: write one of {', '.join(FILTERS)}, then = and a value")
-        kept = [run for run in chosen if _field(run, name) == value]
+        if name not in names:
+            raise ConfigError(f"--only {text}: write one of {', '.join(names)}, then = and a value")
+        kept = [run for run in chosen if _matches(run, name, value)]
         if not kept:
             raise ConfigError(f"--only {text}: no such run; there is {_known(chosen, name)}")
         chosen = kept
     return chosen
 
 
+def _matches(run: Run, name: str, value: str) -> bool:
+    """As text, or as numbers where the name is of a method's field."""
+    found = _field(run, name)
+    if found == value or name in FILTERS[:-1]:
+        return found == value
+    try:
+        return float(found) == float(value)
+    except ValueError:
+        return False
+
+
 def _field(run: Run, name: str) -> str:
+    labels = {"method": run.method.key, "row": run.row, "variant": run.variant, "seed": str(run.seeds.order)}
+    if name in labels:
+        return labels[name]
     if name == "parameter":
-        return "" if run.method.parameter is None else f"{run.method.parameter:g}"
-    return str({"method": run.method.key, "row": run.row, "variant": run.variant, "seed": run.seeds.order}[name])
+        return run.strength
+    return shown(getattr(run.method, name)) if name in kinds(run.method.key) else ""
 
 
 def _known(chosen: list[Run], name: str) -> str:
@@ -162,25 +184,19 @@ def _seeds(experiment: Experiment) -> list[Seeds]:
     return [s if isinstance(s, Seeds) else Seeds.of(s) for s in experiment.seeds]
 
 
-def _runs_of(label: str, experiment: Experiment) -> Iterator[Run]:
+def _runs_of(variant: str, experiment: Experiment) -> Iterator[Run]:
     for seeds in _seeds(experiment):
-        for row, optional in experiment.methods.items():
-            method = optional or Method()
-            for value in parameters(row, method):
+        for label, row in experiment.methods.items():
+            for method in row.points:
                 yield Run(
-                    variant=label,
-                    row=row,
+                    variant=variant,
+                    row=label,
                     data=experiment.data,
                     network=experiment.network,
                     training=experiment.training,
                     tangents=experiment.tangents,
-                    method=_choice(key_of(row, method), method, value),
+                    method=method,
                     seeds=seeds,
                     track_cosine=experiment.track_cosine,
+                    axes=row.axes,
                 )
-
-
-def _choice(key: str, method: Method, value: float | None) -> MethodChoice:
-    if method.beta is None:
-        return MethodChoice(key, value, None, None)
-    return MethodChoice(key, value, method.norm or 1.0, method.semantics or "paper")

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ibp_triton.harness.step_counts import BANDWIDTH, PEAK, Step, steps
+from ibp_triton.harness.step_counts import BANDWIDTH, PEAK, StepCount, steps
 
 DTYPES = ("float32", "tf32", "bfloat16")
 
@@ -153,7 +153,7 @@ def kernel_cells(row: KernelRow) -> list[str]:
     ]
 
 
-def step_cells(step: Step) -> list[str]:
+def step_cells(step: StepCount) -> list[str]:
     """A step as the text of a table's cells."""
     return [
         *(step.network, f"{step.batch}", step.method, step.semantics or "–", f"{step.launches}"),
@@ -172,7 +172,7 @@ def _table(title: str, head: tuple[str, ...], rows: Any) -> Table:
     return table
 
 
-def as_markdown(rows: list[KernelRow], counted: list[Step]) -> str:
+def as_markdown(rows: list[KernelRow], counted: list[StepCount]) -> str:
     """Both tables with the note, as Markdown."""
     parts = ["### One training step before the optimizer\n", _pipes(STEP_HEAD, map(step_cells, counted)), NOTE + "\n"]
     return "\n".join([*parts, "### Kernels\n", _pipes(KERNEL_HEAD, map(kernel_cells, rows))])
@@ -183,7 +183,7 @@ def _pipes(head: tuple[str, ...], rows: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(counted: list[Step], path: Path) -> None:
+def draw(counted: list[StepCount], path: Path) -> None:
     """Launches against eager operators, and unique bytes against eager bytes, of the MNIST network at batch 32."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
+from ibp_triton.errors import DamageError, DataError, LaunchError, NetworkError
 from ibp_triton.harness import evaluate, provenance, sources, store
 from ibp_triton.harness.config import Evaluate
-from ibp_triton.harness.crew import Desk, Event, LaunchError, Listener, spread
-from ibp_triton.harness.files import DataError
+from ibp_triton.harness.crew import Desk, Event, Listener, spread
 from ibp_triton.harness.grid import Run
-from ibp_triton.harness.models import ModelError
 from ibp_triton.harness.train import train
 
 ERROR = "error.txt"
@@ -203,9 +202,9 @@ def _trained(run: Run, folder: Path, job: Job, listen: Listener) -> store.Record
 
 def _reason(error: BaseException) -> Event:
     """What a failed run says; `unfit`: which part of its config no run can use."""
-    if isinstance(error, DataError | ModelError):
+    if isinstance(error, DataError | NetworkError):
         return {"message": str(error), "unfit": "data" if isinstance(error, DataError) else "network"}
-    if isinstance(error, store.DamageError):
+    if isinstance(error, DamageError):
         return {"message": str(error)}
     return {"message": f"{type(error).__name__}: {error}"}
 

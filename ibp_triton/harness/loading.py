@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from ibp_triton.errors import ConfigError, YamlError
 from ibp_triton.harness import presets, yamltext
 from ibp_triton.harness.config import Evaluate, Experiment
 
@@ -20,12 +21,8 @@ CHAIN = 20  # files that extend each other
 COMMON = ("name", "title", "select", "evaluate", "compare", "workers", "output", "runs", "variants", "extends")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the file, the key and the cure."""
-
-
 @dataclass(frozen=True)
-class Plan:
+class ExperimentFile:
     """A validated experiment beside the tree it came from (overrides applied, preset not filled in)."""
 
     experiment: Experiment
@@ -57,11 +54,11 @@ class Plan:
         return yamltext.dump(self.tree)
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> Plan:
+def load(path: Path, overrides: Iterable[str] = ()) -> ExperimentFile:
     """Read, override ("a.b=c"), fill the preset and validate, variants too; raises ConfigError."""
     tree = read_tree(path)
     apply(tree, overrides)
-    plan = Plan(validate(tree, str(path)), tree, str(path))
+    plan = ExperimentFile(validate(tree, str(path)), tree, str(path))
     plan.variants()
     return plan
 
@@ -122,7 +119,7 @@ def parse(text: str, where: str) -> Any:
     """YAML text as plain Python values; raises ConfigError naming `where` and the line."""
     try:
         return yamltext.parse(text)
-    except yamltext.YamlError as error:
+    except YamlError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
@@ -173,7 +170,7 @@ def _explain(fault: Any, where: str, model: type[BaseModel] = Experiment) -> str
 
 def _is_type_tag(part: str) -> bool:
     """Pydantic names the member of a union it tried, as in methods.bp.Method or seeds.0.int."""
-    return part in {"Method", "Seeds", "Span", "Augment", "int", "float", "constrained-float"} or "[" in part
+    return part in {"Seeds", "Span", "Augment", "int", "float", "constrained-float"} or "[" in part
 
 
 def _nearest(path: list[str], model: type[BaseModel]) -> str:

@@ -7,22 +7,20 @@ import math
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ibp_triton.errors import NetworkError
 from ibp_triton.harness import provenance
-from ibp_triton.harness.config import Network
-from ibp_triton.harness.seeds import derive
+from ibp_triton.harness.config import Init, NetworkChoice, Pool, Precision
+from ibp_triton.harness.streams import derive
 
 Shape = tuple[int, int, int]
-POOLS = ("ceil", "torch-ceil", "floor")
-INITS = ("normal", "uniform", "uniform-0.01", "torch")
-
-
-class ModelError(ValueError):
-    """A network that cannot be built; the message names the choice at fault and what would work."""
+# The dtype that a network computes in, if not its own.
+PRECISIONS: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
+POOLS, INITS = get_args(Pool), get_args(Init)
 
 
 def paper_mnist(
@@ -40,7 +38,7 @@ def paper_mnist(
     """Conv 32@4×4, conv 64@5×5, each with max-pool 3/2 and ReLU, then 256 and `classes` units (paper, section 5).
 
     Input [N, *input_shape], output logits [N, classes]. `pool` is one of POOLS, `init` one of INITS; `generator`
-    draws the weights. Raises ModelError for unknown choices and for inputs too small.
+    draws the weights. Raises NetworkError for unknown choices and for inputs too small.
     """
     layers = _convolutions(input_shape, pool, widths, kernels, pads)
     return _finish(layers, input_shape, hidden, classes, init, generator)
@@ -69,33 +67,33 @@ BUILDERS = {"paper_mnist": paper_mnist, "paper_cifar10": paper_cifar10}
 def imported(target: str, input_shape: Shape, classes: int, options: dict[str, Any]) -> nn.Module:
     """Call `pkg.mod:build(input_shape, classes, **options)` and try its model on two black images.
 
-    Raises ModelError when there is no such function, when it or its model fails, and when it does not classify.
+    Raises NetworkError when there is no such function, when it or its model fails, and when it does not classify.
     """
     module_name, _, attribute = target.partition(":")
     provenance.code_in_use(target)
     try:
         build = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(f"network.import: cannot import {target!r} ({error}); write package.mod:function") from error
+        raise NetworkError(f"network.import: cannot import {target!r} ({error}); write package.mod:function") from error
     except (Exception, SystemExit) as error:
-        raise ModelError(f"network.import: {module_name} {_raised(error)}") from error
+        raise NetworkError(f"network.import: {module_name} {_raised(error)}") from error
     try:
         model = build(input_shape, classes, **options)
     except (Exception, SystemExit) as error:
-        raise ModelError(f"network.import: {target}({input_shape}, {classes}, …) {_raised(error)}") from error
+        raise NetworkError(f"network.import: {target}({input_shape}, {classes}, …) {_raised(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"network.import: {target} returned {type(model).__name__}, not a torch.nn.Module")
+        raise NetworkError(f"network.import: {target} returned {type(model).__name__}, not a torch.nn.Module")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        raise ModelError(f"network.import: the model of {target} has no parameter with requires_grad to train")
+        raise NetworkError(f"network.import: the model of {target} has no parameter with requires_grad to train")
     try:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(2, *input_shape, device=trained[0].device))
     except (Exception, SystemExit) as error:
-        raise ModelError(f"network.import: the model of {target}, given [2, C, H, W], {_raised(error)}") from error
+        raise NetworkError(f"network.import: the model of {target}, given [2, C, H, W], {_raised(error)}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != 2 or logits.shape[1] < classes:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"network.import: the model of {target} must return logits [2, {classes}], returned {got}")
+        raise NetworkError(f"network.import: the model of {target} must return logits [2, {classes}], returned {got}")
     return model.train()
 
 
@@ -107,7 +105,7 @@ def _raised(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
-def build(network: Network, shape: Shape, classes: int, seed: int) -> nn.Module:
+def build(network: NetworkChoice, shape: Shape, classes: int, seed: int) -> nn.Module:
     """The network of a config for images of `shape` [C, H, W]; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights"))
@@ -121,7 +119,7 @@ def _convolutions(
     input_shape: Shape, pool: str, widths: Sequence[int], kernels: Sequence[int], pads: Sequence[int]
 ) -> list[nn.Module]:
     if not len(widths) == len(kernels) == len(pads):
-        raise ModelError(f"widths {widths}, kernels {kernels} and pads {pads} must have one entry a convolution")
+        raise NetworkError(f"widths {widths}, kernels {kernels} and pads {pads} must have one entry a convolution")
     channels, size = input_shape[0], input_shape[1:]
     layers: list[nn.Module] = []
     for width, kernel, pad in zip(widths, kernels, pads, strict=True):
@@ -135,9 +133,9 @@ def _convolutions(
 def _pooling(size: tuple[int, ...], pool: str) -> tuple[list[nn.Module], tuple[int, int]]:
     """Max-pool 3/2 on maps of `size`; "ceil" gives ceil(n/2), for which torch needs a column of -inf where n is odd."""
     if pool not in POOLS:
-        raise ModelError(f"pool {pool!r} is unknown; choose one of {', '.join(POOLS)}")
+        raise NetworkError(f"pool {pool!r} is unknown; choose one of {', '.join(POOLS)}")
     if min(size) < 3:
-        raise ModelError(f"the image is too small: max-pool 3/2 got a map of {size[0]}×{size[1]}; use larger images")
+        raise NetworkError(f"the image is too small: max-pool 3/2 got a map of {size[0]}×{size[1]}; use larger images")
     if pool == "floor":
         return [nn.MaxPool2d(3, 2)], _map(size, lambda n: (n - 3) // 2 + 1)
     window = nn.MaxPool2d(3, 2, ceil_mode=True)
@@ -171,7 +169,7 @@ def _finish(
 def initialise(model: nn.Module, init: str, generator: torch.Generator | None = None) -> None:
     """Draw the weights of every Conv2d and Linear, biases 0; `init` is one of INITS ("torch" leaves them alone)."""
     if init not in INITS:
-        raise ModelError(f"init {init!r} is unknown; choose one of {', '.join(INITS)}")
+        raise NetworkError(f"init {init!r} is unknown; choose one of {', '.join(INITS)}")
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and init != "torch":
             _draw(module.weight, init, isinstance(module, nn.Conv2d), generator)

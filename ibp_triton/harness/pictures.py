@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ibp_triton.errors import DataError
 from ibp_triton.harness.config import Data
-from ibp_triton.harness.files import DataError
 
 
 def has_parts(root: Path) -> bool:

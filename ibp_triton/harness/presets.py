@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from ibp_triton.harness.config import Preset
+
 Tree = dict[str, Any]
 
 _TOOLBOX_2015: Tree = {
@@ -22,12 +24,12 @@ _TOOLBOX_2016: Tree = {
     "training": {"momentum": 0.9, "dampening": 0.9, "beta_decay": True, "at_gradient": "sum"},
     "augmentation": {"scaling": "log-uniform"},
 }
-PRESETS: dict[str, Tree] = {
+PRESETS: dict[Preset, Tree] = {
     "paper": {**_TOOLBOX_2015, "augmentation": {"scaling": "uniform"}},
     "toolbox-2015": _TOOLBOX_2015,
     "toolbox-2016": _TOOLBOX_2016,
 }
-_CIFAR_CROP = {"paper": 28, "toolbox-2015": 28, "toolbox-2016": None}
+_CIFAR_CROP: dict[Preset, int | None] = {"paper": 28, "toolbox-2015": 28, "toolbox-2016": None}
 
 
 def fill(tree: Tree) -> Tree:

@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from ibp_triton.harness import cost
+from ibp_triton.harness import estimates
 from ibp_triton.harness.grid import Run
-from ibp_triton.harness.summary import Row, divergence_text, error_text
+from ibp_triton.harness.summary import ResultRow, columns, divergence_text, error_text, headings
 
 
 class Progress:
@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, console: Console, runs: Sequence[Run], left: Mapping[str, float], workers: int) -> None:
         self._console, self._runs, self._workers = console, {run.name: run for run in runs}, workers
         self._closed = set(self._runs) - set(left)
-        self._left = {name: share * cost.weight(self._runs[name]) for name, share in left.items()}
+        self._left = {name: share * estimates.weight(self._runs[name]) for name, share in left.items()}
         # work done by this command, the seconds it took the workers, and when each run was last heard of
         self._trained, self._spent, self._since = 0.0, 0.0, dict[str, float]()
         self._records: dict[str, dict[str, Any]] = {}
@@ -46,7 +46,7 @@ class Progress:
         if event["kind"] == "start":
             self._since[run.name] = time.monotonic()
         elif event["kind"] == "epoch":
-            work = cost.weight(run) / run.training.epochs
+            work = estimates.weight(run) / run.training.epochs
             self._clock(run, work)
             self._left[run.name] = work * (run.training.epochs - event["epoch"])
             self._records[run.name] = {**self._records.get(run.name, {}), **event}
@@ -76,7 +76,7 @@ class Progress:
         """Time left at the pace of a worker so far."""
         if not self._trained:
             return "…"
-        left = cost.makespan(self._left.values(), self._workers)
+        left = estimates.makespan(self._left.values(), self._workers)
         return str(timedelta(seconds=round(left * self._spent / self._trained)))
 
     def _is_milestone(self, run: Run, epoch: int) -> bool:
@@ -114,17 +114,16 @@ def _loss(record: dict[str, Any], name: str = "") -> str:
     return f"{name}{record['loss']:.4f}"
 
 
-def result_table(rows: Sequence[Row]) -> Table:
+def result_table(rows: Sequence[ResultRow]) -> Table:
     """The comparison: error mean ± sd, seconds an epoch, ratio to BP measured and predicted."""
-    named = any(row.variant for row in rows)
+    named, names = any(row.variant for row in rows), columns(rows)
     table = Table(caption="× bp: cost relative to bp, measured in seconds; predicted from multiply-adds")
-    for heading in (["variant"] if named else []) + ["method", "β or ε", "seeds", "error %", "s/epoch"]:
+    for heading in (["variant"] if named else []) + ["method", *headings(names), "seeds", "error %", "s/epoch"]:
         table.add_column(heading, no_wrap=heading != "variant")
     for heading in ("× bp", "predicted"):
         table.add_column(heading, no_wrap=True)
     for row in rows:
-        parameter = "" if row.parameter is None else f"{row.parameter:g}"
-        cells = [escape(row.label), parameter, row.seeds, error_text(row.mean, row.sd)]
+        cells = [escape(row.label), *row.values(names), row.seeds, error_text(row.mean, row.sd)]
         ratios = [f"{row.seconds:.2f}", "" if row.measured is None else f"{row.measured:.2f}", f"{row.predicted:.2f}"]
         table.add_row(*([escape(row.variant)] if named else []), *cells, *ratios)
     return table

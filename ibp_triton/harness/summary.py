@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import ibp_triton as ibp
 from ibp_triton.harness import store
-from ibp_triton.harness.grid import Run
+from ibp_triton.harness.grid import Run, shown
+from ibp_triton.harness.rows import kinds
+
+SYMBOLS = {"beta": "β", "epsilon": "ε", "lam": "λ"}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One (variant, row, parameter): errors in per cent in the order of the runs' seeds, seconds an epoch.
+class ResultRow:
+    """One (variant, row, method): errors in per cent in the order of the runs' seeds, seconds an epoch.
 
     Runs that diverged stand apart, with their results: they count neither in the mean nor in its deviation.
     """
 
     variant: str
     label: str
-    key: str
-    parameter: float | None
+    method: ibp.Method
     runs: tuple[Run, ...]
     errors: tuple[float, ...]
     validation_errors: tuple[float, ...]
@@ -31,6 +34,16 @@ class Row:
     predicted: float
     expected: int
     diverged: tuple[tuple[Run, store.Record], ...] = ()
+    axes: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Of the method."""
+        return self.method.key
+
+    def values(self, names: Iterable[str]) -> list[str]:
+        """Those fields of the method as a reader writes them; empty where it has none of that name."""
+        return [shown(getattr(self.method, name)) if name in kinds(self.key) else "" for name in names]
 
     @property
     def finished(self) -> tuple[Run, ...]:
@@ -66,12 +79,12 @@ def results(runs: Sequence[Run], root: Path) -> dict[str, store.Record]:
     return {run.name: found for run in runs if (found := store.result(root / run.name))}
 
 
-def rows(runs: Sequence[Run], root: Path, stored: Mapping[str, store.Record] | None = None) -> list[Row]:
+def rows(runs: Sequence[Run], root: Path, stored: Mapping[str, store.Record] | None = None) -> list[ResultRow]:
     """One row for each combination that has a finished run, in the order of `runs`."""
     stored = results(runs, root) if stored is None else stored
-    groups: dict[tuple[str, str, float | None], list[Run]] = {}
+    groups: dict[tuple[str, str, ibp.Method], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.variant, run.row, run.method.parameter), []).append(run)
+        groups.setdefault((run.variant, run.row, run.method), []).append(run)
     found = [row for group in groups.values() if (row := _row(group, stored))]
     bases: dict[str, float] = {}
     for row in found:
@@ -80,17 +93,16 @@ def rows(runs: Sequence[Run], root: Path, stored: Mapping[str, store.Record] | N
     return [replace(row, measured=row.seconds / bases[row.variant]) if row.variant in bases else row for row in found]
 
 
-def _row(group: Sequence[Run], stored: Mapping[str, store.Record]) -> Row | None:
+def _row(group: Sequence[Run], stored: Mapping[str, store.Record]) -> ResultRow | None:
     pairs = [(run, stored[run.name]) for run in group if run.name in stored]
     if not pairs:
         return None
     good = [(run, result) for run, result in pairs if not result.get("diverged")]
     run = group[0]
-    return Row(
+    return ResultRow(
         variant=run.variant,
         label=run.row,
-        key=run.method.key,
-        parameter=run.method.parameter,
+        method=run.method,
         runs=tuple(run for run, _ in good),
         errors=tuple(result["test_error"] for _, result in good),
         validation_errors=tuple(result["validation_error"] for _, result in good if "validation_error" in result),
@@ -99,7 +111,20 @@ def _row(group: Sequence[Run], stored: Mapping[str, store.Record]) -> Row | None
         predicted=pairs[0][1]["predicted_ratio"],
         expected=len(group),
         diverged=tuple((run, result) for run, result in pairs if result.get("diverged")),
+        axes=run.axes,
     )
+
+
+def columns(rows: Iterable[ResultRow]) -> list[str]:
+    """The fields that tell rows apart: the strength of each method, then what else has several values in a row."""
+    found = list(rows)
+    strengths = [row.method.parameter for row in found if row.method.parameter]
+    return list(dict.fromkeys([*strengths, *(name for row in found for name in row.axes)]))
+
+
+def headings(names: Iterable[str]) -> list[str]:
+    """Fields as the head of a table names them."""
+    return [SYMBOLS.get(name, name) for name in names]
 
 
 def divergence_text(result: store.Record) -> str:

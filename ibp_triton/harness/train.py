@@ -8,20 +8,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, methods, models, provenance, store
+from ibp_triton.harness import data, models, provenance, store
 from ibp_triton.harness.batches import Batches
 from ibp_triton.harness.data import Dataset
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.probe import semantics_gap
-from ibp_triton.harness.seeds import derive
-from ibp_triton.harness.sources import Split
+from ibp_triton.harness.sources import Examples
+from ibp_triton.harness.streams import derive
 
 Report = Callable[[store.Record], None]
 Say = Callable[[str], None]
@@ -47,20 +47,20 @@ def train(run: Run, folder: Path, report: Report, data_dir: str | None = None, s
     """Train `run` in `folder`, from its last finished epoch if there is one; the result, also in result.json.
 
     `report` gets every epoch's record, `say` what is wrong with stored files and what is done about it. The caller
-    holds the folder's lock. Raises DataError and ModelError.
+    holds the folder's lock. Raises DataError and NetworkError.
     """
     device = torch.device(run.training.device)
     dataset = data.load(run.data.found_in(data_dir), run.seeds.subset).to(device)
     state = restore(run, folder, start(run, dataset, device), say)
     store.write_json(folder / store.CONFIG, provenance.config(run), last=False)
     store.write_json(folder / store.ENVIRONMENT, store.environment(), last=False)
-    batches = Batches(dataset, run.training, run.seeds, run.tangents if methods.needs_tangents(run.method) else None)
+    batches = Batches(dataset, run.training, run.seeds, run.tangents if run.method.needs_tangents else None)
     step = _step(run, state, batches)
     for epoch in range(len(state.metrics), run.training.epochs):
         record = _epoch(run, step, state, batches, epoch)
         if _is_test_epoch(run, epoch):
             record |= errors(state.model, dataset, run.training.channels_last)
-        if run.track_cosine and run.method.semantics:
+        if run.track_cosine and hasattr(run.method, "semantics"):
             record |= semantics_gap(state.model, run.method, batches.first(PROBE))
         state.metrics.append(record)
         save(run, folder, state)
@@ -94,10 +94,10 @@ def _optimizer(run: Run, model: nn.Module) -> torch.optim.SGD:
 
 
 def _step(run: Run, state: State, batches: Batches) -> ibp.EagerStep:
-    network = ibp.Network(state.model, dtype=methods.PRECISIONS[run.training.precision])
+    network = ibp.Network(state.model, dtype=models.PRECISIONS[run.training.precision])
     doubled = run.method.key == "at" and run.training.at_gradient == "sum"
     kind = ibp.CompiledStep if run.training.compile else ibp.EagerStep
-    step = kind(network, methods.build(run.method), state.optimizer, reduce=_twice if doubled else None)
+    step = kind(network, run.method, state.optimizer, reduce=_twice if doubled else None)
     if isinstance(step, ibp.CompiledStep):  # before the first epoch, so that a resumed run has the same bits
         state.model.train()
         batch = batches.first(run.training.batch_size)
@@ -113,7 +113,7 @@ def _twice(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 def _epoch(run: Run, step: ibp.EagerStep, state: State, batches: Batches, epoch: int) -> store.Record:
     decay = run.training.decay**epoch
     rate = run.training.learning_rate * decay
-    step.method = methods.build(run.method, decay if run.training.beta_decay else 1.0)
+    step.method = decayed(run.method, decay) if run.training.beta_decay else run.method
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     torch.manual_seed(derive(run.seeds.order, "step", epoch))
@@ -132,6 +132,11 @@ def _epoch(run: Run, step: ibp.EagerStep, state: State, batches: Batches, epoch:
     if shown is None or not _is_finite(state.model):
         record["diverged_step"] = epoch * count + min(int(sound) + 1, count)
     return record
+
+
+def decayed(method: ibp.Method, factor: float) -> ibp.Method:
+    """The method with β times `factor`; ε and λ stay."""
+    return replace(method, beta=method.beta * factor) if method.parameter == "beta" else method  # type: ignore[call-arg, attr-defined]
 
 
 def _is_finite(model: nn.Module) -> bool:
@@ -155,7 +160,7 @@ def errors(model: nn.Module, dataset: Dataset, channels_last: bool = True) -> st
     return record
 
 
-def error(model: nn.Module, split: Split, mean: Tensor, channels_last: bool = True) -> float:
+def error(model: nn.Module, split: Examples, mean: Tensor, channels_last: bool = True) -> float:
     """Share of wrong predictions in per cent, in float32 and evaluation mode."""
     wrong = (predictions(model, split.images, mean, channels_last) != split.labels).sum()
     return 100.0 * float(wrong) / len(split.labels)
@@ -283,7 +288,7 @@ def _predicted_ratio(run: Run, model: nn.Module, dataset: Dataset) -> float:
     batch = run.training.batch_size
     key = (run.network.model_dump_json(), dataset.shape, dataset.classes, batch, run.method)
     if key not in _RATIOS or not run.network.name:
-        _RATIOS[key] = methods.predicted_ratio(run.method, model, batch, dataset.shape)
+        _RATIOS[key] = run.method.predicted_ratio(ibp.Network(model), (batch, *dataset.shape))
     return _RATIOS[key]
 
 

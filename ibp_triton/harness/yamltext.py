@@ -9,16 +9,14 @@ from typing import Any
 
 import yaml
 
+from ibp_triton.errors import YamlError
+
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = {_TAG + name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _SEXAGESIMAL = re.compile(r"^[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
 _OCTAL = re.compile(r"^[-+]?0[0-7_]+$")
 ALIASED = 100_000  # nodes that aliases may add
-
-
-class YamlError(ValueError):
-    """Text that is no YAML of an experiment; the message names the line and the cure."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

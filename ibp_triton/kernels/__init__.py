@@ -3,8 +3,8 @@
     contract   linear and convolution layers in all three directions (launchers: gemm, conv)
     wgrad      their weight gradients, several terms in one launch
     combine    second stage of a split reduction
-    pool       max- and mean-pooling, pointwise the ReLU alone, loss the head, seeds what starts the extra passes
-    geometry   sizes of windows; config the table of tiles; launch the one door to the device
+    pool       max- and mean-pooling, gates the ReLU alone, loss the head, norm_seeds what starts the extra passes
+    geometry   sizes of windows; tiles the table of tile shapes; launcher the one door to the device
     lab        an instrumented interpreter; aot the compiler for chips that are not there, cases what goes through it
     autotune   better tiles than the table's, measured on a device, opt-in
 

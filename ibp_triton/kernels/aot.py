@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ibp_triton.kernels.launch import Launch
+from ibp_triton.kernels.launcher import Launch
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from ibp_triton.kernels import config
-from ibp_triton.kernels.config import Config, Key
+from ibp_triton.kernels import tiles as table
+from ibp_triton.kernels.tiles import Config, Key
 
 CANDIDATES = {
     "contract": [
@@ -52,18 +52,18 @@ def tune(
     Raises: RuntimeError without a CUDA device, unless a clock is given.
     """
     if clock is None and not torch.cuda.is_available():
-        raise RuntimeError("autotune.tune needs a CUDA device; without one the table of kernels.config stands")
+        raise RuntimeError("autotune.tune needs a CUDA device; without one the table of kernels.tiles stands")
     clock = clock or triton.testing.do_bench
     tiles: Mapping[str, Sequence[Config]] = candidates or CANDIDATES
     seen: set[Key] = set()
-    config.watchers.append(seen)
+    table.watchers.append(seen)
     try:
         best = clock(step)
     finally:
-        config.watchers.remove(seen)
+        table.watchers.remove(seen)
     for key in sorted(seen):
         best = _tune_one(key, tiles.get(key[0], ()), step, clock, best)
-    chosen = {key: config.tuned[key] for key in sorted(seen) if key in config.tuned}
+    chosen = {key: table.tuned[key] for key in sorted(seen) if key in table.tuned}
     if path is not None:
         entries = [{"key": list(key), "config": asdict(tile)} for key, tile in chosen.items()]
         Path(path).write_text(json.dumps({"version": 1, "entries": entries}, indent=1) + "\n", encoding="utf-8")
@@ -74,9 +74,9 @@ def _tune_one(
     key: Key, tiles: Sequence[Config], step: Callable[[], Any], clock: Callable[[Callable[[], Any]], float], best: float
 ) -> float:
     """Leave the fastest tile in force for `key`; the milliseconds that the step then takes."""
-    kept = config.tuned.get(key)
+    kept = table.tuned.get(key)
     for tile in tiles:
-        config.tuned[key] = tile
+        table.tuned[key] = tile
         try:
             time = clock(step)
         except OutOfResources:  # more shared memory or registers than the chip has
@@ -84,9 +84,9 @@ def _tune_one(
         if time < best:
             kept, best = tile, time
     if kept is None:
-        config.tuned.pop(key, None)
+        table.tuned.pop(key, None)
     else:
-        config.tuned[key] = kept
+        table.tuned[key] = kept
     return best
 
 
@@ -97,5 +97,5 @@ def load(path: str | Path) -> int:
         entries = {tuple(e["key"]): Config(**e["config"]) for e in content["entries"] if content["version"] == 1}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of autotune.tune: {error!r}") from error
-    config.tuned.update(entries)
+    table.tuned.update(entries)
     return len(entries)

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 
 import torch
 
-from ibp_triton.kernels.config import on_chip
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
+from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
-from ibp_triton.kernels.launch import Launch, recording
+from ibp_triton.kernels.launcher import Launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
-from ibp_triton.kernels.pointwise import relu
+from ibp_triton.kernels.norm_seeds import fast_tbp_seed, fgsm_step, norm_seed
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
-from ibp_triton.kernels.seeds import fast_tbp_seed, fgsm_step, norm_seed
+from ibp_triton.kernels.tiles import on_chip
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 
 FIRST = Geometry.conv((28, 28), (4, 4), (1, 1), (0, 0), (1, 1))

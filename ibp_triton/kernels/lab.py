@@ -104,7 +104,7 @@ class View:
         return self.traffic
 
 
-class Launch:
+class ObservedLaunch:
     """The views and counts of the launch that is running."""
 
     def __init__(self, kernel: str, arguments: dict[str, Any]) -> None:
@@ -157,7 +157,7 @@ class Launch:
         return self.observation
 
 
-_running: list[Launch] = []  # the launch under observation, at most one
+_running: list[ObservedLaunch] = []  # the launch under observation, at most one
 _observers: list[list[Observation]] = []
 
 
@@ -298,7 +298,7 @@ def _execute(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not _observers:
             return stock(self, *args, **kwargs)
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        launch = Launch(self.fn.__name__, arguments)
+        launch = ObservedLaunch(self.fn.__name__, arguments)
         _running.append(launch)
         try:
             out = stock(self, *args, **kwargs)

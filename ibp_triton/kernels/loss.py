@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.config import Config, select
-from ibp_triton.kernels.launch import Cost, cdiv, launch
-from ibp_triton.kernels.pointwise import is_dense
+from ibp_triton.kernels.gates import is_dense
+from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.tiles import Config, select
 
 MAX_CLASSES = 8192  # one row of logits must fit a program
 

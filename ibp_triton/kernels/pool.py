@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.config import select
 from ibp_triton.kernels.conv import channels_last
 from ibp_triton.kernels.geometry import Geometry
-from ibp_triton.kernels.launch import Cost, cdiv, launch
+from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.tiles import select
 
 DEAD = 255  # the offset of a window whose maximum the ReLU has cut off
 

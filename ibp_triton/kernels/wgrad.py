@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ibp_triton.kernels.combine import combine_parts
-from ibp_triton.kernels.config import precision, select, splits
 from ibp_triton.kernels.geometry import Geometry
-from ibp_triton.kernels.launch import Cost, cdiv, launch
+from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.tiles import precision, select, splits
 
 MAX_SEGMENTS = 4
 

@@ -38,7 +38,7 @@ def _kept(ctx: Any) -> list[Any]:
 
 
 def _gated(g: Tensor, mask: Tensor | None) -> Tensor:
-    """G where the mask is positive; g [T, ...] in the mask's order of axes."""
+    """g where the mask is positive; g [T, ...] in the mask's order of axes."""
     if mask is None:
         return g
     if g.dim() < 4:

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ibp_triton.kernels import conv as _conv
+from ibp_triton.kernels import gates as _gates
 from ibp_triton.kernels import gemm as _gemm
 from ibp_triton.kernels import loss as _loss
-from ibp_triton.kernels import pointwise as _pointwise
+from ibp_triton.kernels import norm_seeds as _norm_seeds
 from ibp_triton.kernels import pool as _pool
-from ibp_triton.kernels import seeds as _seeds
 from ibp_triton.kernels import wgrad as _wgrad
 from ibp_triton.kernels.conv import channels_last
 from ibp_triton.kernels.geometry import ONE, Geometry
@@ -226,7 +226,7 @@ def avg_pool2d_vjp(
 @custom_op("ibp_triton::relu", mutates_args=())
 def relu(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """max(x, 0), or x ⊙ [mask > 0] for x [*S] or [T, *S] and mask [*S]."""
-    return _pointwise.relu(x, mask)
+    return _gates.relu(x, mask)
 
 
 @custom_op("ibp_triton::cross_entropy", mutates_args=())
@@ -250,7 +250,7 @@ def objective(losses: Tensor, penalties: Tensor, a: float, b: float, absolute: b
 @custom_op("ibp_triton::norm_seed", mutates_args=())
 def norm_seed(u: Tensor, norm: float) -> tuple[Tensor, Tensor]:
     """ψ(u) = sign(u)|u|^(r−1) like u [N, ...], and ‖u‖_r^r / r of each sample [N] float32."""
-    seed, value = _seeds.norm_seed(u, norm)
+    seed, value = _norm_seeds.norm_seed(u, norm)
     assert seed is not None
     return seed, value
 
@@ -258,19 +258,19 @@ def norm_seed(u: Tensor, norm: float) -> tuple[Tensor, Tensor]:
 @custom_op("ibp_triton::norm_value", mutates_args=())
 def norm_value(u: Tensor, norm: float) -> Tensor:
     """‖u‖_r^r / r of each sample of u [N, ...]: [N] float32."""
-    return _seeds.norm_seed(u, norm, seed_wanted=False)[1]
+    return _norm_seeds.norm_seed(u, norm, seed_wanted=False)[1]
 
 
 @custom_op("ibp_triton::fgsm_step", mutates_args=())
 def fgsm_step(x: Tensor, d: Tensor, epsilon: float) -> Tensor:
     """x + ε sign(d), like x."""
-    return _seeds.fgsm_step(x, d, epsilon)
+    return _norm_seeds.fgsm_step(x, d, epsilon)
 
 
 @custom_op("ibp_triton::fast_tbp_seed", mutates_args=())
 def fast_tbp_seed(d: Tensor, tangents: Tensor, norm: float) -> tuple[Tensor, Tensor]:
     """Σ_j ψ(⟨d, τ_j⟩) τ_j like d [N, ...], and Σ_j |⟨d, τ_j⟩|^r / r [N] float32, for tangents [T, N, ...]."""
-    return _seeds.fast_tbp_seed(d, tangents, norm)
+    return _norm_seeds.fast_tbp_seed(d, tangents, norm)
 
 
 def _register_shapes() -> None:

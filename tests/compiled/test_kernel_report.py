@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import ibp_triton as ibp
 from ibp_triton.harness import eager, kernel_report, step_counts
 from ibp_triton.harness.cli import app
-from ibp_triton.kernels.launch import recording
+from ibp_triton.kernels.launcher import recording
 
 
 def test_loss_ibp_on_mnist():

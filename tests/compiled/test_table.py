@@ -5,11 +5,11 @@ from collections import Counter
 import pytest
 import torch
 
-from ibp_triton.kernels import aot, cases, config
+from ibp_triton.kernels import aot, cases, tiles
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
-from ibp_triton.kernels.launch import recording
+from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 
 KINDS = [("float32", False), ("float32", True), ("bfloat16", False), ("float16", False)]
@@ -69,7 +69,7 @@ def other_channels(make, channels, outputs):
 def test_load_widths_at_other_numbers_of_channels(family, dtype, tf32):
     """24 and 40 allow 128 bits in every dtype, 20 and 12 in float32, 3 and 10 never; none is a multiple of 16."""
     for channels, outputs in ((24, 40), (20, 12), (3, 10)):
-        with config.on_chip(family), cases.allowing_tf32(tf32), recording(execute=False) as launches:
+        with tiles.on_chip(family), cases.allowing_tf32(tf32), recording(execute=False) as launches:
             other_channels(cases.zeros(getattr(torch, dtype)), channels, outputs)
         for launch in launches:
             if launch.name not in ("contract", "wgrad"):
@@ -88,26 +88,26 @@ def test_every_row_of_the_table_is_reached():
     for family, dtype, tf32 in PAIRS:
         for launch in cases.launches(family, getattr(torch, dtype), tf32):
             reached.add(launch.config)
-    assert {row.config for row in config.TABLE} == reached
+    assert {row.config for row in tiles.TABLE} == reached
 
 
 def test_rows_have_reasons_and_select_takes_the_first():
-    assert all(len(row.reason) > 10 for row in config.TABLE)
+    assert all(len(row.reason) > 10 for row in tiles.TABLE)
     x = torch.zeros(1)
-    with config.on_chip("gfx1100"):
-        assert config.select("contract", "any", x).group == 1
+    with tiles.on_chip("gfx1100"):
+        assert tiles.select("contract", "any", x).group == 1
     with pytest.raises(LookupError, match="no configuration"):
-        config.select("contract", "any", x.double())
-    with pytest.raises(ValueError, match="unknown chip family"), config.on_chip("sm_61"):
+        tiles.select("contract", "any", x.double())
+    with pytest.raises(ValueError, match="unknown chip family"), tiles.on_chip("sm_61"):
         pass
 
 
 def test_splits_fill_the_chip_and_never_run_empty():
     x = torch.zeros(1)
-    assert config.splits(x, 8, 98) == 16
-    assert config.splits(x, 33, 98) == 1  # a quarter of 132 multiprocessors is busy
-    assert config.splits(x, 1, 15) == 1
-    assert all(config.splits(x, 1, steps) <= max(1, steps // 4) for steps in range(200))
+    assert tiles.splits(x, 8, 98) == 16
+    assert tiles.splits(x, 33, 98) == 1  # a quarter of 132 multiprocessors is busy
+    assert tiles.splits(x, 1, 15) == 1
+    assert all(tiles.splits(x, 1, steps) <= max(1, steps // 4) for steps in range(200))
 
 
 def test_the_compiled_process_does_not_run_kernels_on_a_cpu():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ibp_triton.harness.augment import augment, draw, warp
 from ibp_triton.harness.config import Augment
-from ibp_triton.harness.seeds import stream
+from ibp_triton.harness.streams import stream
 
 EYE = torch.eye(2)[None]
 

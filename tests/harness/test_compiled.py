@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ibp_triton.compiling import distance
+from ibp_triton.errors import ConfigError
 from ibp_triton.harness import grid, loading, store, train
-from ibp_triton.harness.loading import ConfigError
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]

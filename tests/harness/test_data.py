@@ -17,9 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ibp_triton.errors import DataError
 from ibp_triton.harness import data, files, remotes, sources
 from ibp_triton.harness.config import Data
-from ibp_triton.harness.files import DataError, Remote
+from ibp_triton.harness.files import Remote
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -436,6 +437,6 @@ def test_mnist5k_is_split_by_class_with_a_fixed_seed() -> None:
 
 
 def test_hold_out_refuses_the_whole_set() -> None:
-    every = sources.Split(torch.zeros(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64))
+    every = sources.Examples(torch.zeros(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(DataError, match="5 test examples asked for, the set has 5 in all"):
         sources.hold_out(every, 5, 0)

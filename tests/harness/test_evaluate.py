@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import ibp_triton as ibp
+from ibp_triton.errors import DamageError
 from ibp_triton.harness import data, evaluate, grid, loading, models, stats, store
 from ibp_triton.harness.config import Evaluate, Span
 from ibp_triton.harness.train import train
@@ -99,7 +100,7 @@ def test_masking_check_sees_a_model_without_gradients(trained: tuple[grid.Run, P
 
 
 def test_a_missing_checkpoint_is_named(trained: tuple[grid.Run, Path], tmp_path: Path) -> None:
-    with pytest.raises(store.DamageError, match=r"checkpoint.safetensors: missing or damaged; delete .*result.json"):
+    with pytest.raises(DamageError, match=r"checkpoint.safetensors: missing or damaged; delete .*result.json"):
         evaluate.evaluate(trained[0], tmp_path / "nowhere", CHOICE)
 
 

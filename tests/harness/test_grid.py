@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from ibp_triton.errors import ConfigError
 from ibp_triton.harness import grid, loading
-from ibp_triton.harness.loading import ConfigError
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -45,7 +45,7 @@ def test_equal_variants_share_a_run(tree: Tree, write: Write) -> None:
 def test_only_selects(tree: Tree, write: Write) -> None:
     every = runs(write(tree))
     assert {run.method.key for run in grid.select(every, ["method=loss_ibp"])} == {"loss_ibp"}
-    assert [run.label for run in grid.select(every, ["seed=1", "parameter=0.03"])] == ["loss_ibp 0.03 seed 1"]
+    assert [run.label for run in grid.select(every, ["seed=1", "beta=0.03"])] == ["loss_ibp 0.03 seed 1"]
     with pytest.raises(ConfigError, match=r"no such run; there is bp, loss_ibp"):
         grid.select(every, ["method=tbp"])
     with pytest.raises(ConfigError, match=r"write one of method, row"):

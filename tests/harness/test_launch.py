@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from ibp_triton.errors import DataError, LaunchError
 from ibp_triton.harness import evaluate, grid, loading, store, train
-from ibp_triton.harness.crew import LaunchError
-from ibp_triton.harness.files import DataError
 from ibp_triton.harness.launch import Job, download, launch, remaining, work
 
 Tree = dict[str, Any]

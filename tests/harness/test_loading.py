@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from ibp_triton.errors import ConfigError
 from ibp_triton.harness import grid, loading, presets, yamltext
-from ibp_triton.harness.loading import ConfigError
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -32,12 +32,20 @@ def test_unknown_key_names_file_key_path_and_nearest_key(tree: Tree, write: Writ
         ("training.epochs", "0", "training.epochs: Input should be greater than or equal to 1, got 0"),
         ("training.learning_rate", "-1.0", "training.learning_rate: Input should be greater than 0"),
         ("network.pool", "ciel", "network.pool: Input should be 'ceil', 'torch-ceil' or 'floor', got 'ciel'"),
-        ("methods.loss_ibp.bta", "1", "methods.loss_ibp.bta: unknown key; did you mean beta?"),
+        (
+            "methods.loss_ibp.bta",
+            "1",
+            "methods.loss_ibp.bta: loss_ibp takes no bta; did you mean beta? its fields: beta, norm, sem",
+        ),
         ("methods.sgd", "{}", "methods.sgd: 'sgd' is no method; choose one of bp, loss_ibp"),
-        ("methods.bp", "{beta: 1.0}", "methods.bp: bp takes no beta"),
+        ("methods.bp", "{beta: 1.0}", "methods.bp.beta: bp takes no beta; its fields: none"),
         ("methods.at", "{}", "methods.at: at needs epsilon"),
-        ("methods.fast_at", "{epsilon: 0.1, norm: 2}", "methods.fast_at: fast_at takes neither norm nor semantics"),
-        ("methods.loss_ibp.beta", "[]", "methods.loss_ibp.beta: give at least one number"),
+        (
+            "methods.fast_at",
+            "{epsilon: 0.1, norm: 2}",
+            "methods.fast_at.norm: fast_at takes no norm; its fields: epsilon",
+        ),
+        ("methods.loss_ibp.beta", "[]", "methods.loss_ibp.beta: give at least one value"),
         ("methods.loss_ibp.beta", "[0.1, 0.2]", "set data.validation to a number of examples, or select: test"),
         ("network", "{hidden: 3}", "network: give either name (paper_mnist, paper_cifar10) or import"),
         ("preset", "toolbox", "preset: Input should be 'paper', 'toolbox-2015' or 'toolbox-2016', got 'toolbox'"),
@@ -186,7 +194,7 @@ def test_labels_that_look_like_numbers_come_back_as_text(tree: Tree, tmp_path: P
         ({"seeds": [0, {"subset": 0, "weights": 0, "order": 0}]}, "seeds: 0 is given twice"),
         ({"methods": {"loss_ibp": {"beta": [0.1, 0.1]}}}, "methods.loss_ibp.beta: 0.1 is given twice"),
         ({"methods": {"at": {"epsilon": [1, 1.0]}}}, "methods.at.epsilon: 1.0 is given twice"),
-        ({"variants": {"a": {"seeds": [2, 2]}}}, "variants.a: (top): seeds: 2 is given twice"),
+        ({"variants": {"a": {"seeds": [2, 2]}}}, "variants.a: seeds: 2 is given twice"),
         ({"name": ".."}, "name: String should match pattern"),
         ({"name": "."}, "name: String should match pattern"),
     ],
@@ -202,7 +210,7 @@ def test_overrides_and_numbers_with_exponents(tree: Tree, write: Write) -> None:
         write(tree), ["training.learning_rate=1e-3", "methods.loss_ibp.beta=5E-4", "network=paper_mnist"]
     )
     assert plan.experiment.training.learning_rate == 0.001
-    assert grid.runs(plan)[1].method.parameter == 0.0005
+    assert grid.runs(plan)[1].method.beta == 0.0005
     assert plan.experiment.network.hidden == 256
     assert "write key.path=value" in refusal(write(tree), "training.epochs")
     assert "name holds a plain value" in refusal(write(tree), "name.first=x")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from ibp_triton.errors import NetworkError
 from ibp_triton.harness import models
-from ibp_triton.harness.models import ModelError
 
 
 def maps(model: nn.Sequential, x: torch.Tensor) -> list[int]:
@@ -65,17 +65,17 @@ def test_equal_generators_give_equal_weights() -> None:
 
 
 def test_what_cannot_be_built_is_refused() -> None:
-    with pytest.raises(ModelError, match="pool 'max' is unknown"):
+    with pytest.raises(NetworkError, match="pool 'max' is unknown"):
         models.paper_mnist(pool="max")
-    with pytest.raises(ModelError, match="init 'zeros' is unknown"):
+    with pytest.raises(NetworkError, match="init 'zeros' is unknown"):
         models.paper_mnist(init="zeros")
-    with pytest.raises(ModelError, match="image is too small"):
+    with pytest.raises(NetworkError, match="image is too small"):
         models.paper_mnist((1, 4, 4))
-    with pytest.raises(ModelError, match="one entry a convolution"):
+    with pytest.raises(NetworkError, match="one entry a convolution"):
         models.paper_mnist(widths=[3])
-    with pytest.raises(ModelError, match=r"cannot import 'nowhere:build'"):
+    with pytest.raises(NetworkError, match=r"cannot import 'nowhere:build'"):
         models.imported("nowhere:build", (1, 8, 8), 2, {})
-    with pytest.raises(ModelError, match=r"math:dist returned float, not a torch.nn.Module"):
+    with pytest.raises(NetworkError, match=r"math:dist returned float, not a torch.nn.Module"):
         models.imported("math:dist", (1, 1, 1), (2, 2, 2), {})  # type: ignore[arg-type]
 
 
@@ -103,7 +103,7 @@ def test_own_models_that_cannot_be_trained_are_refused(
     build: object, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(math, "build", build, raising=False)
-    with pytest.raises(ModelError, match=rf"network.import: .*math:build.* {expected}"):
+    with pytest.raises(NetworkError, match=rf"network.import: .*math:build.* {expected}"):
         models.imported("math:build", (1, 4, 4), 4, {})
 
 

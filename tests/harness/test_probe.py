@@ -6,7 +6,6 @@ import torch
 import ibp_triton as ibp
 from ibp_triton.harness import models
 from ibp_triton.harness.batches import Batch
-from ibp_triton.harness.grid import MethodChoice
 from ibp_triton.harness.probe import semantics_gap
 
 
@@ -22,7 +21,7 @@ def network() -> torch.nn.Sequential:
 
 
 def test_semantics_coincide_for_tangent_propagation_through_relu_networks() -> None:
-    found = semantics_gap(network(), MethodChoice("tbp", 0.1, 1.0, "paper"), batch())
+    found = semantics_gap(network(), ibp.TangentBP(0.1), batch())
     assert found == pytest.approx({"cosine": 1.0, "norm_ratio": 1.0}, abs=1e-3)
 
 
@@ -39,7 +38,7 @@ def test_gap_of_loss_ibp_is_the_oracles() -> None:
 
     plain = flat(ibp.BP())
     paper, exact = (flat(ibp.LossIBP(1.0, semantics=semantics)) - plain for semantics in ("paper", "exact"))
-    found = semantics_gap(model, MethodChoice("loss_ibp", 0.1, 1.0, "paper"), batch())
+    found = semantics_gap(model, ibp.LossIBP(0.1), batch())
     assert found["cosine"] == pytest.approx(float(paper @ exact / (paper.norm() * exact.norm())), abs=1e-4)
     assert found["norm_ratio"] == pytest.approx(float(paper.norm() / exact.norm()), rel=1e-3)
     assert found["cosine"] < 0.999

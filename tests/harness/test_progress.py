@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ibp_triton.harness import cost, grid, loading
+import ibp_triton as ibp
+from ibp_triton.harness import estimates, grid, loading
 from ibp_triton.harness.progress import Progress, result_table
-from ibp_triton.harness.summary import Row, error_text
+from ibp_triton.harness.summary import ResultRow, error_text
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -47,11 +48,11 @@ def test_time_left_follows_the_work_that_is_left(tree: Tree, write: Write, monke
     runs = grid.runs(loading.load(write({**tree, "seeds": [0]})))
     progress = Progress(Console(file=io.StringIO()), runs, {run.name: 1.0 for run in runs}, 1)
     _tell(monkeypatch, progress, (0, "start", runs[0], {}), (5, "epoch", runs[0], {"epoch": 1}))
-    per_work = 5 / (cost.weight(runs[0]) / 2)
-    assert progress._eta() == _text(per_work * (cost.weight(runs[0]) / 2 + cost.weight(runs[1])))
+    per_work = 5 / (estimates.weight(runs[0]) / 2)
+    assert progress._eta() == _text(per_work * (estimates.weight(runs[0]) / 2 + estimates.weight(runs[1])))
     _tell(monkeypatch, progress, (10, "epoch", runs[0], {"epoch": 2}))
-    assert progress._eta() == _text(per_work * cost.weight(runs[1]))
-    assert 10 < per_work * cost.weight(runs[1]) < 20
+    assert progress._eta() == _text(per_work * estimates.weight(runs[1]))
+    assert 10 < per_work * estimates.weight(runs[1]) < 20
 
 
 def test_time_left_counts_neither_what_was_stored_before_nor_a_run_twice(
@@ -68,10 +69,10 @@ def test_time_left_counts_neither_what_was_stored_before_nor_a_run_twice(
     assert progress._eta() == "…"
     # its first epoch of two was stored
     _tell(monkeypatch, progress, (1, "start", resumed, {}), (11, "epoch", resumed, {"epoch": 2}))
-    per_work = 10 / (cost.weight(resumed) / 2)
-    assert progress._eta() == _text(per_work * cost.weight(other))  # two runs on two workers: as long as one
+    per_work = 10 / (estimates.weight(resumed) / 2)
+    assert progress._eta() == _text(per_work * estimates.weight(other))  # two runs on two workers: as long as one
     _tell(monkeypatch, progress, (13, "done", resumed, closing), (14, "busy", other, {}))
-    assert progress._eta() == _text(1.2 * per_work * cost.weight(failed))  # one run: a worker has nothing to do
+    assert progress._eta() == _text(1.2 * per_work * estimates.weight(failed))  # one run: a worker has nothing to do
     _tell(monkeypatch, progress, (15, "start", failed, {}), (16, "failed", failed, {"message": "no luck"}))
     assert progress._eta() == "0:00:00"
 
@@ -90,7 +91,7 @@ def _text(seconds: float) -> str:
 
 
 def test_result_table_has_every_column() -> None:
-    row = Row("", "loss_ibp", "loss_ibp", 0.03, (), (1.0, 1.2), (), 1.5, 1.4, 1.35, 3)
+    row = ResultRow("", "loss_ibp", ibp.LossIBP(0.03), (), (1.0, 1.2), (), 1.5, 1.4, 1.35, 3)
     console = Console(file=io.StringIO(), width=100)
     console.print(result_table([row]))
     assert all(cell in shown(console) for cell in ("loss_ibp", "0.03", "2/3", "1.10 ± 0.14", "1.50", "1.40", "1.35"))

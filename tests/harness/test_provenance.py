@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from ibp_triton.errors import LaunchError
 from ibp_triton.harness import grid, loading, provenance, store
 from ibp_triton.harness.cli import app
-from ibp_triton.harness.crew import LaunchError
 from ibp_triton.harness.launch import Job, launch, remaining
 
 Tree = dict[str, Any]

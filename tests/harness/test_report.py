@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import ibp_triton as ibp
 from ibp_triton.harness import grid, loading, store
 from ibp_triton.harness.cli import app
 from ibp_triton.harness.launch import Job, launch
 from ibp_triton.harness.report import csvfiles, tables, write_report
 from ibp_triton.harness.report.gather import Findings, pairs_in_order
 from ibp_triton.harness.report.paper import TABLES
-from ibp_triton.harness.summary import Row
+from ibp_triton.harness.summary import ResultRow
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -34,7 +35,7 @@ def stored(tree: Tree, write: Write, tmp_path: Path) -> Findings:
     errors = {None: (1.2, 1.3), 0.01: (1.1, 1.3), 0.03: (1.0, 1.1)}
     validation = {None: (1.0, 1.0), 0.01: (0.9, 0.9), 0.03: (1.4, 1.2)}
     for run in findings.runs:
-        seed, number = run.seeds.order, run.method.parameter
+        seed, number = run.seeds.order, getattr(run.method, "beta", None)
         result = {
             "test_error": errors[number][seed],
             "validation_error": validation[number][seed],
@@ -45,10 +46,14 @@ def stored(tree: Tree, write: Write, tmp_path: Path) -> Findings:
     return findings
 
 
+def betas(one: Any) -> float | None:
+    return getattr(one.method, "beta", None)
+
+
 def test_parameter_is_chosen_on_the_split_that_select_names(stored: Findings) -> None:
-    assert [row.parameter for row in stored.chosen] == [None, 0.01]
+    assert [betas(row) for row in stored.chosen] == [None, 0.01]
     on_test = Findings(loading.load(Path(stored.plan.where), ["select=test"]), stored.root)
-    assert [row.parameter for row in on_test.chosen] == [None, 0.03]
+    assert [betas(row) for row in on_test.chosen] == [None, 0.03]
     assert "chosen on the validation split" in tables.state(stored)
     assert "chosen on the test set" in tables.state(on_test)
 
@@ -75,12 +80,12 @@ def test_partial_results_and_none(stored: Findings, tmp_path: Path) -> None:
 
 def test_a_diverged_run_leaves_the_mean_and_the_choice_and_is_named(stored: Findings) -> None:
     for run in stored.runs:
-        if run.method.parameter == 0.01 or (run.method.parameter == 0.03 and run.seeds.order == 0):
+        if betas(run) == 0.01 or (betas(run) == 0.03 and run.seeds.order == 0):
             path = stored.folder(run) / store.RESULT
             result = store.read_json(path) or {}
             store.write_json(path, {**result, "diverged": True, "diverged_step": 17, "last_good_epoch": 3})
     found = Findings(stored.plan, stored.root)
-    assert [row.parameter for row in found.chosen] == [None, 0.03], "0.01 has no run left to choose by"
+    assert [betas(row) for row in found.chosen] == [None, 0.03], "0.01 has no run left to choose by"
     assert tables.comparison(found).cells[1][2:4] == ["1/2, 1 diverged", "1.10"]
     assert [line[3] for line in tables.every_parameter(found).cells] == ["1.00", "", "1.20"]  # type: ignore[union-attr]
     assert tables.every_parameter(found).cells[1][4] == "diverged"  # type: ignore[union-attr]
@@ -183,8 +188,8 @@ def test_order_of_pairs_leaves_the_papers_ties_out() -> None:
     assert pairs_in_order(rows) == (6, 8)
 
 
-def _row(key: str, mean: float) -> Row:
-    return Row("", key, key, None, (), (mean,), (), 1.0, None, 1.0, 1)
+def _row(key: str, mean: float) -> ResultRow:
+    return ResultRow("", key, ibp.BP(), (), (mean,), (), 1.0, None, 1.0, 1)
 
 
 def test_report_of_a_trained_grid(tree: Tree, write: Write, tmp_path: Path) -> None:
@@ -239,9 +244,9 @@ def test_robustness_tables_have_evenly_spaced_levels(tree: Tree, write: Write, t
     launch(Job(grid.runs(plan), tmp_path / "runs", evaluate=plan.experiment.evaluate), 1, lambda _: None)
     findings = Findings(plan, tmp_path / "runs")
     (table,) = tables.robustness(findings)
-    assert table.columns[2:] == [f"σ = {level:g}" for level in (0, 0.04, 0.08, 0.12, 0.16, 0.2)]
+    assert table.columns[1:] == [f"σ = {level:g}" for level in (0, 0.04, 0.08, 0.12, 0.16, 0.2)]
     ((_, curve),) = findings.curves["gaussian"]
-    assert table.cells[0][2:] == [f"{error:.2f}" for error in curve.mean[::4]]
+    assert table.cells[0][1:] == [f"{error:.2f}" for error in curve.mean[::4]]
 
 
 def test_every_method_is_compared_with_every_other_in_pairs(tree: Tree, write: Write, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ibp_triton.errors import DamageError
 from ibp_triton.harness import store
 
 
@@ -110,7 +111,7 @@ def test_a_lock_is_no_link_and_leaves_what_is_in_its_file(tmp_path: Path) -> Non
     (tmp_path / "precious").write_text("precious", encoding="utf-8")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / store.LOCK).symlink_to(tmp_path / "precious")
-    with pytest.raises(store.DamageError, match="a symbolic link"), store.lock(tmp_path / "linked"):
+    with pytest.raises(DamageError, match="a symbolic link"), store.lock(tmp_path / "linked"):
         pass
     assert (tmp_path / "precious").read_text(encoding="utf-8") == "precious"
 
@@ -146,7 +147,7 @@ def test_what_was_there_before_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "null", "\xff", "[" * 100_000])
 def test_damaged_json_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text, encoding="latin-1")
-    with pytest.raises(store.DamageError, match=r"a.json: damaged"):
+    with pytest.raises(DamageError, match=r"a.json: damaged"):
         store.read_json(tmp_path / "a.json")
     assert store.find_json(tmp_path / "a.json") is None
 

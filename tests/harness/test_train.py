@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, grid, loading, methods, models, store, train
+from ibp_triton.harness import data, grid, loading, models, store, train
 from ibp_triton.harness.batches import Batches
 
 Tree = dict[str, Any]
@@ -208,12 +208,13 @@ def test_beta_decays_with_the_learning_rate_only_if_asked(tree: Tree, write: Wri
         train.train(run, tmp_path / run.name, silent)
         return list(seen)
 
-    original = methods.build
+    original = ibp.LossIBP.parts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "build", lambda choice, factor=1.0: seen.append(factor) or original(choice, factor))
-        assert betas(write(tree))[1:3] == [1.0, 0.98]  # after the step's own first method
-        assert betas(write(tree), "training.beta_decay=false")[1:3] == [1.0, 1.0]
-    assert original(grid.MethodChoice("loss_ibp", 0.03, 1.0, "paper"), 0.5).beta == pytest.approx(0.015)
+        patch.setattr(ibp.LossIBP, "parts", lambda self, *x, **y: seen.append(self.beta) or original(self, *x, **y))
+        assert betas(write(tree))[:: len(seen) // 2] == pytest.approx([0.03, 0.03 * 0.98])
+        assert set(betas(write(tree), "training.beta_decay=false")) == {0.03}
+    assert train.decayed(ibp.LossIBP(0.03), 0.5) == ibp.LossIBP(0.015)
+    assert train.decayed(ibp.TRADES(6.0, 0.1, 0.02, 5), 0.5) == ibp.TRADES(6.0, 0.1, 0.02, 5)
 
 
 def test_summed_gradients_of_adversarial_training_move_twice_as_far(tree: Tree, write: Write, tmp_path: Path) -> None:

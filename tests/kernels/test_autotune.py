@@ -2,10 +2,10 @@
 
 import pytest
 
-from ibp_triton.kernels import autotune, config
-from ibp_triton.kernels.config import Config
+from ibp_triton.kernels import autotune, tiles
 from ibp_triton.kernels.gemm import linear
-from ibp_triton.kernels.launch import recording
+from ibp_triton.kernels.launcher import recording
+from ibp_triton.kernels.tiles import Config
 from tests.kernels.support import randn
 
 FAST, SLOW = Config(16, 16, 32), Config(64, 32, 32)
@@ -14,7 +14,7 @@ KEY = ("contract", "few rows", "sm_90", "float32")
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
-    monkeypatch.setattr(config, "tuned", {})
+    monkeypatch.setattr(tiles, "tuned", {})
 
 
 def test_the_fastest_tile_is_kept_and_loaded_again(tmp_path):
@@ -26,24 +26,24 @@ def test_the_fastest_tile_is_kept_and_loaded_again(tmp_path):
         return float(launches[0].config.block_m)
 
     before = linear(x, weight)
-    tiles = {"contract": [SLOW, FAST]}
-    chosen = autotune.tune(lambda: linear(x, weight), tmp_path / "tiles.json", candidates=tiles, clock=clock)
+    candidates = {"contract": [SLOW, FAST]}
+    chosen = autotune.tune(lambda: linear(x, weight), tmp_path / "tiles.json", candidates=candidates, clock=clock)
     assert chosen == {KEY: FAST}
     assert (linear(x, weight) - before).abs().max() < 1e-5
-    config.tuned.clear()
+    tiles.tuned.clear()
     assert autotune.load(tmp_path / "tiles.json") == 1
-    assert config.tuned == {KEY: FAST}
+    assert tiles.tuned == {KEY: FAST}
 
 
 def test_the_table_stands_where_nothing_is_faster():
     x, weight = randn(1, 3, 5), randn(4, 5)
     times = iter([1.0, 2.0, 3.0])
-    tiles = {"contract": [SLOW, FAST]}
-    assert (
-        autotune.tune(lambda: linear(x, weight), candidates=tiles, clock=lambda step: step() is None or next(times))
-        == {}
+    tried = {"contract": [SLOW, FAST]}
+    chosen = autotune.tune(
+        lambda: linear(x, weight), candidates=tried, clock=lambda step: step() is None or next(times)
     )
-    assert config.tuned == {}
+    assert chosen == {}
+    assert tiles.tuned == {}
 
 
 def test_what_is_refused(tmp_path):

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
+from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
-from ibp_triton.kernels.launch import launch, recording
+from ibp_triton.kernels.launcher import launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
-from ibp_triton.kernels.pointwise import relu
+from ibp_triton.kernels.norm_seeds import fast_tbp_seed, fgsm_step, norm_seed
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
-from ibp_triton.kernels.seeds import fast_tbp_seed, fgsm_step, norm_seed
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import last, randn
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ibp_triton as ibp
-from ibp_triton.kernels.launch import recording
+from ibp_triton.kernels.launcher import recording
 
 # float32 sweeps over a dozen layers, relative to the largest entry of the gradient
 TOLERANCE = 2e-5

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
-from ibp_triton.kernels.pointwise import relu
-from ibp_triton.kernels.seeds import fast_tbp_seed, fgsm_step, norm_seed
+from ibp_triton.kernels.norm_seeds import fast_tbp_seed, fgsm_step, norm_seed
 from tests.kernels.support import DTYPES, assert_close, last, randn, unchanged
 
 

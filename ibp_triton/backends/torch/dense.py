@@ -12,7 +12,7 @@ from torch import Tensor
 from ibp_triton.layer import HALF, Bilinear, Names, Tangents, fold, memory_format, product, unfold, wide
 
 
-class Linear(Bilinear):
+class Dense(Bilinear):
     """y = a Wᵀ + b over any leading dimensions; g(a, d) = dᵀ a."""
 
     label = "linear"

@@ -121,7 +121,7 @@ class Transpose(Permute):
         return order
 
 
-class Reverse(Permute):
+class ReverseAxes(Permute):
     """All axes in reverse order: x.T."""
 
     def _order(self, given: list[Any]) -> list[int]:

@@ -37,7 +37,7 @@ from ibp_triton.backends.torch.dense import (
     ConvTranspose1d,
     ConvTranspose2d,
     ConvTranspose3d,
-    Linear,
+    Dense,
 )
 from ibp_triton.backends.torch.moves import (
     CumulativeSum,
@@ -48,7 +48,7 @@ from ibp_triton.backends.torch.moves import (
     MoveAxis,
     Negative,
     Permute,
-    Reverse,
+    ReverseAxes,
     Roll,
     Sum,
     Transpose,
@@ -103,7 +103,7 @@ _ACTIVATIONS = {
 } | {"selu": (F.selu, torch.selu)}
 _ELEMENTARY = ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "abs", "sin", "cos", "erf")
 _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
-    Linear: (F.linear,),
+    Dense: (F.linear,),
     Conv1d: (F.conv1d,),
     Conv2d: (F.conv2d,),
     Conv3d: (F.conv3d,),
@@ -190,7 +190,7 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
         *(torch.transpose, torch.swapaxes, torch.swapdims, torch.t, torch.adjoint),
         *(T.transpose, T.swapaxes, T.swapdims, T.t, T.adjoint, *_TRANSPOSED),
     ),
-    Reverse: (_REVERSED,),
+    ReverseAxes: (_REVERSED,),
     MoveAxis: (torch.movedim, T.movedim, torch.moveaxis, T.moveaxis),
     Flip: (torch.flip, T.flip),
     Roll: (torch.roll, T.roll),

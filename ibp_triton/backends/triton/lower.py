@@ -21,7 +21,7 @@ from ibp_triton import ops
 from ibp_triton.backends.torch import dense, pointwise, pooling
 from ibp_triton.backends.torch.structural import BatchedMap, Reshape
 from ibp_triton.graph import Graph, Node
-from ibp_triton.kernels.config import precision
+from ibp_triton.kernels.tiles import precision
 from ibp_triton.kernels.wgrad import MAX_SEGMENTS
 from ibp_triton.layer import Bilinear, Layer, Names, Product, Tangents
 from ibp_triton.seeds import Seed
@@ -82,7 +82,7 @@ class _Joint(Bilinear):
         raise NotImplementedError
 
 
-class TritonLinear(_Joint, dense.Linear):
+class TritonLinear(_Joint, dense.Dense):
     """The linear layer as one contraction over [T, rows, features]."""
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -94,14 +94,14 @@ class TritonLinear(_Joint, dense.Linear):
         return self.output  # type: ignore[no-any-return]
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T Wᵀ, masked by the ReLU that the layer applies."""
+        """t Wᵀ, masked by the ReLU that the layer applies."""
         tangent, signed = _read(t["input"])
         mask = self.output.reshape(-1, self.output.shape[-1]) if RELU in self.node.fused else None
         out = ops.linear(self._tangents(tangent), self.weight, None, mask, False, signed)
         return out.view(*tangent.shape[:-1], self.weight.shape[0])  # type: ignore[no-any-return]
 
     def input_vjp(self, d: Tensor) -> Tensor:
-        """D W, masked by the ReLU before the layer."""
+        """d W, masked by the ReLU before the layer."""
         mask = None if self._mask is None else self._mask.reshape(-1, self._mask.shape[-1])
         out = ops.linear_vjp(self._tangents(d), self.weight, mask)
         return out.view(*d.shape[:-1], self.weight.shape[1])  # type: ignore[no-any-return]
@@ -172,12 +172,12 @@ class TritonMaxPool2d(pooling.MaxPool2d):
         return output  # type: ignore[no-any-return]
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D summed at the stored offsets."""
+        """d summed at the stored offsets."""
         out = ops.max_pool2d_vjp(_tangents(d, 4), self.code, self.size, *self.sizes)
         return {"input": _like(out, d, 4)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T at the stored offsets."""
+        """t at the stored offsets."""
         return _like(ops.max_pool2d_jvp(_tangents(t["input"], 4), self.code, *self.sizes, self.first), t["input"], 4)
 
 
@@ -191,11 +191,11 @@ class TritonMargin(Layer):
         return input
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D as it is."""
+        """d as it is."""
         return {"input": d}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T as it is."""
+        """t as it is."""
         return t["input"]
 
 
@@ -220,7 +220,7 @@ class TritonAvgPool2d(Layer):
         return self.jvp({"input": input})
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D shared out over each window."""
+        """d shared out over each window."""
         return {"input": _like(ops.avg_pool2d_vjp(_tangents(d, 4), self.size, *self.sizes), d, 4)}
 
     def jvp(self, t: Tangents) -> Tensor:
@@ -238,11 +238,11 @@ class TritonReLU(pointwise.ReLU):
         return self.output
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """D where the output is positive."""
+        """d where the output is positive."""
         return {"input": d if GATED in self.node.fused else self._masked(d)}
 
     def jvp(self, t: Tangents) -> Tensor:
-        """T where the output is positive."""
+        """t where the output is positive."""
         return t["input"] if ABSORBED in self.node.fused else self._masked(t["input"])
 
     def _masked(self, t: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def reads_signs(graph: Graph) -> bool:
 
 
 def _packed(x: Tensor) -> Tensor:
-    """X without gaps."""
+    """x without gaps."""
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
     return x if dense else x.contiguous()
 
@@ -315,7 +315,7 @@ def lower(plain: Graph) -> Graph:
 def _replacement(node: Node) -> type[Layer] | None:
     """The kernel rule for a node, None where there is none or it does not cover the call."""
     static = _arguments(node)
-    if node.rule is dense.Linear:
+    if node.rule is dense.Dense:
         return TritonLinear
     if node.rule is pointwise.ReLU:
         return TritonReLU

@@ -7,14 +7,16 @@ import io
 from typing import Any
 
 from ibp_triton.harness.report.gather import Findings
+from ibp_triton.harness.rows import kinds
 
 
 def curves_csv(findings: Findings) -> str:
     """One line for each level of each curve of the chosen rows; errors in per cent."""
-    buffer, writer = _csv(["curve", "variant", "row", "parameter", "seeds", "level", "error", "low", "high"])
+    buffer, writer = _csv(["curve", "variant", "row", *findings.fields, "seeds", "level", "error", "low", "high"])
     for name, curves in findings.curves.items():
         for row, curve in curves:
-            head = [name, cell(row.variant), cell(row.label), row.parameter, len(findings.outcomes(row, name))]
+            values = row.values(findings.fields)
+            head = [name, cell(row.variant), cell(row.label), *values, len(findings.outcomes(row, name))]
             columns = zip(curve.levels, curve.mean, curve.low, curve.high, strict=True)
             writer.writerows([*head, *(f"{value:.6g}" for value in line)] for line in columns)
     return buffer.getvalue()
@@ -24,13 +26,14 @@ def results_csv(findings: Findings) -> str:
     """One line for each finished run."""
     keys = ["test_error", "validation_error", "final_loss", "diverged", "seconds_per_epoch", "predicted_ratio"]
     keys += ["train_examples", "test_examples", "epochs", "diverged_step", "last_good_epoch"]
-    heads = ["variant", "row", "method", "parameter", "norm", "semantics", "seed", "run"]
+    names = list(dict.fromkeys(name for run in findings.runs for name in kinds(run.method.key)))
+    heads = ["variant", "row", "method", *names, "seed", "run"]
     buffer, writer = _csv([*heads, *keys, "changed"])
     for run in findings.runs:
         result = findings.results.get(run.name)
         if result:
             method = run.method
-            head = [cell(run.variant), cell(run.row), method.key, method.parameter, method.norm, method.semantics]
+            head = [cell(run.variant), cell(run.row), method.key, *(getattr(method, name, "") for name in names)]
             changed = " ".join(findings.changed.get(run.name, []))
             writer.writerow([*head, run.seeds.order, run.name, *(result.get(key) for key in keys), changed])
     return buffer.getvalue()

@@ -17,7 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ibp_triton.harness.report.gather import CURVES, Curve, Findings, title
+from ibp_triton.harness.evaluate import CLEAN, CURVES
+from ibp_triton.harness.report.gather import Curve, Findings, title
 
 INK = "#0a0b0c"
 COLOURS = ("#808080", "#1f8fe0", "#2aa775", "#d9822b", "#b08d1a", "#a66bd4", "#d4569a", "#e0483e", "#3aa6a6", "#8f8f3a")
@@ -95,9 +96,9 @@ def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
     curves = [(row, curve) for row, curve in findings.curves[name] if len(curve.levels) > 1]
     if not curves:  # nothing stored, or one size, which the tables tell
         return
-    symbol, perturbation, caption = CURVES[name]
-    caption = f"{caption}: error with 95 % bands over seeds and examples{_cut(len(curves))}"
-    sketch = Sketch(name, caption, f"{symbol} {perturbation}", "error %")
+    kind = CURVES[name]
+    caption = f"{kind.title}: error with 95 % bands over seeds and examples{_cut(len(curves))}"
+    sketch = Sketch(name, caption, f"{kind.symbol} {kind.of}", "error %")
     for number, (_, curve) in enumerate(curves[:MOST]):
         _banded(sketch, number, curve, markersize=3)
     yield _legend(sketch)
@@ -111,7 +112,7 @@ def _banded(sketch: Sketch, number: int, curve: Curve, markersize: int) -> None:
 def _sizes(findings: Findings) -> Iterator[Sketch]:
     """Figure 4: error against the number of training examples, with and without augmentation."""
     lines: dict[str, dict[int, Curve]] = {}
-    for row, curve in findings.curves["clean"]:
+    for row, curve in findings.curves[CLEAN]:
         run = row.runs[0]
         label = row.label + (" with augmentation" if run.training.augment else "")
         if run.data.subset:

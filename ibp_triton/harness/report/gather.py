@@ -15,15 +15,9 @@ from torch import Tensor
 from ibp_triton.harness import evaluate, grid, provenance, stats, store, summary
 from ibp_triton.harness.config import Experiment, Seeds
 from ibp_triton.harness.grid import Run
-from ibp_triton.harness.loading import Plan
+from ibp_triton.harness.loading import ExperimentFile
 from ibp_triton.harness.report.paper import TABLES, Published
-from ibp_triton.harness.summary import Row
-
-CURVES = {  # the symbol of the perturbation's size, what it is the size of, a title
-    "adversarial": ("ε", "of the adversarial example x + ε sign(∇L)", "Adversarial examples"),
-    "gaussian": ("σ", "of the noise", "Gaussian noise"),
-    "pgd": ("ε", "of projected gradient descent", "Projected gradient descent"),
-}
+from ibp_triton.harness.summary import ResultRow
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class Curve:
 class Findings:
     """An experiment and what its runs have stored so far under `root`."""
 
-    plan: Plan
+    plan: ExperimentFile
     root: Path
 
     @property
@@ -77,43 +71,53 @@ class Findings:
         return {run.name: found for run in stored if (found := provenance.changes(run, self.folder(run)))}
 
     @cached_property
-    def rows(self) -> list[Row]:
-        """One row for each variant, label and parameter that has a finished run."""
+    def rows(self) -> list[ResultRow]:
+        """One row for each variant, label and method that has a finished run."""
         return summary.rows(self.runs, self.root, self.results)
 
     @cached_property
-    def chosen(self) -> list[Row]:
-        """The row of the best parameter of each variant and label, by the split that `select` names."""
-        groups: dict[tuple[str, str], list[Row]] = {}
+    def chosen(self) -> list[ResultRow]:
+        """The row of the best values of each variant and label, by the split that `select` names."""
+        groups: dict[tuple[str, str], list[ResultRow]] = {}
         for row in self.rows:
             groups.setdefault((row.variant, row.label), []).append(row)
         return [min(group, key=self._score) for group in groups.values()]
 
-    def _score(self, row: Row) -> float:
+    @cached_property
+    def fields(self) -> list[str]:
+        """The fields of the methods that tell the rows apart."""
+        return summary.columns(self.rows)
+
+    @property
+    def axes(self) -> list[str]:
+        """The fields that have several values in a row."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.axes))
+
+    def _score(self, row: ResultRow) -> float:
         """The error to choose by; rows that diverged under every seed come last."""
         by_validation = self.experiment.select == "validation" and row.validation_errors
         errors = row.validation_errors if by_validation else row.errors
         return fmean(errors) if errors else math.inf
 
     @cached_property
-    def _bases(self) -> dict[str, Row]:
+    def _bases(self) -> dict[str, ResultRow]:
         return {row.variant: row for row in reversed(self.chosen) if row.key == "bp"}
 
-    def base(self, row: Row) -> Row | None:
+    def base(self, row: ResultRow) -> ResultRow | None:
         """The BP row of the same variant."""
         return self._bases.get(row.variant)
 
-    def published(self, row: Row) -> Published | None:
+    def published(self, row: ResultRow) -> Published | None:
         """The paper's figures for a row in the paper's semantics."""
-        exact = any(run.method.semantics == "exact" for run in row.finished)
-        table = TABLES.get(self.experiment.compare or "", {})
-        return None if exact else table.get(row.key)
+        exact = getattr(row.method, "semantics", None) == "exact"
+        table = self.experiment.compare
+        return None if exact or not table else TABLES[table].get(row.key)
 
     def folder(self, run: Run) -> Path:
         """The folder of a run."""
         return self.root / run.name
 
-    def metrics(self, row: Row, key: str) -> tuple[list[int], list[float]]:
+    def metrics(self, row: ResultRow, key: str) -> tuple[list[int], list[float]]:
         """Epochs and the mean over seeds of a metric, where every seed of the row has it."""
         series = [
             {one["epoch"]: one[key] for one in self._metrics(run) if one.get(key) is not None} for run in row.runs
@@ -141,18 +145,18 @@ class Findings:
         runs = {run.name: run for row in self.rows for run in row.runs}
         return {n: evaluate.outcomes_of(self.folder(run), self.experiment.evaluate) or {} for n, run in runs.items()}
 
-    def outcomes(self, row: Row, name: str) -> dict[Seeds, Tensor]:
+    def outcomes(self, row: ResultRow, name: str) -> dict[Seeds, Tensor]:
         """Stored outcomes [levels, examples] of a curve by the seeds of the run."""
         found = ((run.seeds, self._stored[run.name]) for run in row.runs)
         return {seeds: stored[name] for seeds, stored in found if name in stored}
 
     @cached_property
-    def curves(self) -> dict[str, list[tuple[Row, Curve]]]:
-        """The stored curves of the chosen rows by name: those of CURVES, and "clean", without a perturbation."""
-        names = ("clean", *CURVES)
+    def curves(self) -> dict[str, list[tuple[ResultRow, Curve]]]:
+        """The stored curves of the chosen rows by name: those of CURVES, and CLEAN."""
+        names = (evaluate.CLEAN, *evaluate.CURVES)
         return {n: [(row, curve) for row in self.chosen if (curve := self._curve(row, n))] for n in names}
 
-    def _curve(self, row: Row, name: str) -> Curve | None:
+    def _curve(self, row: ResultRow, name: str) -> Curve | None:
         parts = list(self.outcomes(row, name).values())
         if not parts:
             return None
@@ -162,20 +166,20 @@ class Findings:
         levels = evaluate.levels_of(self.experiment.evaluate, name)
         return Curve(title(row), levels, mean, low.tolist(), high.tolist())
 
-    def against_base(self, row: Row) -> stats.Mcnemar | None:
+    def against_base(self, row: ResultRow) -> stats.Mcnemar | None:
         """`paired` with BP; None for BP itself and where it is missing."""
         base = self.base(row)
         return None if base is None or base is row else self.paired(base, row)
 
-    def paired(self, base: Row, row: Row) -> stats.Mcnemar | None:
+    def paired(self, base: ResultRow, row: ResultRow) -> stats.Mcnemar | None:
         """McNemar's test of the clean outcomes of `row` against `base`, on the seeds both have stored; None if none."""
-        first, second = self.outcomes(base, "clean"), self.outcomes(row, "clean")
+        first, second = self.outcomes(base, evaluate.CLEAN), self.outcomes(row, evaluate.CLEAN)
         common = [seeds for seeds in first if seeds in second]
         if not common:
             return None
         return stats.mcnemar(*(torch.stack([part[seeds] for seeds in common]) for part in (first, second)))
 
-    def maskings(self, row: Row) -> list[store.Record]:
+    def maskings(self, row: ResultRow) -> list[store.Record]:
         """Stored gradient-masking checks of the row's runs."""
         stored = (self._summaries[run.name] for run in row.runs)
         return [one["masking"] for one in stored if one and "masking" in one]
@@ -190,12 +194,12 @@ class Findings:
         return list({str(one): one for one in found if one}.values())
 
 
-def title(row: Row) -> str:
+def title(row: ResultRow) -> str:
     """Variant and label of a row."""
     return f"{row.variant}: {row.label}" if row.variant else row.label
 
 
-def pairs_in_order(rows: Sequence[tuple[Row, Published]]) -> tuple[int, int]:
+def pairs_in_order(rows: Sequence[tuple[ResultRow, Published]]) -> tuple[int, int]:
     """How many pairs that differ in the paper lie the same way round here, and how many there are."""
     pairs = [(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :] if a[1].mean != b[1].mean]
     same = sum((a[0].mean < b[0].mean) == (a[1].mean < b[1].mean) for a, b in pairs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ibp_triton.harness.config import PublishedTable
+
 
 @dataclass(frozen=True)
 class Published:
@@ -15,7 +17,7 @@ class Published:
     seconds: float
 
 
-TABLES: dict[str, dict[str, Published]] = {
+TABLES: dict[PublishedTable, dict[str, Published]] = {
     "table1_mnist": {
         "bp": Published(1.21, 0.08, None, 1.51),
         "prediction_ibp": Published(0.90, 0.10, 1.0, 2.64),

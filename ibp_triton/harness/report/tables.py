@@ -10,9 +10,10 @@ from statistics import fmean
 from typing import Any
 
 from ibp_triton.harness import provenance, store
-from ibp_triton.harness.report.gather import CURVES, Findings, pairs_in_order, title
+from ibp_triton.harness.evaluate import CLEAN, CURVES
+from ibp_triton.harness.report.gather import Findings, pairs_in_order, title
 from ibp_triton.harness.report.paper import Published
-from ibp_triton.harness.summary import Row, error_text
+from ibp_triton.harness.summary import ResultRow, error_text, headings
 
 PAIRS_NOTE = (
     "Test examples gained less those lost by the method of the line against that of the column, the seeds of both "
@@ -62,12 +63,12 @@ def comparison(findings: Findings) -> Table:
     """Table 1: our error beside the paper's, the difference, and whether the paper's order holds."""
     known = any(findings.published(row) for row in findings.chosen)
     tested = any(findings.against_base(row) for row in findings.chosen)
-    columns = ["method", "β or ε", "seeds", "error %"]
+    columns = ["method", *headings(findings.fields), "seeds", "error %"]
     columns += ["paper %", "difference", "vs bp (paper)", "as in paper"] if known else []
     columns += ["McNemar vs bp"] if tested else []
     cells = []
     for row in findings.chosen:
-        line = [title(row), parameter(row), row.seeds, error_text(row.mean, row.sd)]
+        line = [title(row), *row.values(findings.fields), row.seeds, error_text(row.mean, row.sd)]
         line += _published(findings, row) if known else []
         line += [_mcnemar(findings, row)] if tested else []
         cells.append(line)
@@ -77,12 +78,12 @@ def comparison(findings: Findings) -> Table:
 def diverged(findings: Findings) -> Table:
     """Runs whose loss or weights ended as no numbers."""
     cells = [
-        [title(row), parameter(row), str(run.seeds), run.name, *map(_shown, _where(result))]
+        [title(row), *row.values(findings.fields), str(run.seeds), run.name, *map(_shown, _where(result))]
         for row in findings.rows
         for run, result in row.diverged
     ]
-    note = f"They count in no mean, no ± and no choice of β or ε; {store.LAST_GOOD} holds the last good weights."
-    columns = ["method", "β or ε", "seed", "run", "diverged at step", "last good epoch"]
+    note = f"They count in no mean, no ± and no choice of values; {store.LAST_GOOD} holds the last good weights."
+    columns = ["method", *headings(findings.fields), "seed", "run", "diverged at step", "last good epoch"]
     return Table("Runs that diverged", columns, cells, note)
 
 
@@ -98,7 +99,7 @@ def pairs(findings: Findings) -> list[Table]:
     """Every method against every other, by the test examples they disagree on; a table for each variant."""
     found = []
     for variant in dict.fromkeys(row.variant for row in findings.chosen):
-        rows = [row for row in findings.chosen if row.variant == variant and findings.outcomes(row, "clean")]
+        rows = [row for row in findings.chosen if row.variant == variant and findings.outcomes(row, CLEAN)]
         if len(rows) > 2:
             columns = [f"vs {row.label}" for row in rows[:-1]]
             cells = [[_against(findings, base, row) for base in rows[:number]] for number, row in enumerate(rows)]
@@ -111,14 +112,14 @@ def pairs(findings: Findings) -> list[Table]:
 
 
 def every_parameter(findings: Findings) -> Table | None:
-    """All β and ε tried, where there were several."""
+    """All values tried, where there were several."""
     if len(findings.rows) == len(findings.chosen):
         return None
-    columns = ["method", "β or ε", "seeds", "validation error %", "test error %", "chosen"]
+    columns = ["method", *headings(findings.fields), "seeds", "validation error %", "test error %", "chosen"]
     cells = [
         [
             title(row),
-            parameter(row),
+            *row.values(findings.fields),
             row.seeds,
             f"{fmean(row.validation_errors):.2f}" if row.validation_errors else "",
             error_text(row.mean, row.sd),
@@ -165,11 +166,13 @@ def markdown(findings: Findings) -> str:
 
 
 def state(findings: Findings) -> str:
-    """One sentence: how much is finished, and by what the parameter was chosen."""
+    """One sentence: how much is finished, and by what the best values were chosen."""
     finished = sum(len(row.finished) for row in findings.rows)
     which = "the test set" if findings.experiment.select == "test" else "the validation split"
     several = len(findings.rows) > len(findings.chosen)
-    choice = f" The best β or ε was chosen on {which}." if several else ""
+    names = headings(findings.axes)
+    what = f"{', '.join(names)} {'was' if len(names) == 1 else 'were'}"
+    choice = f" The best {what} chosen on {which}." if several else ""
     text = f"{finished} of {len(findings.runs)} runs are finished.{choice} Errors are of the last epoch."
     return " ".join([text, *_warnings(findings)])
 
@@ -199,23 +202,25 @@ def _some(names: Collection[str]) -> str:
 
 def robustness(findings: Findings) -> Iterator[Table]:
     """Each robustness curve at six of its levels at most, evenly spaced."""
-    for name, (symbol, perturbation, _) in CURVES.items():
+    for name, kind in CURVES.items():
         curves = findings.curves[name]
         if curves:
             levels = curves[0][1].levels
             step = math.ceil((len(levels) - 1) / 5) or 1
-            columns = ["method", "β or ε", *(f"{symbol} = {level:g}" for level in levels[::step])]
-            cells = [[title(row), parameter(row), *(f"{e:.2f}" for e in curve.mean[::step])] for row, curve in curves]
+            columns = [
+                "method",
+                *headings(findings.fields),
+                *(f"{kind.symbol} = {level:g}" for level in levels[::step]),
+            ]
+            cells = [
+                [title(row), *row.values(findings.fields), *(f"{e:.2f}" for e in curve.mean[::step])]
+                for row, curve in curves
+            ]
             note = "Errors in %, mean over seeds; curves.csv has every size and the bands."
-            yield Table(f"Error against {symbol} {perturbation}", columns, cells, note)
+            yield Table(f"Error against {kind.symbol} {kind.of}", columns, cells, note)
 
 
-def parameter(row: Row) -> str:
-    """The β or ε as a reader writes it."""
-    return "" if row.parameter is None else f"{row.parameter:g}"
-
-
-def _published(findings: Findings, row: Row) -> list[str]:
+def _published(findings: Findings, row: ResultRow) -> list[str]:
     paper, base = findings.published(row), findings.base(row)
     if paper is None or not row.errors:
         return ["", "", "", ""]
@@ -236,17 +241,17 @@ def _word(sign: int) -> str:
     return {-1: "better", 0: "equal", 1: "worse"}[sign]
 
 
-def _mcnemar(findings: Findings, row: Row) -> str:
+def _mcnemar(findings: Findings, row: ResultRow) -> str:
     test = findings.against_base(row)
     return f"+{test.gained} −{test.lost}, p = {test.p:.2g}" if test else ""
 
 
-def _against(findings: Findings, base: Row, row: Row) -> str:
+def _against(findings: Findings, base: ResultRow, row: ResultRow) -> str:
     test = findings.paired(base, row)
     return f"{test.gained - test.lost:+d}, p = {test.p:.2g}" if test else ""
 
 
-def _paper_ratio(findings: Findings, row: Row) -> str:
+def _paper_ratio(findings: Findings, row: ResultRow) -> str:
     base = findings.base(row)
     paper, bp = findings.published(row), findings.published(base) if base else None
     return f"{paper.seconds / bp.seconds:.2f}" if paper and bp else ""
@@ -265,5 +270,5 @@ def _note(findings: Findings) -> str:
     return " ".join(notes)
 
 
-def _of(known: Iterable[tuple[Row, Published]], variant: str) -> list[tuple[Row, Published]]:
+def _of(known: Iterable[tuple[ResultRow, Published]], variant: str) -> list[tuple[ResultRow, Published]]:
     return [(row, paper) for row, paper in known if row.variant == variant]

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment
 
 from ibp_triton.harness import store, yamltext
-from ibp_triton.harness.loading import Plan
+from ibp_triton.harness.loading import ExperimentFile
 from ibp_triton.harness.report import csvfiles, figures, tables
 from ibp_triton.harness.report.figures import Sketch
 from ibp_triton.harness.report.gather import Findings
@@ -17,7 +17,7 @@ PROTOCOLS = 50
 LABELS_ONLY = ("name", "title", "output", "runs", "workers")
 
 
-def write_report(plan: Plan, root: Path, folder: Path) -> list[Path]:
+def write_report(plan: ExperimentFile, root: Path, folder: Path) -> list[Path]:
     """report.html, tables.md, results.csv, curves.csv and figures/* in `folder`, from the runs under `root`."""
     findings = Findings(plan, root)
     sketches = list(figures.sketches(findings))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -12,13 +11,14 @@ import torch
 from torch.nn import functional as F
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, methods, models
-from ibp_triton.harness.config import Network
-from ibp_triton.harness.grid import MethodChoice, Run
-from ibp_triton.harness.models import ModelError, Shape
+from ibp_triton.errors import NetworkError
+from ibp_triton.harness import data, models, sources
+from ibp_triton.harness.config import NetworkChoice, Precision
+from ibp_triton.harness.grid import Run
+from ibp_triton.harness.models import PRECISIONS, Shape
+from ibp_triton.ledger import MultiplyAdds
 
 T = TypeVar("T")
-_SIZES = {"mnist": 60_000, "fashion_mnist": 60_000, "cifar10": 50_000}
 
 
 def shape_of(run: Run) -> tuple[Shape, int]:
@@ -30,7 +30,7 @@ def examples(run: Run) -> int | None:
     """Training examples of a run; None where only the files would tell."""
     if run.data.subset:
         return run.data.subset
-    total = {**_SIZES, "synthetic": run.data.examples, "mnist5k": 5_000 - run.data.holdout}.get(run.data.source)
+    total = sources.examples_of(run.data)
     return None if total is None else total - run.data.validation
 
 
@@ -38,24 +38,24 @@ def ratio(run: Run) -> float:
     """Multiply-adds of one step of `run` relative to BP; in sweeps alone where only files tell the image shape."""
     if data.shape_of(run.data) is None:
         return _sweeps(run)
-    network = run.network.model_dump_json(by_alias=True)
-    method = run.method if run.method.parameter is None else replace(run.method, parameter=1.0)
     try:
-        return _ratio(network, method, run.training.batch_size, *shape_of(run))
-    except ModelError:
+        work = _work(run.network.model_dump_json(by_alias=True), run.training.batch_size, *shape_of(run))
+        return run.method.multiply_adds(work) / ibp.BP().multiply_adds(work)
+    except NetworkError:
         raise
     except Exception:  # too large for this machine, or a model that cannot be counted: its run will say so
         return _sweeps(run)
 
 
 def _sweeps(run: Run) -> float:
-    return float(methods.build(run.method).sweeps / ibp.METHODS["bp"]().sweeps)
+    return run.method.sweeps / ibp.BP().sweeps
 
 
 @lru_cache
-def _ratio(network: str, method: MethodChoice, batch: int, shape: Shape, classes: int) -> float:
-    model = models.build(Network.model_validate_json(network), shape, classes, 0)
-    return methods.predicted_ratio(method, model, batch, shape)
+def _work(network: str, batch: int, shape: Shape, classes: int) -> MultiplyAdds:
+    """Multiply-adds of each kind of sweep."""
+    model = models.build(NetworkChoice.model_validate_json(network), shape, classes, 0)
+    return ibp.Network(model).multiply_adds((batch, *shape))
 
 
 def weight(run: Run) -> float:
@@ -71,7 +71,7 @@ def seconds(run: Run) -> float | None:
 def _weight(run: Run) -> float:
     try:
         relative = ratio(run)
-    except ModelError:  # one network that cannot be built leaves the other runs alone
+    except NetworkError:  # one network that cannot be built leaves the other runs alone
         relative = _sweeps(run)
     return relative * (examples(run) or 1000) * run.training.epochs
 
@@ -87,9 +87,8 @@ _KNOWN: dict[tuple[Any, ...], tuple[Run, Any]] = {}  # by what a grid's runs sha
 
 
 def _once(function: Callable[[Run], T], run: Run) -> T:
-    """The cost of a run, worked out once for all that differ from it in seeds, β or ε alone."""
-    sections = (id(run.data), id(run.network), id(run.training))
-    key = (function, *sections, run.method.key, run.method.norm, run.method.semantics)
+    """The cost of a run, worked out once for all that differ from it in seeds, or in values that change no pass."""
+    key = (function, id(run.data), id(run.network), id(run.training), run.method.program)
     if key not in _KNOWN:
         if len(_KNOWN) > 100_000:
             _KNOWN.clear()
@@ -104,10 +103,10 @@ def makespan(work: Collection[float], workers: int) -> float:
 
 
 @lru_cache
-def _time_bp(network: str, precision: str, batch: int, shape: Shape, classes: int) -> float:
-    model = models.build(Network.model_validate_json(network), shape, classes, 0)
+def _time_bp(network: str, precision: Precision, batch: int, shape: Shape, classes: int) -> float:
+    model = models.build(NetworkChoice.model_validate_json(network), shape, classes, 0)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    wrapped, method = ibp.Network(model, dtype=methods.PRECISIONS[precision]), ibp.METHODS["bp"]()
+    wrapped, method = ibp.Network(model, dtype=PRECISIONS[precision]), ibp.BP()
     x = torch.rand(batch, *shape).contiguous(memory_format=torch.channels_last)
     labels = F.one_hot(torch.arange(batch) % classes, classes).argmax(1)
     best = float("inf")

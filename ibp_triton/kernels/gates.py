@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.config import select
-from ibp_triton.kernels.launch import Cost, cdiv, launch
+from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.tiles import select
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ibp_triton.kernels.config import Config
+from ibp_triton.kernels.tiles import Config
 
 INT32_MAX = 2**31 - 1
 

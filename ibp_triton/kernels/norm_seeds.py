@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.config import select
-from ibp_triton.kernels.launch import Cost, launch
-from ibp_triton.kernels.pointwise import is_dense, same_layout
+from ibp_triton.kernels.gates import is_dense, same_layout
+from ibp_triton.kernels.launcher import Cost, launch
+from ibp_triton.kernels.tiles import select
 
 
 @triton.jit

@@ -1,0 +1,168 @@
+"""Rows of `methods`: the fields of a method's own dataclass, each a value or a list of values, an axis of the grid."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields
+from functools import cached_property, lru_cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+import ibp_triton as ibp
+from ibp_triton.methods import PAPER
+
+MOST = 100_000  # combinations of a row's values
+_WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+
+
+class FieldKind:
+    """How a field of a method is read: strictly as its annotation says."""
+
+    def __init__(self, annotation: Any, default: Any) -> None:
+        self._words = _words(annotation)
+        self._adapter = TypeAdapter[Any](annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
+        self.default = default if default is MISSING else self.read(default)
+
+    def read(self, value: Any) -> Any:
+        """The value, a whole number as a float where the field is one; raises ValueError."""
+        try:
+            return self._adapter.validate_python(value)
+        except ValidationError:
+            raise ValueError(f"expected {self._words}, or a list of such values, got {value!r:.80}") from None
+
+    def read_all(self, value: Any) -> Any:
+        """A value or a list of values, none of them twice; raises ValueError."""
+        if not isinstance(value, list):
+            return self.read(value)
+        if not value:
+            raise ValueError("give at least one value")
+        return list(once(map(self.read, value)))
+
+
+def _words(annotation: Any) -> str:
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_words, get_args(annotation)))
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, get_args(annotation)))
+    return _WORDS.get(annotation, str(annotation))
+
+
+@lru_cache
+def kinds(key: str) -> dict[str, FieldKind]:
+    """The fields of a method by name, but for those of every method, such as its criterion."""
+    cls, shared = ibp.METHODS[key], {field.name for field in fields(ibp.Method)}
+    hints = get_type_hints(cls)
+    return {one.name: FieldKind(hints[one.name], one.default) for one in fields(cls) if one.name not in shared}
+
+
+def once(values: Iterable[Any]) -> Iterator[Any]:
+    """The values; raises ValueError where one comes again: it would be one run that counts as two."""
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{value} is given twice; give each once")
+        seen.add(value)
+        yield value
+
+
+class MethodRow(BaseModel):
+    """One row of the comparison: the key of its `method` (the row's label if left out), and that method's fields."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    method: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, given: Any) -> dict[str, Any]:
+        if not isinstance(given, dict):
+            raise ValueError("expected the method's fields, such as {beta: 0.03}")
+        own = {name: value for name, value in given.items() if value is not None}
+        key = own.pop("method")
+        if not isinstance(key, str) or key not in ibp.METHODS:
+            raise ValueError(f"{key!r} is no method; choose one of {', '.join(ibp.METHODS)}")
+        read = {name: kind.default for name, kind in kinds(key).items()} | _read_each(key, own)
+        missing = [name for name, value in read.items() if value is MISSING]
+        if missing:
+            raise ValueError(f"{key} needs {' and '.join(missing)}")
+        return {"method": key, **read}
+
+    @model_validator(mode="after")
+    def _in_range(self) -> MethodRow:
+        count = math.prod(map(len, self._values))
+        if count > MOST:
+            raise ValueError(f"{count} combinations of values are more than {MOST}; shorten a list")
+        try:
+            assert self.points
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @cached_property
+    def points(self) -> list[ibp.Method]:
+        """One method for each combination of values; those of the last field change first."""
+        cls, names = ibp.METHODS[self.method], kinds(self.method)
+        return [cls(**dict(zip(names, values, strict=True))) for values in itertools.product(*self._values)]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The fields that have several values."""
+        return tuple(name for name, values in zip(kinds(self.method), self._values, strict=True) if len(values) > 1)
+
+    @property
+    def _values(self) -> list[list[Any]]:
+        given = (getattr(self, name) for name in kinds(self.method))
+        return [value if isinstance(value, list) else [value] for value in given]
+
+
+def _read_each(key: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields given of a method; raises a ValidationError that has a fault for each that cannot be read."""
+    read, faults = {}, []
+    for name, value in given.items():
+        try:
+            read[name] = _kind(key, name).read_all(value)
+        except ValueError as error:
+            told = PydanticCustomError("field", "{text}", {"text": str(error)})
+            faults.append(InitErrorDetails(type=told, loc=(name,), input={}))
+    if faults:
+        raise ValidationError.from_exception_data("MethodRow", faults)
+    return read
+
+
+def _kind(key: str, name: str) -> FieldKind:
+    """How the field is read; raises ValueError for a name that is no field of the method."""
+    known = kinds(key)
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    meant = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(f"{key} takes no {name}; {meant}its fields: {', '.join(known) or 'none'}")
+
+
+def stored(method: ibp.Method) -> dict[str, Any]:
+    """A method as config.json has it. Its text is a part of the run's name.
+
+    The paper's methods are stored as when β or ε, norm and semantics were all there was, so that their runs keep
+    their names: the strength under `parameter`, null for what a method has not.
+    """
+    own = {name: kind.read(getattr(method, name)) for name, kind in kinds(method.key).items()}
+    if method.key not in PAPER:
+        return {"key": method.key, **own}
+    strength = own.pop(method.parameter) if method.parameter else None
+    return {"key": method.key, "parameter": strength, "norm": None, "semantics": None, **own}
+
+
+def from_stored(config: dict[str, Any]) -> ibp.Method:
+    """The method that `stored` described; raises ValueError or KeyError for anything else."""
+    own = dict(config)
+    key = own.pop("key")
+    if key in PAPER:
+        own[ibp.METHODS[key].parameter or "parameter"] = own.pop("parameter")
+    (method,) = MethodRow.model_validate({"method": key, **own}).points
+    return method

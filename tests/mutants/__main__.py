@@ -1,0 +1,155 @@
+"""Try the mutants of the sample that are not known yet, for so many minutes; write docs/mutants.md."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.machinery
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy  # noqa: F401 - imported once, before the forks
+import pytest
+import torch
+
+from tests.mutants.changes import ROOT, Mutant, mutants
+
+OUTCOMES, REPORT = ROOT / ".mutants" / "outcomes.jsonl", ROOT / "docs" / "mutants.md"
+HEAD = """# Mutants
+
+Written by `make mutants` (tests/mutants): small faults put into the mathematics, one at a time, and whether the
+tests notice.
+"""
+TESTS = {  # files of tests/library for files of the package, the quickest and nearest first
+    "methods": ("invariants", "ledger", "more_methods", "criteria", "agreement"),
+    "sweeps": ("invariants", "ledger", "more_methods", "criteria", "agreement"),
+    "dense pooling moves reductions structural": ("rules", "rules_structural", "invariants"),
+    "batch_norm normalisation": ("rules_normalisation", "rules", "invariants"),
+    "attention multihead products": ("rules_attention", "rules"),
+    "activations pointwise binary": ("rules_pointwise", "rules"),
+    "selection": ("rules_structural", "rules", "rules_pointwise"),
+    "generic": ("rules", "invariants", "any_code"),
+    "written": ("any_code",),
+}
+
+
+def selections() -> dict[str, list[str]]:
+    """The test files of each file of the package."""
+    found = {}
+    for names, tests in TESTS.items():
+        for name in names.split():
+            places = {"methods": "methods/*.py", "sweeps": "sweeps.py"}.get(name, f"backends/torch/{name}.py")
+            for path in sorted((ROOT / "ibp_triton").glob(places)):
+                found[path.relative_to(ROOT).as_posix()] = [f"tests/library/test_{test}.py" for test in tests]
+    return found
+
+
+class Changed(importlib.machinery.SourceFileLoader):
+    """Finds and loads one module, from other text than its file's."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        super().__init__(mutant.path.removesuffix(".py").replace("/", "."), str(ROOT / mutant.path))
+        self.text = mutant.text
+
+    def find_spec(self, name: str, *_: Any) -> Any:
+        """None for every other module."""
+        return importlib.machinery.ModuleSpec(name, self, origin=self.path) if name == self.name else None
+
+    def get_code(self, fullname: str) -> Any:
+        """Compiled from the text."""
+        return compile(self.text, self.path, "exec")
+
+
+def run(tests: list[str], mutant: Mutant, limit: float) -> tuple[str, float]:
+    """The outcome of these tests in a child with this mutant, and the seconds it took."""
+    begin, pid = time.monotonic(), os.fork()
+    if pid == 0:
+        _child(tests, mutant)
+    while time.monotonic() < begin + limit:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return ("killed" if status else "survived"), time.monotonic() - begin
+        time.sleep(0.05)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "timed out", time.monotonic() - begin
+
+
+def _child(tests: list[str], mutant: Mutant) -> None:
+    os.setpgid(0, 0)
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
+    for number in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    sys.meta_path.insert(0, Changed(mutant))  # type: ignore[arg-type]
+    code = 1
+    try:
+        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+    finally:
+        os._exit(code)
+
+
+def read(digests: dict[str, str]) -> dict[str, str]:
+    """The outcomes known by key; what survived other tests than today's is not known."""
+    lines = OUTCOMES.read_text(encoding="utf-8").splitlines() if OUTCOMES.exists() else []
+    found = list(map(json.loads, lines))
+    now = (one for one in found if one["outcome"] != "survived" or one["tests"] == digests[one["key"].split(":")[0]])
+    return {one["key"]: one["outcome"] for one in now}
+
+
+def digest(tests: list[str]) -> str:
+    """Of these files."""
+    return hashlib.sha256(b"".join((ROOT / test).read_bytes() for test in tests)).hexdigest()[:16]
+
+
+def report(sample: list[Mutant], known: dict[str, str], seed: int) -> str:
+    """The text of docs/mutants.md."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    done = [mutant for mutant in sample if mutant.key in known]
+    for mutant in done:
+        counts[mutant.path][known[mutant.key]] += 1
+    survivors = [mutant for mutant in done if known[mutant.key] == "survived"]
+    lines = [f"Seed {seed}: {len(done)} of a sample of {len(sample)} tried, {len(survivors)} survived.", ""]
+    lines += ["| file | killed | timed out | survived |", "| --- | --- | --- | --- |"]
+    kinds = ("killed", "timed out", "survived")
+    lines += [f"| {path} | {' | '.join(str(count[k]) for k in kinds)} |" for path, count in sorted(counts.items())]
+    parts = [f"## {mutant.path}\n\n```diff\n{mutant.diff}\n```\n" for mutant in survivors]
+    return "\n".join([HEAD, *lines, "", *parts])
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
+    for name, default in (("count", 300), ("seed", 0), ("minutes", 90)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    asked, tests = parser.parse_args(), selections()
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    every = [mutant for path in sorted(tests) for mutant in mutants(path)]
+    sample = random.Random(asked.seed).sample(every, min(asked.count, len(every)))
+    digests = {path: digest(files) for path, files in tests.items()}
+    end, known, usual = time.monotonic() + 60 * asked.minutes, read(digests), dict[str, float]()
+    OUTCOMES.parent.mkdir(exist_ok=True)
+    for number, mutant in enumerate(sample, 1):
+        if mutant.key in known or time.monotonic() > end:
+            continue
+        if mutant.path not in usual:
+            outcome, usual[mutant.path] = run(tests[mutant.path], Mutant(mutant.path, 0, 0, ""), 600)
+            if outcome != "survived":
+                sys.exit(f"{mutant.path}: {' '.join(tests[mutant.path])} fail as they are; mend them first")
+        known[mutant.key], seconds = run(tests[mutant.path], mutant, 10 + 3 * usual[mutant.path])
+        with OUTCOMES.open("a", encoding="utf-8") as file:
+            record = {"key": mutant.key, "outcome": known[mutant.key], "tests": digests[mutant.path]}
+            file.write(json.dumps(record) + "\n")
+        print(f"{number}/{len(sample)} {mutant.path}: {known[mutant.key]}, {seconds:.1f} s", flush=True)
+        REPORT.write_text(report(sample, known, asked.seed), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
