@@ -16,6 +16,7 @@ from ibp_triton.errors import InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace
 from ibp_triton.graph import Graph
 from ibp_triton.head import Head
+from ibp_triton.operator import number_of
 from ibp_triton.recording.interface import Interface, Pick
 from ibp_triton.recording.recorder import Settings
 from ibp_triton.recording.snapshot import Snapshot
@@ -62,6 +63,7 @@ class Network:
         self._recordings: MutableMapping[str, Recordings] = {}  # by backend
         self._shape: tuple[int, ...] | None = None
         self._classes: int | None = None
+        self.number = number_of(self)
 
     def graph(self) -> Graph | None:
         """The nodes of the last forward pass; None before the first."""
@@ -156,6 +158,10 @@ class Network:
         """For pickle and deepcopy: what was recorded stays behind, and is recorded again."""
         return {**self.__dict__, "_recordings": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The copy is an object of its own to operators."""
+        self.__dict__.update(state, number=number_of(self))
+
     def __repr__(self) -> str:
         dtype = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"Network({type(self.model).__name__}, backend={self.backend!r}{dtype})"
@@ -182,6 +188,8 @@ def network_for(model: Network | nn.Module) -> Network:
     """
     if isinstance(model, Network):
         return model
+    if torch.compiler.is_compiling():
+        raise ModelError("inside torch.compile pass the wrapped model: network = ibp.Network(model), outside")
     network = Network(model)
     network._recordings = _RECORDINGS.setdefault(model, {})
     return network

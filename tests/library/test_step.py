@@ -293,3 +293,37 @@ def test_what_cannot_be_captured_is_refused(graphs):
         step(x, y)
     with pytest.raises(ValueError, match="tangents must have shape"):
         step(x, y, tangents[:, :1])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("key", ["bp", "loss_ibp exact", "tbp", "criterion"])
+def test_inside_a_compiled_function_the_loss_is_one_operator(key, normed):
+    method, model = METHODS[key], network(normed)
+    wrapped, twin = ibp.Network(model), copy.deepcopy(model)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def loss(x, y, tangents):
+        return 2 * method(wrapped, x + 0, y, tangents)
+
+    for x, y, tangents in batches(method, (6, 6)):
+        found, expected = loss(x, y, tangents), 2 * method(twin, x, y, tangents)
+        assert torch.equal(found, expected)
+        for one, m in ((found, model), (expected, twin)):
+            m.zero_grad()
+            one.backward()
+    assert sum("ibp_triton.loss" in target for target in seen) == 1
+    same(model, twin, 0)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+
+
+def test_a_copy_is_another_object_to_the_operator():
+    method, wrapped = ibp.LossIBP(0.3), ibp.Network(network())
+    assert copy.deepcopy(method).number != method.number
+    assert method.at(beta=0.1).number != method.number
+    assert copy.deepcopy(wrapped).number != wrapped.number
