@@ -33,13 +33,14 @@ test: setup
 
 # Other people's models against the oracle, in an environment of their own beside that of the tests.
 zoo: $(VENV)/zoo/.complete
-	. $(VENV)/zoo/bin/activate && $(TEST_ENV) pytest tests/zoo -n $(CPUS)
+	. $(VENV)/zoo/bin/activate && $(TEST_ENV) python -m pytest tests/zoo -n $(CPUS)
 
 $(VENV)/zoo/.complete: $(STAMP)
 	$(VENV)/bin/python -m venv $(VENV)/zoo
 	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
 		"$$($(VENV)/zoo/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
-	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check -e '.[zoo]' -c constraints.txt
+	$(VENV)/bin/python -m tests.zoo.packages > $(VENV)/zoo/packages.txt
+	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/zoo/packages.txt -c constraints.txt
 	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt
 	touch $@
 

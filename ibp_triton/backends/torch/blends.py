@@ -43,7 +43,7 @@ class Blend(Layer):
         total: Tensor = sum(parts[1:], parts[0])
         return total.expand(*total.shape[: total.dim() - self.output.dim()], *self.output.shape)
 
-    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names, exact: bool = False) -> dict[str, Tensor]:
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """As for an active side, in float32 for half precision."""
         return self.curvature(wide(r), {name: wide(part) for name, part in t.items()}, wanted)
 
