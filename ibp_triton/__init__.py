@@ -5,8 +5,9 @@ moves. It has nothing to do with Interval Bound Propagation, which the literatur
 """
 
 from ibp_triton import reference
-from ibp_triton.attacks import fgsm, gaussian_noise, pgd
+from ibp_triton.attacks import fgsm, gaussian_noise, pgd, random_signs
 from ibp_triton.errors import IBPError
+from ibp_triton.evaluation import Robustness, robustness
 from ibp_triton.methods import (
     BP,
     METHODS,
@@ -44,11 +45,14 @@ __all__ = [
     "PGDTraining",
     "Parts",
     "PredictionIBP",
+    "Robustness",
     "TangentBP",
     "fgsm",
     "gaussian_noise",
     "lie_tangents",
     "pgd",
+    "random_signs",
     "reference",
+    "robustness",
 ]
 __version__ = "0.1.0"

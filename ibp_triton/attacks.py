@@ -1,4 +1,4 @@
-"""Perturbed inputs x → x': adversarial examples and Gaussian noise. Nothing is clipped; ε and σ are in x's units."""
+"""Perturbed inputs x → x': adversarial examples and noise. ε and σ are in x's units; only ``bounds`` clip."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ibp_triton.errors import MethodError
+
 Classifier = Callable[[Tensor], Tensor]
+Bounds = tuple[float, float] | None
+NORMS = ("linf", "l2")
 
 
 def fgsm_step(x: Tensor, d: Tensor, epsilon: float | Tensor) -> Tensor:
@@ -25,22 +29,36 @@ def input_gradient(model: Classifier, x: Tensor, labels: Tensor) -> Tensor:
         return torch.autograd.grad(loss, x)[0]
 
 
-def fgsm(model: Classifier, x: Tensor, labels: Tensor, epsilon: float | Sequence[float]) -> Tensor:
-    """Fast gradient sign method: x + ε sign(∇_x L).
+def fgsm(
+    model: Classifier,
+    x: Tensor,
+    labels: Tensor,
+    epsilon: float | Sequence[float],
+    *,
+    bounds: Bounds = None,
+    norm: str = "linf",
+) -> Tensor:
+    """Fast gradient sign method: x + ε sign(∇_x L); for norm "l2" x + ε ∇_x L / ‖∇_x L‖₂, per sample.
 
     Args:
         model: x [N, ...] → logits [N, M]; its train/eval mode is the caller's.
         x: inputs, pixels in the units of ε.
         labels: [N] integers.
         epsilon: a size, or a list of E sizes that share one gradient.
+        bounds: the least and the largest pixel, to which the result is clipped; None clips nothing.
+        norm: of the perturbation, "linf" or "l2".
 
     Returns:
         [N, ...], or [E, N, ...] for a list.
+
+    Raises:
+        MethodError (a ValueError): for an unknown norm or bounds in disorder.
     """
+    _check(bounds, norm)
     d = input_gradient(model, x, labels)
     if isinstance(epsilon, (int, float)):
-        return fgsm_step(x.detach(), d, epsilon)
-    return torch.stack([fgsm_step(x.detach(), d, e) for e in epsilon])
+        return _clipped(_step(x.detach(), d, epsilon, norm), bounds)
+    return torch.stack([_clipped(_step(x.detach(), d, e, norm), bounds) for e in epsilon])
 
 
 def pgd(
@@ -53,36 +71,48 @@ def pgd(
     step_size: float | None = None,
     random_start: bool = True,
     generator: torch.Generator | None = None,
+    bounds: Bounds = None,
+    norm: str = "linf",
 ) -> Tensor:
-    """Projected gradient descent in the box |x' − x| ≤ ε (Madry et al. 2018).
+    """Projected gradient descent in the ball ‖x' − x‖ ≤ ε of each sample (Madry et al. 2018).
 
     Args:
         model: x [N, ...] → logits [N, M].
         x: inputs, pixels in the units of ε.
         labels: [N] integers.
-        epsilon: half the side of the box.
+        epsilon: the radius of the ball.
         steps: gradient steps, at least 1.
         step_size: length of one step; 2.5 ε / steps by default.
-        random_start: start at a uniform random point of the box.
+        random_start: start at a uniform random point of the ball.
         generator: the random numbers' source; they are drawn on its device, so that x's device does not matter.
+        bounds: the least and the largest pixel, to which every step is clipped; None clips nothing.
+        norm: "linf", with steps along sign(d), or "l2", with steps along d / ‖d‖₂ (0 for a gradient of zeros).
 
     Returns:
         x' of x's shape.
 
     Raises:
-        ValueError: for fewer than one step or a negative ε.
+        MethodError (a ValueError): for fewer than one step, a negative ε, an unknown norm or bounds in disorder.
     """
     if steps < 1 or epsilon < 0:
-        raise ValueError(f"pgd needs steps >= 1 and epsilon >= 0, got steps={steps}, epsilon={epsilon}")
+        raise MethodError(f"pgd needs steps >= 1 and epsilon >= 0, got steps={steps}, epsilon={epsilon}")
+    _check(bounds, norm)
     x = x.detach()
     size = 2.5 * epsilon / steps if step_size is None else step_size
     offset = torch.zeros_like(x)
     if random_start:
-        offset = (2 * _drawn(torch.rand, x, generator) - 1) * epsilon
+        offset = epsilon * _uniform(x, norm, generator)
+    star = _clipped(x + offset, bounds)
     for _ in range(steps):
-        d = input_gradient(model, x + offset, labels)
-        offset = (offset + size * d.sign()).clamp(-epsilon, epsilon)
-    return x + offset
+        offset = offset if bounds is None else star - x
+        offset = _projected(_step(offset, input_gradient(model, star, labels), size, norm), epsilon, norm)
+        star = _clipped(x + offset, bounds)
+    return star
+
+
+def random_signs(x: Tensor, epsilon: float, generator: torch.Generator | None = None) -> Tensor:
+    """x ± ε, each sign by a fair coin drawn on the generator's device; same shape."""
+    return x + epsilon * (2 * (_drawn(torch.rand, x, generator) < 0.5).to(x.dtype) - 1)
 
 
 def gaussian_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
@@ -95,3 +125,44 @@ def _drawn(draw: Any, x: Tensor, generator: torch.Generator | None) -> Tensor:
     place = generator.device if generator else x.device
     numbers: Tensor = draw(x.shape, dtype=x.dtype, device=place, generator=generator)
     return numbers.to(x.device)
+
+
+def _check(bounds: Bounds, norm: str) -> None:
+    if norm not in NORMS:
+        raise MethodError(f"norm must be one of {', '.join(NORMS)}, not {norm!r}")
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise MethodError(f"bounds must be the least and the largest pixel, such as (0, 1), not {bounds}")
+
+
+def _clipped(x: Tensor, bounds: Bounds) -> Tensor:
+    return x if bounds is None else x.clamp(*bounds)
+
+
+def _step(x: Tensor, d: Tensor, size: float, norm: str) -> Tensor:
+    if norm == "linf":
+        return fgsm_step(x, d, size)
+    length = _lengths(d)
+    return x + size * torch.where(length > 0, d / length, 0).to(x.dtype)
+
+
+def _projected(offset: Tensor, epsilon: float, norm: str) -> Tensor:
+    """The nearest offset with ‖offset‖ ≤ ε."""
+    if norm == "linf":
+        return offset.clamp(-epsilon, epsilon)
+    length = _lengths(offset)
+    return torch.where(length > epsilon, offset * (epsilon / length), offset)
+
+
+def _uniform(x: Tensor, norm: str, generator: torch.Generator | None) -> Tensor:
+    """Uniform points of the unit ball, of x's shape."""
+    if norm == "linf":
+        return 2 * _drawn(torch.rand, x, generator) - 1
+    direction = _drawn(torch.randn, x, generator)
+    radius = _drawn(torch.rand, x[(slice(None), *[slice(1)] * (x.dim() - 1))], generator) ** (1 / x[0].numel())
+    return radius * direction / _lengths(direction)
+
+
+def _lengths(d: Tensor) -> Tensor:
+    """‖d_n‖₂ of each sample, [N, 1, ...]."""
+    lengths: Tensor = torch.linalg.vector_norm(d.flatten(1), dim=1)
+    return lengths.view(-1, *[1] * (d.dim() - 1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ibp_triton import ledger
 from ibp_triton.backends import Backend, backend_for
-from ibp_triton.errors import InputError, MethodError, ModelError
+from ibp_triton.errors import AutocastError, InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace
 from ibp_triton.graph import Graph
 from ibp_triton.head import Head
@@ -53,6 +53,7 @@ class Network:
         x: int | str = 0,
         output: Pick = None,
     ) -> None:
+        model = _unwrapped(model, dtype)
         _check_model(model)
         if backend not in ("auto", "torch", "triton"):
             raise MethodError(f"backend must be 'auto', 'torch' or 'triton', not {backend!r}")
@@ -193,6 +194,30 @@ def network_for(model: Network | nn.Module) -> Network:
     network = Network(model)
     network._recordings = _RECORDINGS.setdefault(model, {})
     return network
+
+
+def _unwrapped(model: Any, dtype: torch.dtype | None) -> Any:
+    """The module inside Lightning Fabric's wrapper, which runs a forward under hooks and a precision of its own.
+
+    What it wraps once more for data parallelism stays wrapped, to be refused.
+
+    Raises:
+        AutocastError: for mixed precision that is not asked for by ``dtype`` too.
+        ModelError: for a precision that changes the layers themselves.
+    """
+    if type(model).__name__ != "_FabricModule":
+        return model
+    inner, precision = model._forward_module, type(model._strategy.precision).__name__
+    if isinstance(inner, _WRAPPERS) or type(inner).__name__ == "OptimizedModule":
+        return inner
+    if precision == "MixedPrecision" and dtype is None:
+        raise AutocastError(
+            "Fabric's mixed precision computes under torch.autocast, and the methods choose the dtype of each sweep "
+            "themselves: pass Network(model, dtype=torch.bfloat16), with the parameters as master weights"
+        )
+    if precision not in ("Precision", "HalfPrecision", "DoublePrecision", "MixedPrecision"):
+        raise ModelError(f"Network can't follow Fabric's {precision}: set the model up with precision='32-true'")
+    return model.module
 
 
 def _check_model(model: Any) -> None:

@@ -68,3 +68,42 @@ def test_gaussian_noise_has_its_size_and_follows_its_generator():
     assert float(noisy.std()) == pytest.approx(0.3, rel=0.01)
     assert torch.equal(noisy, ibp.gaussian_noise(x, 0.3, torch.Generator().manual_seed(1)))
     assert torch.equal(ibp.gaussian_noise(x, 0.0), x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacks_agree_with_torchattacks(case, norm):
+    torchattacks = pytest.importorskip("torchattacks")
+    model, x, labels = case
+    model, x = model.float(), torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    ours = {"bounds": (0, 1), "norm": norm, "steps": 7, "step_size": 0.05, "random_start": False}
+    kind = torchattacks.PGD if norm == "linf" else torchattacks.PGDL2
+    theirs = kind(model, eps=0.2, alpha=0.05, steps=7, random_start=False)
+    assert torch.allclose(ibp.pgd(model, x, labels, 0.2, **ours), theirs(x, labels), atol=1e-6)
+    if norm == "linf":
+        found = ibp.fgsm(model, x, labels, 0.2, bounds=(0, 1))
+        assert torch.allclose(found, torchattacks.FGSM(model, eps=0.2)(x, labels), atol=1e-6)
+
+
+def test_l2_steps_keep_to_the_ball_and_are_zero_for_a_zero_gradient(case):
+    model, x, labels = case
+    moved = ibp.pgd(model, x, labels, 0.3, steps=5, norm="l2", generator=torch.Generator().manual_seed(0))
+    assert float((moved - x).flatten(1).norm(dim=1).max()) <= 0.3 + 1e-9
+    one = ibp.fgsm(model, x, labels, 0.3, norm="l2")
+    assert torch.allclose((one - x).flatten(1).norm(dim=1), torch.full((len(x),), 0.3).double())
+    flat = ibp.pgd(lambda u: (0 * u).flatten(1)[:, :10], x, labels, 0.3, norm="l2", random_start=False)
+    assert torch.equal(flat, x)
+
+
+def test_random_starts_are_uniform_in_the_l2_ball():
+    x, labels = torch.zeros(4000, 3), torch.zeros(4000, dtype=torch.int64)
+    start = ibp.pgd(lambda u: 0 * u, x, labels, 1.0, steps=1, norm="l2", generator=torch.Generator().manual_seed(0))
+    radii = start.norm(dim=1)
+    assert float((radii**3).mean()) == pytest.approx(0.5, abs=0.02)  # the volume inside is uniform
+    assert float(start.mean(0).abs().max()) < 0.03
+
+
+def test_random_signs():
+    x = torch.zeros(10_000)
+    found = ibp.random_signs(x, 0.25, torch.Generator().manual_seed(0))
+    assert set(found.tolist()) == {-0.25, 0.25}
+    assert abs(float(found.mean())) < 0.01
