@@ -126,6 +126,12 @@ MOVES = {
         T.scatter_add, (numbers(3, 4), 1, PLACES[:, :3], numbers(3, 5, seed=1)), reference=added_in_part
     ),
     "max_pool3d": lambda: one(F.max_pool3d, 2, 1, shape=(2, 2, 3, 4, 3)),
+    "repeat_interleave": lambda: one(torch.repeat_interleave, 3, dim=1),
+    "repeat_interleave, flat": lambda: one(T.repeat_interleave, 2),
+    "tile": lambda: one(torch.tile, (2, 1)),
+    "flipud": lambda: one(torch.flipud),
+    "diag_embed": lambda: one(torch.diag_embed),
+    "diff": lambda: one(torch.diff, dim=1),
     "rot90": lambda: one(torch.rot90, 1, (1, 2)),
     "topk": lambda: one(torch.topk, 2, 1),
     "sort": lambda: one(torch.sort, -1, descending=True),

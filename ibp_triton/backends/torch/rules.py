@@ -247,8 +247,8 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
         T.roll,
         torch.diagonal,
         T.diagonal,
-        torch.rot90,
-        T.rot90,
+        *(torch.rot90, T.rot90, torch.fliplr, T.fliplr, torch.flipud, T.flipud, torch.tile, T.tile),
+        *(torch.repeat_interleave, T.repeat_interleave, torch.diag_embed, T.diag_embed, torch.diff, T.diff),
     ),
 }
 _RULES: dict[Any, tuple[type[Layer], ...]] = {}
