@@ -35,7 +35,7 @@ TESTS = {  # files of tests/library for files of the package, the quickest and n
     "attention multihead products": ("rules_attention", "rules"),
     "activations pointwise binary": ("rules_pointwise", "rules"),
     "selection": ("rules_structural", "rules", "rules_pointwise"),
-    "generic": ("rules", "invariants", "any_code"),
+    "generic": ("rules", "ledger", "invariants", "any_code"),
     "written": ("any_code",),
 }
 
