@@ -30,7 +30,7 @@ tests notice.
 TESTS = {  # files of tests/library for files of the package, the quickest and nearest first
     "methods": ("invariants", "ledger", "more_methods", "criteria", "agreement"),
     "sweeps": ("invariants", "ledger", "more_methods", "criteria", "agreement"),
-    "dense pooling moves reductions structural": ("rules", "rules_structural", "invariants"),
+    "dense pooling moves reductions structural": ("rules", "rules_structural", "ledger", "invariants"),
     "batch_norm normalisation": ("rules_normalisation", "rules", "invariants"),
     "attention multihead products": ("rules_attention", "rules"),
     "activations pointwise binary": ("rules_pointwise", "rules"),
