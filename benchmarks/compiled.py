@@ -24,8 +24,6 @@ from torch._inductor.utils import fresh_cache
 import ibp_triton as ibp
 from benchmarks import baselines, cases, timing
 from benchmarks.cases import METHODS, PRECISIONS, Case
-from ibp_triton.harness.batches import Batch
-from ibp_triton.harness.compiled import CompiledStep, EagerStep, momenta
 from ibp_triton.harness.launch import keep_freed_memory
 
 CHECKED = 4  # steps
@@ -39,6 +37,11 @@ class Training:
     step: Callable[[], Tensor]
     parameters: State
     momenta: State
+
+
+def momenta(model: torch.nn.Module, optimizer: torch.optim.SGD) -> State:
+    """The optimizer's buffers by parameter name."""
+    return {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
 
 
 def optimizer_of(model: torch.nn.Module) -> torch.optim.SGD:
@@ -74,14 +77,15 @@ def autograd(case: Case, key: str, compiled: bool) -> Training:
 
 
 def ours(case: Case, key: str, compiled: bool) -> Training:
-    """The harness's step."""
+    """The library's step."""
     model, method, (x, labels, tau) = case.model(), METHODS[key], case.data()
-    batch = Batch(x, labels, tau if method.needs_tangents else None)
+    batch = (x, labels, tau if method.needs_tangents else None)
     network = ibp.Network(model, backend="torch", dtype=PRECISIONS[case.precision])
-    step = EagerStep(network, optimizer_of(model))
-    if compiled:
-        step = CompiledStep(step, method, batch)
-    return Training(lambda: step(method, batch), dict(model.named_parameters()), momenta(model, step.optimizer))
+    optimizer = optimizer_of(model)
+    step = (ibp.CompiledStep if compiled else ibp.EagerStep)(network, method, optimizer)
+    if isinstance(step, ibp.CompiledStep) and not step.prepare(*batch):
+        raise RuntimeError("the compiled step is not used")
+    return Training(lambda: step(*batch).loss, dict(model.named_parameters()), momenta(model, optimizer))
 
 
 STEPS = {"autograd": autograd, "ours": ours}

@@ -6,7 +6,6 @@ moves. It has nothing to do with Interval Bound Propagation, which the literatur
 
 from ibp_triton import reference
 from ibp_triton.attacks import fgsm, gaussian_noise, pgd
-from ibp_triton.capture import CapturedStep
 from ibp_triton.errors import IBPError
 from ibp_triton.methods import (
     BP,
@@ -18,11 +17,13 @@ from ibp_triton.methods import (
     JacobianRegularisation,
     LossIBP,
     Method,
+    Parts,
     PGDTraining,
     PredictionIBP,
     TangentBP,
 )
 from ibp_triton.network import Network
+from ibp_triton.step import CapturedStep, CompiledStep, EagerStep
 from ibp_triton.tangents import lie_tangents
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "TRADES",
     "AdversarialTraining",
     "CapturedStep",
+    "CompiledStep",
+    "EagerStep",
     "FastAdversarialTraining",
     "FastTangentBP",
     "IBPError",
@@ -39,6 +42,7 @@ __all__ = [
     "Method",
     "Network",
     "PGDTraining",
+    "Parts",
     "PredictionIBP",
     "TangentBP",
     "fgsm",

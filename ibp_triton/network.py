@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from ibp_triton import ledger
 from ibp_triton.backends import Backend, backend_for
-from ibp_triton.errors import InputError, MethodError, ModelError
+from ibp_triton.errors import AutocastError, InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace
 from ibp_triton.graph import Graph
 from ibp_triton.head import Head
+from ibp_triton.operator import number_of
 from ibp_triton.recording.interface import Interface, Pick
 from ibp_triton.recording.recorder import Settings
 from ibp_triton.recording.snapshot import Snapshot
@@ -51,6 +53,7 @@ class Network:
         x: int | str = 0,
         output: Pick = None,
     ) -> None:
+        model = _unwrapped(model, dtype)
         _check_model(model)
         if backend not in ("auto", "torch", "triton"):
             raise MethodError(f"backend must be 'auto', 'torch' or 'triton', not {backend!r}")
@@ -61,6 +64,7 @@ class Network:
         self._recordings: MutableMapping[str, Recordings] = {}  # by backend
         self._shape: tuple[int, ...] | None = None
         self._classes: int | None = None
+        self.number = number_of(self)
 
     def graph(self) -> Graph | None:
         """The nodes of the last forward pass; None before the first."""
@@ -103,6 +107,7 @@ class Network:
         ``own``: the model's parameters, where the caller has them. ``frugal``: sweeps may let go of what only curvature
         would read again. ``keep``: all nodes' values are kept.
         """
+        _first_block()
         self._shape = tuple(x.shape)
         settings = Settings(self.model, self.parameters() if own is None else own, parameters, self.dtype, keep)
         trace = self._recorded().record(settings, x, dict(extra or {}), frugal)
@@ -154,9 +159,23 @@ class Network:
         """For pickle and deepcopy: what was recorded stays behind, and is recorded again."""
         return {**self.__dict__, "_recordings": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The copy is an object of its own to operators."""
+        self.__dict__.update(state, number=number_of(self))
+
     def __repr__(self) -> str:
         dtype = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"Network({type(self.model).__name__}, backend={self.backend!r}{dtype})"
+
+
+@cache
+def _first_block() -> None:
+    """Allocate and free one large block, once, without touching it.
+
+    glibc keeps freed memory for the next step only after it has seen a large block freed (it takes twice that size as
+    its limit, 32 MiB at most); until then every step pays page faults for its activations, a fifth of a step of BP.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 _RECORDINGS: WeakKeyDictionary[nn.Module, MutableMapping[str, Recordings]] = WeakKeyDictionary()  # of bare models
@@ -170,9 +189,35 @@ def network_for(model: Network | nn.Module) -> Network:
     """
     if isinstance(model, Network):
         return model
+    if torch.compiler.is_compiling():
+        raise ModelError("inside torch.compile pass the wrapped model: network = ibp.Network(model), outside")
     network = Network(model)
     network._recordings = _RECORDINGS.setdefault(model, {})
     return network
+
+
+def _unwrapped(model: Any, dtype: torch.dtype | None) -> Any:
+    """The module inside Lightning Fabric's wrapper, which runs a forward under hooks and a precision of its own.
+
+    What it wraps once more for data parallelism stays wrapped, to be refused.
+
+    Raises:
+        AutocastError: for mixed precision that is not asked for by ``dtype`` too.
+        ModelError: for a precision that changes the layers themselves.
+    """
+    if type(model).__name__ != "_FabricModule":
+        return model
+    inner, precision = model._forward_module, type(model._strategy.precision).__name__
+    if isinstance(inner, _WRAPPERS) or type(inner).__name__ == "OptimizedModule":
+        return inner
+    if precision == "MixedPrecision" and dtype is None:
+        raise AutocastError(
+            "Fabric's mixed precision computes under torch.autocast, and the methods choose the dtype of each sweep "
+            "themselves: pass Network(model, dtype=torch.bfloat16), with the parameters as master weights"
+        )
+    if precision not in ("Precision", "HalfPrecision", "DoublePrecision", "MixedPrecision"):
+        raise ModelError(f"Network can't follow Fabric's {precision}: set the model up with precision='32-true'")
+    return model.module
 
 
 def _check_model(model: Any) -> None:

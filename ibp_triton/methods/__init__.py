@@ -1,7 +1,7 @@
 """The training methods by key. ``METHODS`` holds the paper's seven and three of the literature."""
 
 from ibp_triton.methods.adversarial import TRADES, AdversarialTraining, FastAdversarialTraining, PGDTraining
-from ibp_triton.methods.base import Method
+from ibp_triton.methods.base import Method, Parts
 from ibp_triton.methods.ibp import BP, LossIBP, PredictionIBP
 from ibp_triton.methods.jacobian import JacobianRegularisation
 from ibp_triton.methods.tangent import FastTangentBP, TangentBP
@@ -27,6 +27,7 @@ __all__ = [
     "LossIBP",
     "Method",
     "PGDTraining",
+    "Parts",
     "PredictionIBP",
     "TangentBP",
 ]

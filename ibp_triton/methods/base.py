@@ -19,6 +19,7 @@ from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.methods.cost import Program, program
 from ibp_triton.network import Network, network_for
 from ibp_triton.objective import objective
+from ibp_triton.operator import loss_operator, number_of
 from ibp_triton.recording.interface import check_extra
 from ibp_triton.recording.snapshot import Snapshot
 from ibp_triton.seeds import Seed
@@ -211,10 +212,12 @@ class Method:
     parameter: ClassVar[str | None] = None
     needs_tangents: ClassVar[bool] = False
     criterion: Any = field(default=None, kw_only=True)
+    number: ClassVar[int]  # of each object, for operators; no field
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
         criterion_for(self.criterion)
+        object.__setattr__(self, "number", number_of(self))
 
     def recipe(self, s: Step) -> Recipe:
         """The objective, mean over the batch, and then the terms of its gradient."""
@@ -244,6 +247,8 @@ class Method:
         Raises:
             TypeError, ValueError: for a wrong dtype, shape or value; the message names cause and cure.
         """
+        if torch.compiler.is_compiling():
+            return loss_operator(self, network_for(network), x, y, tangents, dict(extra or {}))
         return objective(self, network_for(network), x, y, tangents, extra)[0]
 
     def parts(
@@ -256,9 +261,10 @@ class Method:
     ) -> Parts:
         """The same loss, and detached what it is made of: ``loss, data_loss, penalty, logits``; arguments as above."""
         loss, step = objective(self, network_for(network), x, y, tangents, extra)
-        return self._parts(loss, step)
+        return self.parts_of(loss, step)
 
-    def _parts(self, loss: Tensor, step: Step) -> Parts:
+    def parts_of(self, loss: Tensor, step: Step) -> Parts:
+        """The parts of a step whose objective is ``loss``."""
         first, penalty = step.first, None
         assert first is not None
         with torch.no_grad():
@@ -359,6 +365,14 @@ class Method:
     def sweeps(self) -> int:
         """Cost in sweeps over the network (BP: 3), for five tangents where there are tangents."""
         return self.multiply_adds(MultiplyAdds(1, 1, 1, 1, 1, 1))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: the hyper-parameters."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The copy is an object of its own to operators."""
+        self.__dict__.update(state, number=number_of(self))
 
     def _values(self) -> tuple[Any, ...]:
         """The class and its hyper-parameters; of a tensor which one it is."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -140,14 +141,23 @@ class Recorder(TorchFunctionMode):
         if not call.operands:
             return self._plain(func, args, kwargs, target)
         if torch._C._is_any_autocast_enabled():
-            raise AutocastError(
-                "the model computes under torch.autocast (its own, or that of a wrapper of its forward): the methods "
-                "choose the dtype of each sweep themselves. Leave autocast and pass "
-                "Network(model, dtype=torch.bfloat16), which computes in bfloat16 with the parameters as master weights"
-            )
+            return self._without_autocast(func, types, args, kwargs)
         if how is not None and target is not None:
             return self._write(func, how, target, args, kwargs)
         return self._evaluate(func, call)[0]
+
+    def _without_autocast(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """A network with a dtype of its own computes in that one, whatever its model, or a wrapper of it, asks for."""
+        if self.settings.dtype is None:
+            raise AutocastError(
+                "the model computes under torch.autocast (its own, or that of a wrapper of its forward): the methods "
+                "choose the dtype of each sweep themselves. Pass Network(model, dtype=torch.bfloat16), which computes "
+                "in bfloat16 with the parameters as master weights"
+            )
+        with ExitStack() as off:
+            for device in {a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)} | {"cpu"}:
+                off.enter_context(torch.autocast(device, enabled=False))
+            return self.__torch_function__(func, types, args, kwargs)
 
     def _no_layer(self, kind: Kind, func: Any, args: Any, kwargs: Any) -> Any:
         if kind is Kind.CONSTANT:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 import ibp_triton as ibp
 from ibp_triton.harness import data, grid, loading, models, store, train
 from ibp_triton.harness.batches import Batches
-from ibp_triton.harness.compiled import EagerStep
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -209,9 +208,9 @@ def test_beta_decays_with_the_learning_rate_only_if_asked(tree: Tree, write: Wri
         train.train(run, tmp_path / run.name, silent)
         return list(seen)
 
-    original = ibp.LossIBP.__call__
+    original = ibp.LossIBP.parts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ibp.LossIBP, "__call__", lambda self, *x, **y: seen.append(self.beta) or original(self, *x, **y))
+        patch.setattr(ibp.LossIBP, "parts", lambda self, *x, **y: seen.append(self.beta) or original(self, *x, **y))
         assert betas(write(tree))[:: len(seen) // 2] == pytest.approx([0.03, 0.03 * 0.98])
         assert set(betas(write(tree), "training.beta_decay=false")) == {0.03}
     assert train.decayed(ibp.LossIBP(0.03), 0.5) == ibp.LossIBP(0.015)
@@ -260,17 +259,17 @@ def test_a_diverged_run_is_stored_as_such(tree: Tree, write: Write, tmp_path: Pa
 def test_the_state_before_it_diverged_is_kept(
     tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, step = first_run(write(tree), "training.epochs=4"), EagerStep.__call__
+    run, step = first_run(write(tree), "training.epochs=4"), ibp.EagerStep.__call__
     train.train(first_run(write(tree), "training.epochs=2"), tmp_path / "two", silent)
     calls = []
 
-    def break_at_10(self: EagerStep, *rest: Any) -> torch.Tensor:
+    def break_at_10(self: ibp.EagerStep, *rest: Any) -> ibp.Parts:
         calls.append(1)
         if len(calls) == 10:  # the second step of the third epoch
             next(self.network.model.parameters()).data.fill_(math.nan)
         return step(self, *rest)
 
-    monkeypatch.setattr(EagerStep, "__call__", break_at_10)
+    monkeypatch.setattr(ibp.EagerStep, "__call__", break_at_10)
     result = train.train(run, tmp_path / "four", silent)
     assert (result["diverged_step"], result["last_good_epoch"]) == (10, 2)
     good, two = (tmp_path / name for name in (f"four/{store.LAST_GOOD}", f"two/{store.CHECKPOINT}"))

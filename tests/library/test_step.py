@@ -1,0 +1,329 @@
+"""Eager, compiled and captured steps train alike, whatever changes between two of them."""
+
+import contextlib
+import copy
+import shutil
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import ibp_triton as ibp
+from ibp_triton import step as steps
+
+METHODS = {
+    "bp": ibp.BP(),
+    "loss_ibp": ibp.LossIBP(0.3),
+    "loss_ibp exact": ibp.LossIBP(0.3, semantics="exact"),
+    "prediction_ibp": ibp.PredictionIBP(0.3),
+    "at": ibp.AdversarialTraining(0.1),
+    "fast_at": ibp.FastAdversarialTraining(0.1),
+    "tbp": ibp.TangentBP(0.1),
+    "fast_tbp": ibp.FastTangentBP(0.1),
+    "criterion": ibp.LossIBP(0.3, criterion=nn.CrossEntropyLoss(label_smoothing=0.1)),
+}
+
+
+class Replayed:
+    """Stands for a CUDA graph: the operators of a step, played again on the same tensors."""
+
+    def __init__(self):
+        self.played = []
+
+    def replay(self):
+        for function, args, kwargs, out in self.played:
+            with torch.no_grad():
+                again = function(*args, **kwargs)
+                tree_map(lambda a, b: b.copy_(a) if isinstance(a, torch.Tensor) and a is not b else None, again, out)
+
+
+class Recording(TorchDispatchMode):
+    """A capture: it trains nothing, so what the operators wrote to is put back at the end."""
+
+    def __init__(self, graph):
+        super().__init__()
+        self.graph, self.before = graph, []
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        with torch.no_grad():
+            for tensor, numbers in reversed(self.before):
+                tensor.copy_(numbers)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for value, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before += [(t, t.detach().clone()) for t in tree_leaves(value)]
+        out = func(*args, **(kwargs or {}))
+        if func not in (torch.ops.aten.detach.default,) and not func.is_view:
+            self.graph.played.append((func, args, kwargs or {}, out))
+        return out
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Steps on the CPU are captured too."""
+    monkeypatch.setattr(steps, "_can_capture", lambda device: True)
+    monkeypatch.setattr(steps, "_graph", Replayed)
+    monkeypatch.setattr(steps, "_capturing", Recording)
+    monkeypatch.setattr(steps, "_current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(steps, "_side_stream", lambda device: contextlib.nullcontext())
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The recorded operations run as they are: all of a compiled step but inductor's part and its compile time."""
+    monkeypatch.setattr(steps, "compiled", lambda graph: graph)
+
+
+def network(normed=False):
+    torch.manual_seed(0)
+    body = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)] if normed else [nn.Conv2d(1, 4, 3)]
+    return nn.Sequential(*body, nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batches(method, counts=(6, 6, 6, 6, 6, 6, 2, 6)):
+    generator = torch.Generator().manual_seed(1)
+    for count in counts:
+        x = torch.randn(count, 1, 8, 8, generator=generator)
+        tangents = torch.randn(2, *x.shape, generator=generator) if method.needs_tangents else None
+        yield x, torch.randint(3, (count,), generator=generator), tangents
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **options)
+
+
+def trained(kind, method, model, change=lambda step, number: None, data=None, **options):
+    step = kind(model, method, sgd(model), **options)
+    parts = []
+    for number, batch in enumerate(data or batches(method)):
+        change(step, number)
+        parts.append(step(*batch))
+    return step, parts
+
+
+def same(a, b, tolerance=1e-5):
+    found, expected = a.state_dict(), b.state_dict()
+    assert all(torch.allclose(found[n].double(), v.double(), rtol=0, atol=tolerance) for n, v in expected.items())
+
+
+def plain_loop(method, model, data=None):
+    optimizer, losses = sgd(model), []
+    for x, y, tangents in data or batches(method):
+        optimizer.zero_grad()
+        loss = method(model, x, y, tangents)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("kind", [ibp.EagerStep, ibp.CompiledStep, ibp.CapturedStep])
+def test_every_step_is_that_of_a_plain_loop(kind, key, normed, recorded, graphs):
+    model = network(normed)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nothing falls back
+        step, parts = trained(kind, METHODS[key], model)
+    expected = plain_loop(METHODS[key], twin)
+    assert all(torch.allclose(p.loss, loss, atol=1e-5) for p, loss in zip(parts, expected, strict=True))
+    same(model, twin)
+    if kind is ibp.CapturedStep:
+        assert step.captures == 1
+    if kind is ibp.CompiledStep:
+        assert [found.checked for found in step._made.values()] == [3]
+
+
+CHANGES = {
+    "beta": lambda step, n: setattr(step, "method", ibp.LossIBP(0.3 if n < 5 else 0.05)),
+    "another method": lambda step, n: setattr(step, "method", ibp.LossIBP(0.3) if n < 5 else ibp.BP()),
+    "norm": lambda step, n: setattr(step, "method", ibp.LossIBP(0.3, 1 if n < 5 else 2)),
+    "learning rate": lambda step, n: step.optimizer.param_groups[0].update(lr=0.1 / (n + 1)),
+    "mode": lambda step, n: step.network.model.train(n < 5),
+    "a frozen layer": lambda step, n: step.network.model[0].weight.requires_grad_(n < 5),
+    "an attribute": lambda step, n: setattr(step.network.model[1], "eps", 1e-5 if n < 5 else 0.5),
+    "moved numbers": lambda step, n: (
+        n == 5 and setattr(step.network.model[0].weight, "data", torch.full((4, 1, 3, 3), 0.1))
+    ),
+    "an optimizer's state": lambda step, n: n == 5 and step.optimizer.load_state_dict(step.optimizer.state_dict()),
+    "gradients": lambda step, n: step.optimizer.zero_grad(set_to_none=n % 2 == 0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("kind", [ibp.CompiledStep, ibp.CapturedStep])
+def test_what_changes_takes_effect_at_once(kind, name, recorded, graphs):
+    model, change = network(True), CHANGES[name]
+    twin, counts = copy.deepcopy(model), [6] * 9
+    trained(kind, ibp.LossIBP(0.3), model, change, list(batches(ibp.BP(), counts)))
+    trained(ibp.EagerStep, ibp.LossIBP(0.3), twin, change, list(batches(ibp.BP(), counts)))
+    same(model, twin)
+
+
+def test_gradients_stay_behind_whatever_kind_of_step_came_before(graphs):
+    model = network()
+    step, method = ibp.CapturedStep(model, ibp.BP(), sgd(model)), ibp.BP()
+    for x, y, _ in batches(method, (6, 6, 6, 6, 6, 2, 6)):
+        expected = method.gradients(model, x, y)[1]
+        step(x, y)
+        assert all(torch.allclose(p.grad, expected[n], atol=1e-6) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", [ibp.EagerStep, ibp.CompiledStep])
+def test_accumulation_clipping_and_reduction(kind, recorded):
+    model, seen = network(), []
+    twin, method = copy.deepcopy(model), ibp.LossIBP(0.3)
+
+    def halved(gradients):
+        seen.append({n: g.clone() for n, g in gradients.items()})
+        return {n: g / 2 for n, g in gradients.items()}
+
+    trained(kind, method, model, data=list(batches(method, [6] * 12)), accumulate=2, clip_norm=0.5, reduce=halved)
+    optimizer = sgd(twin)
+    data = list(batches(method, [6] * 12))
+    for first, second in zip(data[::2], data[1::2], strict=True):
+        optimizer.zero_grad()
+        ((method(twin, *first) + method(twin, *second)) / 4).backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        optimizer.step()
+    same(model, twin)
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("kind", [ibp.EagerStep, ibp.CompiledStep, ibp.CapturedStep])
+def test_parts_are_those_of_the_method(kind, recorded, graphs):
+    model = network()
+    method = ibp.LossIBP(0.3)
+    step = kind(model, method, torch.optim.SGD(model.parameters(), lr=0.0))
+    x, y, _ = next(batches(method))
+    for _ in range(6):
+        found, expected = step(x, y), method.parts(model, x, y)
+        assert all(torch.allclose(a, b.detach(), atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_cannot_be_compiled_runs_eagerly_and_says_why(recorded):
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(x if float(x.mean().detach()) > -9 else -x)
+
+    model, method = Looks(), ibp.BP()
+    twin = copy.deepcopy(model)
+    data = [(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]), None) for _ in range(4)]
+    with pytest.warns(UserWarning, match="trained by the eager step"):
+        trained(ibp.CompiledStep, method, model, data=data)
+    plain_loop(method, twin, data)
+    same(model, twin, 0)
+
+
+def test_a_gradient_that_is_off_is_not_used(monkeypatch):
+    def wrong(graph):
+        return lambda *batch: (lambda found: (found[0], {n: 2 * g for n, g in found[1].items()}))(graph(*batch))
+
+    monkeypatch.setattr(steps, "compiled", wrong)
+    model, method = network(), ibp.LossIBP(0.3)
+    twin = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"off by 1 of the largest entry"):
+        trained(ibp.CompiledStep, method, model)
+    plain_loop(method, twin)
+    same(model, twin, 0)
+
+
+def test_preparing_trains_nothing(recorded):
+    model, method = network(True), ibp.LossIBP(0.3)
+    before = copy.deepcopy(model.state_dict())
+    step = ibp.CompiledStep(model, method, sgd(model))
+    x, y, _ = next(batches(method))
+    assert step.prepare(x, y)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    twin = copy.deepcopy(model)
+    step(x, y)
+    plain_loop(method, twin, [(x, y, None)])
+    same(model, twin)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_compiles_a_step():
+    """About 20 s: inductor's C++ compiler runs for the gradient of Loss IBP."""
+    model, method = network(True), ibp.LossIBP(0.3)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="CompiledStep")
+        trained(ibp.CompiledStep, method, model)
+    plain_loop(method, twin)
+    same(model, twin)
+
+
+def test_a_failed_capture_leaves_nothing_behind(graphs, monkeypatch):
+    model, method = network(), ibp.BP()
+    step = ibp.CapturedStep(model, method, sgd(model))
+    data = list(batches(method, [6] * 6))
+    for batch in data[:3]:
+        step(*batch)
+    monkeypatch.setattr(steps, "_capturing", lambda graph: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(*data[3])
+    assert not step._made
+    monkeypatch.setattr(steps, "_capturing", Recording)
+    step(*data[4])
+    assert step.captures == 1
+
+
+def test_what_cannot_be_captured_is_refused(graphs):
+    model = network()
+    with pytest.raises(ValueError, match="accumulate=1"):
+        ibp.CapturedStep(model, ibp.BP(), sgd(model), accumulate=2)
+    with pytest.raises(ValueError, match="clip_norm positive"):
+        ibp.EagerStep(model, ibp.BP(), sgd(model), clip_norm=0.0)
+    step = ibp.CapturedStep(model, ibp.TangentBP(0.1), sgd(model))
+    x, y, tangents = next(batches(ibp.TangentBP(0.1)))
+    for _ in range(5):
+        step(x, y, tangents)
+    with pytest.raises(ValueError, match="needs tangents"):
+        step(x, y)
+    with pytest.raises(ValueError, match="tangents must have shape"):
+        step(x, y, tangents[:, :1])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("key", ["bp", "loss_ibp exact", "tbp", "criterion"])
+def test_inside_a_compiled_function_the_loss_is_one_operator(key, normed):
+    method, model = METHODS[key], network(normed)
+    wrapped, twin = ibp.Network(model), copy.deepcopy(model)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def loss(x, y, tangents):
+        return 2 * method(wrapped, x + 0, y, tangents)
+
+    for x, y, tangents in batches(method, (6, 6)):
+        found, expected = loss(x, y, tangents), 2 * method(twin, x, y, tangents)
+        assert torch.equal(found, expected)
+        for one, m in ((found, model), (expected, twin)):
+            m.zero_grad()
+            one.backward()
+    assert sum("ibp_triton.loss" in target for target in seen) == 1
+    same(model, twin, 0)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+
+
+def test_a_copy_is_another_object_to_the_operator():
+    method, wrapped = ibp.LossIBP(0.3), ibp.Network(network())
+    assert copy.deepcopy(method).number != method.number
+    assert method.at(beta=0.1).number != method.number
+    assert copy.deepcopy(wrapped).number != wrapped.number
