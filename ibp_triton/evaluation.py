@@ -28,7 +28,7 @@ NAMES = tuple(ATTACKS)
 
 
 @dataclass(frozen=True)
-class Row:
+class ErrorRate:
     """One model under one attack of one size."""
 
     model: str
@@ -76,9 +76,9 @@ class Robustness:
     zero_gradients: Mapping[str, float]
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[ErrorRate]:
         """One for each model, attack and size."""
-        return [Row(*key, int((~right).sum()), len(right)) for key, right in self.outcomes.items()]
+        return [ErrorRate(*key, int((~right).sum()), len(right)) for key, right in self.outcomes.items()]
 
     @property
     def models(self) -> list[str]:

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ibp_triton.errors import ConfigError, ExperimentError, LaunchError
+from ibp_triton.errors import ConfigError, IBPError, LaunchError
+from ibp_triton.evaluation import Robustness
 from ibp_triton.harness import bench_report as bench
-from ibp_triton.harness import estimates, grid, loading, provenance, store, summary
+from ibp_triton.harness import estimates, foreign, grid, loading, provenance, store, summary
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import with_board
 from ibp_triton.harness.doctor import doctor
@@ -143,16 +144,63 @@ def _list(job: Job, workers: int) -> None:
 
 @app.command()
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="folder of a finished run")],
+    run_dir: Annotated[str, typer.Argument(help="folder of a finished run, or package.module:build of any model")],
     config: Annotated[Path | None, typer.Option(help="YAML whose evaluate: section to use")] = None,
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value of evaluate:")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="any model: its weights, a state dict's file")] = None,
+    examples: Annotated[str | None, typer.Option("--data", help="any model: a source, an .npz or a folder")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="any model: the first so many examples")] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="any model: such as fgsm=2/255,8/255")] = None,
+    mean: Annotated[str | None, typer.Option(help="any model: what it subtracts, a number or one a channel")] = None,
+    std: Annotated[str | None, typer.Option(help="any model: what it divides by")] = None,
+    norm: Annotated[str, typer.Option(help="any model: linf or l2")] = "linf",
+    csv: Annotated[Path | None, typer.Option(help="any model: also write the table to this file")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
     device: Annotated[str, typer.Option(help="device to compute on, as torch names it: cpu, cuda:0")] = "cpu",
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
 ) -> None:
-    """Measure the robustness of a finished run's checkpoint; without --config as its experiment says."""
+    """Measure the robustness of a finished run's checkpoint, as its experiment or --config says, or of any model.
+
+    Any model: package.module:build is called with the images' shape and the number of classes, --checkpoint and --data
+    say which weights and images. Sizes are in pixels from 0 to 1, to which perturbed images are clipped.
+    """
+    if ":" in run_dir and not Path(run_dir).exists():
+        if checkpoint is None or examples is None:
+            raise ConfigError(f"evaluate {run_dir}: give --checkpoint FILE and --data SOURCE")
+        check_device(device, "--device")
+        options = {"mean": mean, "std": std, "norm": norm, "device": device}
+        table = foreign.evaluate(
+            run_dir,
+            checkpoint,
+            examples,
+            folder=data_dir,
+            count=count,
+            attacks=attack,
+            **options,  # type: ignore[arg-type]
+        )
+        _show_robustness(table, csv)
+        return
+    _evaluate_run(Path(run_dir), config, override or [], data_dir, device, accept_changed)
+
+
+def _show_robustness(found: Robustness, csv: Path | None) -> None:
+    table = Table("attack", "size", "error %", "95 %", title=f"{found.rows[0].examples} examples")
+    for row in found.rows:
+        table.add_row(row.attack, f"{row.size:.4g}", f"{row.error:.2f}", "{:.2f} – {:.2f}".format(*row.interval))
+    console = Console(emoji=False)
+    console.print(table)
+    for sign in found.masking():
+        console.print(f"gradient masking? {sign}", highlight=False, markup=False)
+    if csv is not None:
+        found.to_csv(csv)
+        console.print(f"written to {csv}", highlight=False, markup=False)
+
+
+def _evaluate_run(
+    run_dir: Path, config: Path | None, override: list[str], data_dir: str | None, device: str, accept_changed: bool
+) -> None:
     root = run_dir.resolve().parent
-    choice = loading.evaluation(config or root.parent / PLAN, override or [])
+    choice = loading.evaluation(config or root.parent / PLAN, override)
     check_device(device, "--device")
     trained = _run_in(run_dir)
     check_changes(Job([trained], root, accept_changed=accept_changed))
@@ -217,7 +265,7 @@ def main() -> None:
     try:
         with _ended_alike():
             app()
-    except ExperimentError as error:
+    except IBPError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error}; is there space, and may this user write there? Finished runs and epochs are stored")

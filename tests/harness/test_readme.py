@@ -19,6 +19,7 @@ def test_the_library_examples_run_as_printed() -> None:
     images = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     names = {
         "model": model,
+        "other": models.paper_mnist((1, 16, 16), 4, widths=[2, 2], hidden=8, init="uniform"),
         "x": images - images.mean(),
         "labels": torch.arange(8) % 4,
         "images": images,

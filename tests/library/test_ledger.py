@@ -1,6 +1,8 @@
 """What a step costs: multiply-adds of the paper's networks, counted by hand, and the ratios predicted from them."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import ibp_triton as ibp
 from tests.library.networks import build
@@ -20,6 +22,30 @@ def test_multiply_adds_of_the_paper_network(network):
     assert work.forward == work.vjp == work.jvp == work.weights == 32 * ALL
     assert work.vjp_inner == 32 * (ALL - CONV1)
     assert work.jvp_inner == 32 * (ALL - FC2)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("settings", [{"padding": "same"}, {"padding": (2, 0), "stride": (1, 2), "dilation": (1, 2)}])
+def test_multiply_adds_of_convolutions_are_torchs(settings):
+    layer, x = torch.nn.Conv2d(4, 6, (4, 3), **settings), torch.zeros(2, 4, 7, 9)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x)
+    network = ibp.Network(torch.nn.Sequential(layer, torch.nn.Flatten()))
+    assert 2 * network.multiply_adds(x.shape).forward == counter.get_total_flops()
+
+
+def test_multiply_adds_of_what_has_no_rule_of_its_own():
+    class Chain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 5), torch.nn.Linear(5, 3)
+
+        def forward(self, x):
+            return torch.einsum("ni,ji,mj->nm", x, self.first.weight, self.second.weight)
+
+    network = ibp.Network(Chain())
+    assert network.multiply_adds([2, 4]).forward == 2 * 4 * 5 + 2 * 5 * 3
+    assert "generic" in network.summary([2, 4])
 
 
 def test_predicted_ratios_count_the_first_layer(network):

@@ -48,6 +48,7 @@ CASES = {
     "softmax": lambda **k: softmax(F.softmax, -1, **k),
     "softmax along 1": lambda **k: softmax(torch.softmax, dim=1, **k),
     "softmax of a method, batch 1": lambda **k: softmax(torch.Tensor.softmax, 0, shape=(1, 4), **k),
+    "softmax along 0": lambda **k: softmax(F.softmax, 0, shape=(3, 4), **k),
     "softmax, strided": lambda **k: softmax(F.softmax, 1, shape=(2, 4, 3, 3), **k),
     "log softmax": lambda **k: softmax(F.log_softmax, -1, **k),
     "log softmax along 1": lambda **k: softmax(torch.log_softmax, 1, **k),
@@ -146,6 +147,9 @@ HEADS = {
     ),
     "key is value": lambda: multi_head(((4, 2, 6), (5, 2, 6), (5, 2, 6)), nn.MultiheadAttention(6, 1)),
     "unbatched": lambda: multi_head(((4, 6), None, None), nn.MultiheadAttention(6, 2)),
+    "unbatched, weights of each head": lambda: multi_head(
+        ((4, 6), None, None), nn.MultiheadAttention(6, 2), average_attn_weights=False
+    ),
     "masked": lambda: multi_head(
         SELF,
         nn.MultiheadAttention(6, 2),
@@ -181,6 +185,7 @@ def test_what_multi_head_attention_does_not_cover_is_left_to_the_generic_rule():
     assert call.rule() is None
     assert einsum("ii->i", (3, 3)).rule() is None
     assert einsum("ij->i", (3, 3)).rule() is None
+    assert einsum("ij,jk,kl", (3, 4), (4, 5), (5, 2)).rule() is None
     assert Call(F.softmax, (numbers(3),)).rule() is None
 
 

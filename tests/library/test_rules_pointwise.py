@@ -136,3 +136,25 @@ def test_it_runs_under_vmap(name):
     flat = [torch.utils._pytree.tree_leaves(e) for e in (found, *expected)]
     for both, *apart in zip(*flat, strict=True):
         torch.testing.assert_close(both, torch.stack(apart))
+
+
+KINKS = {
+    **{name: (getattr(torch, name, None) or getattr(F, name), (), {}) for name in ("abs", "relu6", "selu")},
+    **{name: (getattr(F, name), (), {}) for name in ("hardsigmoid", "hardswish", "elu", "leaky_relu")},
+    "hardtanh": (F.hardtanh, (-0.5, 0.5), {}),
+    "clamp": (torch.clamp, (-0.5, 0.5), {}),
+    "clamp_min": (torch.clamp_min, (0.5,), {}),
+    "clamp_max": (torch.clamp_max, (0.5,), {}),
+    "maximum": (torch.maximum, (torch.full((7,), 0.5, dtype=torch.float64),), {"other": "constant"}),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_at_a_kink_the_slope_is_the_one_that_torch_takes(name):
+    function, args, kinds = KINKS[name]
+    x = torch.tensor([-6, -3, -0.5, 0, 0.5, 3, 6], dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    function(leaf, *args).sum().backward()
+    layer, y = Call(function, (x, *args), {}, kinds).layer()
+    torch.testing.assert_close(layer.vjp(torch.ones_like(y), ["input"])["input"], leaf.grad)
+    torch.testing.assert_close(layer.jvp({"input": torch.ones_like(x)}), leaf.grad)

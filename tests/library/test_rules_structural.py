@@ -141,6 +141,7 @@ MOVES = {
     "tensor_split": lambda: one(torch.tensor_split, 2, -1),
     "unbind": lambda: one(T.unbind, 1),
     "stack": lambda: Call(torch.stack, ([numbers(3, 4), numbers(3, 4, seed=1)],), {"dim": -1}),
+    "stack in front": lambda: Call(torch.stack, ([numbers(3, 4), numbers(3, 4, seed=1)],)),
     "avg_pool2d": lambda: one(F.avg_pool2d, 3, 2, 1, True, False, **LAST),
     "avg_pool2d, divisor": lambda: one(F.avg_pool2d, (2, 3), divisor_override=4, shape=MAP),
     "avg_pool3d": lambda: one(F.avg_pool3d, 2, shape=(2, 2, 4, 4, 3)),

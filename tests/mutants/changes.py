@@ -41,6 +41,10 @@ class Mutant:
         """What its outcome is known by."""
         return f"{self.path}:{hashlib.sha256(self.text.encode()).hexdigest()[:16]}"
 
+    def rank(self, seed: int) -> str:
+        """Where it stands in a random order that an edit elsewhere in the file, or of another file, leaves alone."""
+        return hashlib.sha256(f"{seed} {self.path} {self.diff.partition(chr(10))[2]}".encode()).hexdigest()
+
     @property
     def diff(self) -> str:
         """The changed lines."""
