@@ -38,6 +38,8 @@ class Judged:
         self.case = case
         self.model, self.x, self.labels, self.tau = case.build()
         self.network, self.extra = case.wrapped(self.model), case.extra()
+        with torch.no_grad():
+            self._logits(self.x)  # some make their buffers when they first see a size
         self.buffers = {name: b.clone() for name, b in self.model.named_buffers()}
 
     def reset(self) -> None:
