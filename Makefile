@@ -6,10 +6,12 @@ STAMP = $(VENV)/.complete
 CPUS ?= 2
 # A test reads a checkpoint with it. It asks for a torchvision, tied to one torch, which that test does without.
 PEER = torchattacks==3.5.1
+# They ask for a torch of their own, and do with this one.
+TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightning torchmetrics
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test wheel lint format bench bench-ratios mutants clean
+.PHONY: setup quickstart test wheel zoo lint format bench bench-ratios mutants clean
 
 setup: $(STAMP)
 
@@ -25,7 +27,7 @@ quickstart: setup
 
 # tests/compiled needs Triton's CPU compiler in a process of its own.
 test: setup
-	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled -n $(CPUS)
+	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled --ignore=tests/zoo -n $(CPUS)
 	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled -n $(CPUS); fi
 	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
 
@@ -37,6 +39,19 @@ wheel: setup
 	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[harness,demo]" -c constraints.txt
 	cd $(VENV)/wheel && OMP_NUM_THREADS=1 bin/ibp-triton run quickstart --only method=loss_ibp --set training.epochs=1 --set seeds=[0]
 	cd $(VENV)/wheel && bin/python -m ibp_triton report runs/quickstart
+
+# Other people's models against the oracle, in an environment of their own beside that of the tests.
+zoo: $(VENV)/zoo/.complete
+	. $(VENV)/zoo/bin/activate && $(TEST_ENV) python -m pytest tests/zoo -n $(CPUS)
+
+$(VENV)/zoo/.complete: $(STAMP)
+	$(VENV)/bin/python -m venv $(VENV)/zoo
+	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
+		"$$($(VENV)/zoo/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(VENV)/bin/python -m tests.zoo.packages > $(VENV)/zoo/packages.txt
+	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/zoo/packages.txt -c constraints.txt
+	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt
+	touch $@
 
 lint: setup
 	$(RUN) ruff check .

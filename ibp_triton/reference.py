@@ -93,7 +93,7 @@ def _pure(model: nn.Module, interface: Interface, extra: Mapping[str, Any]) -> F
 
     def function(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         copies = {name: b.clone() for name, b in buffers.items()}
-        with torch.random.fork_rng(devices=[]), _no_fast_path(), _NoGradConstants(), _SteadyDropout():
+        with torch.random.fork_rng(devices=[]), _no_fast_path(), _NoGradConstants(), _SteadyDropout(), _Hardsigmoid():
             torch.set_rng_state(state)
             return interface.pick(_Called(model, interface, extra)({**parameters, **copies}, x.clone()))
 
@@ -269,6 +269,13 @@ class _SteadyDropout(TorchFunctionMode):
         if func in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout) and args:
             args = (args[0].contiguous(), *args[1:])
         return func(*args, **(kwargs or {}))
+
+
+class _Hardsigmoid(TorchFunctionMode):
+    """relu6(a + 3) / 6: torch has no second derivative of F.hardsigmoid, and rounds its first one's 1/6 to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return F.relu6(args[0] + 3) / 6 if func is F.hardsigmoid else func(*args, **(kwargs or {}))
 
 
 class _NoGradConstants(TorchFunctionMode):

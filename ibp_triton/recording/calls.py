@@ -67,7 +67,8 @@ KINDS: dict[Any, Kind] = {
 }
 
 
-SHAPED_LIKE = frozenset({Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.type_as})  # read no number of it
+# these read no number of the other tensor
+SHAPED_LIKE = frozenset({Tensor.view_as, Tensor.reshape_as, Tensor.expand_as, Tensor.type_as, Tensor.to})
 
 
 def _listed(tensors: Any) -> list[Tensor]:

@@ -132,7 +132,8 @@ class Recorder(TorchFunctionMode):
             with self:
                 return calls.APART[func](*args, **kwargs)
         if func in calls.SHAPED_LIKE:
-            args = (args[0], *(a.detach() for a in args[1:]))
+            args = (args[0], *map(_constant, args[1:]))
+            kwargs = {name: _constant(value) for name, value in kwargs.items()}
         call = self._call = _Call()
         self._casting = self.settings.dtype is not None and func not in _STATISTICS
         call.values, call.keys = bind(args, self._tensor)
@@ -540,6 +541,11 @@ class _Named:
     """Stands for a function that was not seen."""
 
     __name__: str
+
+
+def _constant(a: Any) -> Any:
+    """A tensor without its derivatives; anything else as it is."""
+    return a.detach() if isinstance(a, Tensor) else a
 
 
 def _returned(layer: Layer, value: Tensor) -> bool:

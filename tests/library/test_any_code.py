@@ -283,7 +283,18 @@ def starred(m, x):
     return torch.stack([rest[-1], a * b, *rest[:2]], 1)
 
 
+def like_an_activation(m, x):
+    return x * m.state.to(x) + m.matrix[0].to(x).to(tensor=x)
+
+
+def joined_to_nothing(m, x):
+    """As a cache of keys that begins empty: torch skips the empty vector."""
+    return torch.cat([torch.tensor([], dtype=x.dtype), x[..., :2], x.new_zeros(0), x[..., 2:]], -1)
+
+
 STRUCTURES = {
+    "like an activation": lambda: Body(like_an_activation),
+    "joined to nothing": lambda: Body(joined_to_nothing),
     "dictionary": lambda: Body(lambda m, x: m.inner[0](x)["z"], Returns(lambda z, x: {"z": z, "more": [x, 2]})),
     "named tuple": lambda: Body(lambda m, x: m.inner[0](x).a * m.inner[0](x)[1], Returns(Pair)),
     "dataclass": lambda: Body(lambda m, x: torch.tanh(m.inner[0](x).z), Returns(lambda z, x: Output(z))),
@@ -354,6 +365,20 @@ def test_code_of_many_kinds(name):
 def test_values_of_many_parts(name):
     torch.manual_seed(0)
     check(STRUCTURES[name]())
+
+
+def test_hardsigmoid_which_torch_cannot_differentiate_twice():
+    torch.manual_seed(0)
+    check(Body(lambda m, x: x * F.hardsigmoid(3 * m.one(x))), by_hand=False)
+
+
+def test_what_has_no_second_derivative_is_named():
+    torch.manual_seed(0)
+    network = ibp.Network(Body(lambda m, x: torch.cdist(x, m.matrix, p=3.0)).double())
+    x, labels, _ = batch()
+    ibp.BP().gradients(network, x, labels)
+    with pytest.raises(RuntimeError, match="the model: cdist has no second derivative"):
+        ibp.LossIBP(0.1).gradients(network, x, labels)
 
 
 def test_packed_sequences():

@@ -97,8 +97,11 @@ def test_half_precision(name, dtype):
 
 def test_attention_with_a_mask_that_is_added():
     torch.manual_seed(3)
-    check(sdpa(attn_mask=numbers(3, 4, 6, seed=8)))
-    assert sdpa(attn_mask=numbers(3, 4, 6, seed=8), kinds={"attn_mask": "active"}).rule() is None
+    for kind in ("constant", "parametric", "active"):
+        for shape in ((3, 4, 6), (4, 1), (6,)):  # broadcast over what is in front
+            check(sdpa(attn_mask=numbers(*shape, seed=8), kinds={"attn_mask": kind}))
+    others = dict.fromkeys(("query", "key", "value"), "constant")
+    check(sdpa(attn_mask=numbers(4, 6), kinds={**others, "attn_mask": "active"}))
 
 
 def test_attention_draws_the_dropout_mask_as_torch_does():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tests.library.layers import Call, check, half_agrees
 
 T = torch.Tensor
+PLACES = torch.tensor([[0, 1, 2, 0], [0, 0, 2, 1]])
 PARAMETRIC = {"weight": "parametric", "bias": "parametric"}
 
 
@@ -107,6 +108,31 @@ MOVES = {
     "amin, kept": lambda: one(T.amin, 1, True),
     "max along an axis": lambda: one(torch.max, 1),
     "min, kept": lambda: one(T.min, dim=-1, keepdim=True),
+    "max of all": lambda: one(torch.max),
+    "min of all": lambda: one(T.min),
+    "max of two": lambda: Call(torch.max, (numbers(3, 4), numbers(4, seed=1))),
+    "min of two": lambda: Call(T.min, (numbers(3, 1), numbers(3, 4, seed=1))),
+    "logsumexp": lambda: one(torch.logsumexp, 1),
+    "logsumexp, kept": lambda: one(T.logsumexp, (0, -1), keepdim=True),
+    "addcmul": lambda: Call(torch.addcmul, (numbers(3, 4), numbers(4, seed=1), numbers(3, 1, seed=2)), {"value": 0.3}),
+    "addcmul onto fewer": lambda: Call(T.addcmul, (numbers(4), numbers(3, 4, seed=1), numbers(3, 1, seed=2))),
+    "lerp": lambda: Call(torch.lerp, (numbers(3, 4), numbers(4, seed=1), numbers(3, 1, seed=2))),
+    "lerp by a number": lambda: Call(T.lerp, (numbers(3, 4), numbers(3, 4, seed=1), 0.3)),
+    "index_add": lambda: Call(
+        torch.index_add, (numbers(3, 4), 1, torch.tensor([2, 0, 2]), numbers(3, 3, seed=1)), {"alpha": 0.7}
+    ),
+    "scatter_add": lambda: Call(T.scatter_add, (numbers(3, 4), 0, PLACES, numbers(2, 4, seed=1))),
+    "scatter_add of a part": lambda: Call(
+        T.scatter_add, (numbers(3, 4), 1, PLACES[:, :3], numbers(3, 5, seed=1)), reference=added_in_part
+    ),
+    "max_pool3d": lambda: one(F.max_pool3d, 2, 1, shape=(2, 2, 3, 4, 3)),
+    "repeat_interleave": lambda: one(torch.repeat_interleave, 3, dim=1),
+    "repeat_interleave, flat": lambda: one(T.repeat_interleave, 2),
+    "tile": lambda: one(torch.tile, (2, 1)),
+    "flipud": lambda: one(torch.flipud),
+    "diag_embed": lambda: one(torch.diag_embed),
+    "diff": lambda: one(torch.diff, dim=1),
+    "rot90": lambda: one(torch.rot90, 1, (1, 2)),
     "topk": lambda: one(torch.topk, 2, 1),
     "sort": lambda: one(torch.sort, -1, descending=True),
     "chunk": lambda: one(torch.chunk, 3, dim=-1),
@@ -129,6 +155,11 @@ MOVES = {
     "pixel_unshuffle": lambda: one(F.pixel_unshuffle, 2, shape=(2, 3, 4, 6)),
     "unfold": lambda: one(F.unfold, 2, shape=MAP),
 }
+
+
+def added_in_part(x, dim, index, more):
+    """torch's own backward refuses an index that leaves numbers out."""
+    return x.scatter_add(dim, index, more[:2, :3])
 
 
 def masked(x, mask, _):

@@ -173,10 +173,11 @@ class Attention:
         return output, torch.zeros_like(self.weights) if weights is None else weights
 
     def _scores(self, t: Tangents) -> Tensor | None:
-        """t_S = c (t_Q Kᵀ + Q t_Kᵀ)."""
+        """t_S = c (t_Q Kᵀ + Q t_Kᵀ) + t_mask."""
         parts = [(t["query"] * self.scale) @ self.k.mT] if "query" in t else []
         parts += [self.q @ t["key"].mT] if "key" in t else []
-        return None if not parts else parts[0] if len(parts) == 1 else _plus(*parts)
+        parts += [t["mask"].expand(self.soft.shape)] if "mask" in t else []
+        return None if not parts else parts[0] if len(parts) == 1 else _plus(parts[0], sum(parts[2:], parts[1]))
 
     def _soft_derivative(self, d: Tensor | None, w: Tensor | None) -> Tensor:
         """d_softmax = M∘(d Vᵀ + w)."""
@@ -197,12 +198,14 @@ class Attention:
         out = {}
         if "value" in wanted and d is not None:
             out["value"] = self.weights.mT @ d
-        if "query" in wanted or "key" in wanted:
+        if not {"query", "key", "mask"}.isdisjoint(wanted):
             scores = softmax_pull(self.soft, self._soft_derivative(d, w))
             if "query" in wanted:
                 out["query"] = (scores @ self.k) * self.scale
             if "key" in wanted:
                 out["key"] = scores.mT @ self.q
+            if "mask" in wanted:
+                out["mask"] = scores
         return self._fitting(out)
 
     def bend(self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names) -> dict[str, Tensor]:
@@ -238,6 +241,8 @@ class Attention:
             terms = [] if bent is None else [bent.mT @ self.q]
             terms += [scores_d.mT @ (t["query"] * self.scale)] if "query" in t else []
             out |= {"key": sum(terms[1:], terms[0])} if terms else {}
+        if "mask" in wanted and bent is not None:
+            out["mask"] = bent
         return self._fitting(out)
 
     def _centred(self, v: Tensor) -> Tensor:
@@ -254,14 +259,9 @@ class Attention:
 
 
 class ScaledDotProductAttention(Layer):
-    """F.scaled_dot_product_attention: query, key and value may each be an activation, a parameter or a constant."""
+    """F.scaled_dot_product_attention: each operand an activation, a parameter or a constant."""
 
     label = "scaled_dot_product_attention"
-
-    @classmethod
-    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
-        """The mask must be constant."""
-        return kinds.get("attn_mask", "constant") == "constant"
 
     def forward(
         self,
@@ -281,6 +281,8 @@ class ScaledDotProductAttention(Layer):
         if is_causal:
             attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         sides = {"query": query, "key": self._spread(key), "value": self._spread(value)}
+        if attn_mask is not None:
+            sides["mask"] = attn_mask
         self.core = Attention(sides, scale, attn_mask, dropout_p)
         return self.core.output
 
@@ -289,17 +291,21 @@ class ScaledDotProductAttention(Layer):
         return x if self.groups == 1 else x.repeat_interleave(self.groups, -3)
 
     def _tangents(self, t: Tangents) -> dict[str, Tensor]:
-        return {name: part if name == "query" else self._spread(part) for name, part in t.items()}
+        return {
+            name.removeprefix("attn_"): self._spread(part) if name in ("key", "value") else part
+            for name, part in t.items()
+        }
 
     def _gathered(self, parts: Sides) -> dict[str, Tensor]:
-        if self.groups == 1:
-            return dict(parts)
-        keys = {name: part.unflatten(-3, (-1, self.groups)).sum(-3) for name, part in parts.items() if name != "query"}
-        return {**parts, **keys}
+        return {"attn_mask" if name == "mask" else name: self._joined(name, part) for name, part in parts.items()}
+
+    def _joined(self, name: str, part: Tensor) -> Tensor:
+        spread = self.groups > 1 and name in ("key", "value")
+        return part.unflatten(-3, (-1, self.groups)).sum(-3) if spread else part
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """d_V = Pᵀ d; d_P = d Vᵀ, d_S = P∘(d_P − ⟨P, d_P⟩), d_Q = c d_S K, d_K = c d_Sᵀ Q."""
-        return self._gathered(self.core.pull(d, None, wanted))
+        return self._gathered(self.core.pull(d, None, _core_names(wanted)))
 
     def jvp(self, t: Tangents) -> Tensor:
         """t_P V + P t_V."""
@@ -313,8 +319,13 @@ class ScaledDotProductAttention(Layer):
         """The three products' derivatives along t."""
         spread = self._tangents(t)
         d, spread = matched(d, self.core.rank, spread, self.core.sides)
-        return self._gathered(self.core.bend(d, None, spread, wanted))
+        return self._gathered(self.core.bend(d, None, spread, _core_names(wanted)))
 
     def multiply_adds(self) -> int:
         """Two products."""
         return self.core.multiply_adds()
+
+
+def _core_names(wanted: Names) -> list[str]:
+    """The core calls the mask no ``attn_mask``."""
+    return [name.removeprefix("attn_") for name in wanted]

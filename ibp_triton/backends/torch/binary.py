@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ibp_triton.graph import Constant
 from ibp_triton.layer import Layer, Names, Tangents, lift, matched, sum_to, wide, without
 
 
@@ -159,6 +160,36 @@ class Maximum(Binary):
 
 class Minimum(Maximum):
     """The smaller of two; where they are equal, half of each."""
+
+    label, sign = "minimum", -1
+
+
+class MaximumOf(Maximum):
+    """max(u, v) of two tensors by the function that also takes a maximum along an axis."""
+
+    names: ClassVar[Mapping[str, str]] = {"input": "input", "dim": "other"}
+
+    @classmethod
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
+        """The second argument is a tensor."""
+        return "dim" in kinds or isinstance(arguments.get("dim"), Constant)
+
+    def forward(self, input: Tensor, dim: Tensor, keepdim: bool = False) -> Tensor:
+        """The broadcast shape."""
+        return super().forward(input, dim)
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """d where the side is the larger."""
+        found = super().vjp(d, [self.names[name] for name in wanted])
+        return {name: found[self.names[name]] for name in wanted}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """Each tangent where its side is the larger."""
+        return super().jvp({self.names[name]: part for name, part in t.items()})
+
+
+class MinimumOf(MaximumOf):
+    """min(u, v) likewise."""
 
     label, sign = "minimum", -1
 

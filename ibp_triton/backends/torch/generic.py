@@ -138,9 +138,18 @@ class Generic(Layer):
         except (NotImplementedError, RuntimeError):
             if self.wrapped:
                 raise
-            pushed = [self._pushed_by_reverse(names, row) for row in rows]
+            try:
+                pushed = [self._pushed_by_reverse(names, row) for row in rows]
+            except NotImplementedError as error:
+                raise self._lacking(error) from error
         found = [Pieces(one) if isinstance(one, dict) else one for one in pushed]
         return _stack(found) if batched else found[0]
+
+    def _lacking(self, error: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"{self.node.where or 'the model'}: {self.node.label} has no second derivative, which this method needs "
+            f"({error}); bp, at and fast_at work"
+        )
 
     def _pushed_by_reverse(self, names: list[str], tangents: Sequence[Tensor]) -> Any:
         """J t as the derivative of u ↦ ⟨Jᵀu, t⟩, which is linear in u; ⟨J t, J t⟩ = ⟨t, Jᵀ J t⟩ is checked."""
@@ -191,10 +200,7 @@ class Generic(Layer):
             return self._bent_by(self.bendable[0], self.bendable[1], along, tangents, d, names)
         except (NotImplementedError, RuntimeError) as error:
             if "is not implemented" not in str(error) or self.bendable[0] is not self.graphed or self.unseen:
-                raise RuntimeError(
-                    f"{self.node.where}: {self.node.label} has no second derivative, which this method needs "
-                    f"({error}); bp, at and fast_at work"
-                ) from error
+                raise self._lacking(error) from error
         replayed = nullcontext() if self.random is None else self.random.again()
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), replayed:
             sources = [x.detach().requires_grad_() for x in self.inputs]

@@ -17,8 +17,8 @@ class Move(Layer):
 
     @classmethod
     def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
-        """Whatever has an input."""
-        return "input" in kinds
+        """Whatever has an input that moves."""
+        return kinds.get("input", "constant") != "constant"
 
     def _keep(self, input: Tensor, output: Any) -> Any:
         self.input, self.output = input, output

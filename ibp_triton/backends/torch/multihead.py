@@ -31,6 +31,8 @@ class MultiHeadAttention(Layer):
     label = "multi_head_attention"
     packed: Any  # [3E, E] or None
     weights: dict[str, Any]  # its three parts, or three separate weights
+    _last_pull: tuple[dict[Any, Tensor], dict[str, Tensor]] | None = None
+    _last_push: tuple[dict[Any, Tensor], Tensor] | None = None
 
     @classmethod
     def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
@@ -134,15 +136,30 @@ class MultiHeadAttention(Layer):
         w = w.unsqueeze(-3 if self.averaged else -4) if self.unbatched else w
         return (w / self.heads).unsqueeze(-3).expand(*w.shape[:-2], self.heads, *w.shape[-2:]) if self.averaged else w
 
+    def _outer(self, d: Any) -> Tensor | None:
+        return self._batched(d[0]) if d.get(0) is not None else None
+
+    def _pulled(self, d: Any) -> dict[str, Tensor]:
+        """The derivatives behind the first linear maps, kept for the next call with the same d."""
+        if self._last_pull is None or not _same(self._last_pull[0], d):
+            _, heads, shown = self._sides(d)
+            self._last_pull = dict(d), self._inner(self.core.pull(heads, shown, _INPUTS))
+        return self._last_pull[1]
+
+    def _moved(self, t: Tangents, pushed: Mapping[str, Tensor]) -> Tensor:
+        """The tangent in front of the last linear map, that of the linear sweep where t is the same."""
+        if self._last_push is not None and _same(self._last_push[0], t):
+            return self._last_push[1]
+        return self._join(self.core.push(pushed)[0])
+
     def _sides(self, d: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The output's derivative, the same for the heads' outputs, and the weights' derivative."""
-        outer = self._batched(d[0]) if d.get(0) is not None else None
+        outer = self._outer(d)
         return outer, None if outer is None else self._split(outer @ self.out_weight), self._shown_vjp(d.get(1))
 
     def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
         """Through the last linear map, the core and the first linear maps."""
-        outer, heads, shown = self._sides(d)
-        inner = self._inner(self.core.pull(heads, shown, _INPUTS))
+        inner, outer = self._pulled(d), self._outer(d)
         return self._through(inner, wanted) | self._weights_of(inner, self.inputs, wanted) | self._last(outer, wanted)
 
     def _inner(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,7 +214,9 @@ class MultiHeadAttention(Layer):
     def jvp(self, t: Tangents) -> Any:
         """Through the same maps without their biases."""
         output, weights = self.core.push(self._pushed(t), self.need_weights)
-        pushed = self._unbatched(F.linear(self._join(output), self.out_weight))
+        moved = self._join(output)
+        self._last_push = dict(t), moved
+        pushed = self._unbatched(F.linear(moved, self.out_weight))
         shown = {1: self._shown(weights)} if self.need_weights and weights is not None else {}
         return Pieces({0: pushed, **shown})
 
@@ -211,23 +230,25 @@ class MultiHeadAttention(Layer):
 
     def curvature(self, d: Any, t: Tangents, wanted: Names) -> dict[str, Tensor]:
         """The core's, through the first linear maps."""
-        _, heads, shown, t = self._matched(d, t)
+        d, t = self._matched(d, t)
+        _, heads, shown = self._sides(d)
         bent = self._inner(self.core.bend(heads, shown, self._pushed(t), _INPUTS))
         return self._through(bent, wanted)
 
     def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names) -> dict[str, Tensor]:
         """The formulas above; parametric operands in the place of activations likewise."""
-        outer, heads, shown, t = self._matched(r, t)
+        r, t = self._matched(r, t)
+        outer, heads, shown = self._sides(r)
         pushed = self._pushed(t)
         bent = self._inner(self.core.bend(heads, shown, pushed, _INPUTS))
-        pulled = self._inner(self.core.pull(heads, shown, _INPUTS))
+        pulled = self._pulled(r)
         left = {name: self._batched(part) for name, part in t.items()}
         if self.shared:
             left = dict.fromkeys(_INPUTS, next(iter(left.values())))
         out = self._through(bent, wanted)
         parts = [self._weights_of(bent, self.inputs, wanted), self._weights_of(pulled, left, wanted, bias=False)]
         if outer is not None and "out_proj_weight" in wanted:
-            parts.append({"out_proj_weight": _gradient(self._join(self.core.push(pushed)[0]), outer)})
+            parts.append({"out_proj_weight": _gradient(self._moved(t, pushed), outer)})
         shapes = self._shapes
         for part in parts:
             for name, found in part.items():
@@ -240,7 +261,7 @@ class MultiHeadAttention(Layer):
         """The number of axes of each weight."""
         return {**dict.fromkeys((*_WEIGHTS, *_SEPARATE), 2), "in_proj_bias": 1, "out_proj_bias": 1}
 
-    def _matched(self, d: Any, t: Tangents) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tangents]:
+    def _matched(self, d: Any, t: Tangents) -> tuple[Any, Tangents]:
         """Derivatives and tangents with an axis of tangents on both sides or on neither."""
         rank = 2 if self.unbatched else 3
         ranks: dict[int, int] = {0: rank, 1: rank if self.averaged else rank + 1}
@@ -248,13 +269,18 @@ class MultiHeadAttention(Layer):
         if not batched:
             d = {i: part.sum(0) if part.dim() > ranks[i] else part for i, part in d.items()}
             t = {name: part.sum(0) if part.dim() > rank else part for name, part in t.items()}
-        return *self._sides(d), t
+        return d, t
 
     def multiply_adds(self) -> int:
         """The linear maps and the core."""
         maps = sum(product(self.inputs[n].shape[:-1]) * product(self.weights[n].shape) for n in _INPUTS)
         last = product(self.joined.shape[:-1]) * product(self.out_weight.shape)
         return maps + last + self.core.multiply_adds()
+
+
+def _same(kept: Mapping[Any, Any], given: Mapping[Any, Any]) -> bool:
+    """Whether these are the very same tensors."""
+    return kept.keys() == given.keys() and all(kept[name] is given[name] for name in kept)
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -85,6 +85,12 @@ class MaxPool2d(_MaxPool):
         )
 
 
+class MaxPool3d(_MaxPool):
+    """Over [N, C, D, H, W]."""
+
+    label, spatial, pool = "max_pool3d", 3, staticmethod(F.max_pool3d)
+
+
 class AdaptiveAvgPool2d(BatchedMap):
     """Means over as many windows as wanted of [N, C, H, W]."""
 

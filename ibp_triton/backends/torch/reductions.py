@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ibp_triton.backends.torch.moves import Move
@@ -266,3 +267,68 @@ class Extreme(Move):
     def push(self, t: Tensor) -> Tensor:
         """The mean over the largest."""
         return (t * self.shares).sum(self.axes, self.kept)
+
+
+class Peak(Extreme):
+    """max and min of all numbers: equal ones share the derivative, as in torch."""
+
+    @classmethod
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
+        """No axis is named."""
+        return list(kinds) == ["input"] and arguments.get("dim") is None
+
+    def forward(self, input: Tensor, dim: None = None, keepdim: bool = False) -> Tensor:
+        """A single number."""
+        self._keep(input, self.node.function(input))
+        self.axes, self.kept = list(range(-self.rank, 0)), False
+        equal = (input == self.output).to(input.dtype)
+        self.shares = equal / equal.sum()
+        return self.output  # type: ignore[no-any-return]
+
+    def push(self, t: Tensor) -> Tensor:
+        """The mean over the largest."""
+        return (t * self.shares).sum(self.axes) if self.axes else t * self.shares
+
+
+class LogSumExp(Layer):
+    """y = ln Σ exp(a) along axes. With p = exp(a − y): vjp d p, jvp ⟨p, t⟩, curvature d p∘(t − ⟨p, t⟩)."""
+
+    label = "logsumexp"
+
+    @classmethod
+    def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
+        """One tensor."""
+        return list(kinds) == ["input"]
+
+    def forward(self, input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+        """Without the axes, or with ones in their place."""
+        self.output = torch.logsumexp(input, dim, keepdim)
+        axes = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim()))
+        self.rank, self.kept = input.dim(), keepdim
+        self.axes = sorted(axis if axis < 0 else axis - self.rank for axis in axes)
+        peak = torch.logsumexp(input, self.axes, True)
+        self.share = torch.exp(input - peak.masked_fill(peak == -torch.inf, 0))
+        return self.output
+
+    def _spread(self, d: Tensor) -> Tensor:
+        lead = d.dim() - self.output.dim()
+        for axis in () if self.kept else self.axes:
+            d = d.unsqueeze(axis + self.rank + lead)
+        return d
+
+    def _along(self, t: Tensor, kept: bool) -> Tensor:
+        return (self.share * t).sum(self.axes, kept)
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """d p."""
+        return {"input": self._spread(d) * self.share}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """⟨p, t⟩."""
+        return self._along(t["input"], self.kept)
+
+    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """d p∘(t − ⟨p, t⟩)."""
+        d, t = matched(d, self.output.dim(), t, {"input": self.share})
+        bent = self._spread(d) * self.share * (t["input"] - self._along(t["input"], True))
+        return {"input": without(bent, self.rank)}

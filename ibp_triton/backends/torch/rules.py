@@ -29,7 +29,17 @@ from ibp_triton.backends.torch.attention import (
     TorchSoftmax,
 )
 from ibp_triton.backends.torch.batch_norm import BatchNorm, BatchNormEval, InstanceNormEval
-from ibp_triton.backends.torch.binary import Divide, Maximum, Minimum, Multiply, ReverseDivide, Where
+from ibp_triton.backends.torch.binary import (
+    Divide,
+    Maximum,
+    MaximumOf,
+    Minimum,
+    MinimumOf,
+    Multiply,
+    ReverseDivide,
+    Where,
+)
+from ibp_triton.backends.torch.blends import AddAt, AddProduct, Lerp, ScatterAdd
 from ibp_triton.backends.torch.dense import (
     Conv1d,
     Conv2d,
@@ -66,13 +76,15 @@ from ibp_triton.backends.torch.pointwise import (
     Softplus,
     Tanh,
 )
-from ibp_triton.backends.torch.pooling import AdaptiveAvgPool2d, MaxPool1d, MaxPool2d
+from ibp_triton.backends.torch.pooling import AdaptiveAvgPool2d, MaxPool1d, MaxPool2d, MaxPool3d
 from ibp_triton.backends.torch.products import BMM, AddMM, BAddBMM, Einsum, MatMul
 from ibp_triton.backends.torch.reductions import (
     Deviation,
     EuclideanNorm,
     Extreme,
+    LogSumExp,
     Normalize,
+    Peak,
     Pick,
     Sort,
     TopK,
@@ -112,6 +124,7 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     ConvTranspose3d: (F.conv_transpose3d,),
     MaxPool1d: (F.max_pool1d,),
     MaxPool2d: (F.max_pool2d,),
+    MaxPool3d: (F.max_pool3d,),
     ReLU: (F.relu, torch.relu, T.relu),
     LeakyReLU: (F.leaky_relu,),
     Sigmoid: (F.sigmoid, torch.sigmoid, T.sigmoid),
@@ -213,6 +226,14 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     VectorNorm: (torch.linalg.vector_norm,),
     Normalize: (F.normalize,),
     Pick: (torch.max, T.max, torch.min, T.min, torch.median, T.median),
+    Peak: (torch.max, T.max, torch.min, T.min),
+    MaximumOf: (torch.max, T.max),
+    MinimumOf: (torch.min, T.min),
+    LogSumExp: (torch.logsumexp, T.logsumexp),
+    AddProduct: (torch.addcmul, T.addcmul),
+    Lerp: (torch.lerp, T.lerp),
+    AddAt: (torch.index_add, T.index_add),
+    ScatterAdd: (torch.scatter_add, T.scatter_add),
     TopK: (torch.topk, T.topk),
     Sort: (torch.sort, T.sort),
     Extreme: (torch.amax, T.amax, torch.amin, T.amin),
@@ -226,6 +247,8 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
         T.roll,
         torch.diagonal,
         T.diagonal,
+        *(torch.rot90, T.rot90, torch.fliplr, T.fliplr, torch.flipud, T.flipud, torch.tile, T.tile),
+        *(torch.repeat_interleave, T.repeat_interleave, torch.diag_embed, T.diag_embed, torch.diff, T.diff),
     ),
 }
 _RULES: dict[Any, tuple[type[Layer], ...]] = {}

@@ -58,25 +58,37 @@ class ReverseSubtract(Add):
 
 
 class Concatenate(Layer):
-    """Operands joined along one axis."""
+    """Operands joined along one axis. torch skips an empty vector among them, whatever the others' shape."""
 
     label = "concatenate"
 
     def forward(self, tensors: Any, dim: int = 0) -> Tensor:
         """[..., n_0 + n_1 + …, ...]."""
-        self.tensors, self.dim = tensors, dim if dim < 0 else dim - tensors[0].dim()
-        return torch.cat(tensors, dim)
+        output = torch.cat(tensors, dim)
+        self.tensors, self.rank = tensors, output.dim()
+        self.dim = dim if dim < 0 else dim - self.rank
+        self.sizes = [0 if self._skipped(x) else x.shape[self.dim] for x in tensors]
+        return output
+
+    def _skipped(self, x: Tensor) -> bool:
+        return x.dim() != self.rank
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """The slice of d that belongs to each operand."""
-        slices = d.split([x.shape[self.dim] for x in self.tensors], self.dim)
-        return {name: slices[int(name.split(".")[1])] for name in wanted}
+        slices = d.split(self.sizes, self.dim)
+        lead = d.shape[: d.dim() - self.rank]
+        positions = {name: int(name.split(".")[1]) for name in wanted}
+        return {
+            name: d.new_zeros(*lead, 0) if self._skipped(self.tensors[i]) else slices[i]
+            for name, i in positions.items()
+        }
 
     def jvp(self, t: Tangents) -> Tensor:
         """The tangents joined, zeros for operands without one."""
-        some = next(iter(t.values()))
-        batch = some.shape[: some.dim() - self.tensors[0].dim()]
-        parts = [t.get(f"tensors.{i}", x.new_zeros(()).expand(*batch, *x.shape)) for i, x in enumerate(self.tensors)]
+        name, some = next(iter(t.items()))
+        lead = some.shape[: some.dim() - self.tensors[int(name.split(".")[1])].dim()]
+        joined = {f"tensors.{i}": x for i, x in enumerate(self.tensors) if not self._skipped(x)}
+        parts = [t.get(name, x.new_zeros(()).expand(*lead, *x.shape)) for name, x in joined.items()]
         return torch.cat(parts, self.dim)
 
 
