@@ -9,14 +9,14 @@ PEER = torchattacks==3.5.1
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test lint format bench bench-ratios mutants clean
+.PHONY: setup quickstart test wheel lint format bench bench-ratios mutants clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,tensorboard,dev]' -c constraints.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -c constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEER)
 	touch $@
 
@@ -28,6 +28,15 @@ test: setup
 	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled -n $(CPUS)
 	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled -n $(CPUS); fi
 	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
+
+# The wheel in an environment of its own, away from the checkout: a small part of the quickstart.
+wheel: setup
+	rm -rf dist $(VENV)/wheel
+	$(RUN) python -m build --wheel --quiet --outdir dist
+	$(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[harness,demo]" -c constraints.txt
+	cd $(VENV)/wheel && OMP_NUM_THREADS=1 bin/ibp-triton run quickstart --only method=loss_ibp --set training.epochs=1 --set seeds=[0]
+	cd $(VENV)/wheel && bin/python -m ibp_triton report runs/quickstart
 
 lint: setup
 	$(RUN) ruff check .

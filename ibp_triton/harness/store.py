@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -13,7 +12,6 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+import ibp_triton as ibp
 from ibp_triton.errors import DamageError
 
 RESULT, METRICS, CONFIG, ENVIRONMENT = "result.json", "metrics.jsonl", "config.json", "environment.json"
@@ -66,6 +65,8 @@ def make_folder(folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -217,23 +218,40 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     return tensors, metadata
 
 
+_UNIX_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock; yields False if another process holds it. The system frees the lock of a dead process."""
     make_folder(folder)
     with os.fdopen(_open_lock(folder / LOCK), "wb") as file:
+        yield _locked(file.fileno())
+
+
+def _locked(file: int) -> bool:
+    """Lock an open file if no other process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _open_lock(path: Path) -> int:
     """The lock's file, its content left alone: it may be a user's."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | _UNIX_FLAGS, 0o666)
     except OSError as error:
         if path.is_symlink():
             raise DamageError(
@@ -252,7 +270,7 @@ def sweep(folder: Path) -> None:
 def environment() -> Record:
     """What the figures depend on beside the config: versions, processor, threads, device."""
     return {
-        "ibp_triton": version("ibp-triton"),
+        "ibp_triton": ibp.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),

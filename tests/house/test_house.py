@@ -24,6 +24,13 @@ def classes(path: Path) -> list[ast.ClassDef]:
     return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ClassDef)]
 
 
+def test_every_package_is_in_the_wheel() -> None:
+    text = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'^    "(ibp_triton[\w.]*)",', text, re.MULTILINE)
+    found = {".".join(path.parent.relative_to(ROOT.parent).parts) for path in ROOT.rglob("*.py")}
+    assert set(listed) == found | {"ibp_triton.configs"}
+
+
 def test_no_two_modules_and_no_two_classes_have_one_name() -> None:
     places = defaultdict(list)
     for path in FILES:

@@ -43,6 +43,48 @@ def test_import_leaves_triton_alone():
     assert run.stdout.split() == ["False", "False"]
 
 
+BASE = """
+import sys
+for name in ("yaml", "pydantic", "typer", "rich", "matplotlib", "jinja2", "pooch", "scipy", "safetensors", "PIL"):
+    sys.modules[name] = None  # as if it were not installed
+import torch, ibp_triton as ibp
+model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+x, labels = torch.rand(2, 4), torch.tensor([0, 2])
+ibp.LossIBP(0.1)(model, x, labels).backward()
+print(ibp.robustness(model, (x, labels)).error())
+found = ibp.robustness(model, (x, labels))
+for call in (lambda: ibp.robustness(model, (x, labels), progress=True), found.plot):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
+from ibp_triton.__main__ import main
+main()
+"""
+
+
+def test_the_base_install_is_torch_and_numpy_and_the_command_says_what_it_needs():
+    run = subprocess.run([sys.executable, "-c", BASE], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "pip install rich" in run.stdout
+    assert "pip install matplotlib" in run.stdout
+    assert "pip install 'ibp-triton[harness]'" in run.stderr
+
+
+def test_the_command_without_what_windows_lacks():
+    script = """
+import os, signal, sys
+sys.modules["fcntl"] = None
+for name in ("O_NOFOLLOW", "O_CLOEXEC"): delattr(os, name)
+del signal.SIGHUP
+sys.argv = ["ibp-triton", "--version"]
+from ibp_triton.__main__ import main
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == f"ibp-triton {ibp.__version__}\n"
+
+
 ROOT = pathlib.Path(ibp.__file__).parent
 HARNESS_ONLY = {"yaml", "pydantic", "typer", "rich", "matplotlib", "jinja2", "pooch", "ray", "scipy", "safetensors"}
 
@@ -70,7 +112,7 @@ def imports(path, everywhere=True):
 def test_the_library_never_imports_the_harness_and_only_kernels_import_triton():
     for path in MODULES.values():
         place, found = path.relative_to(ROOT).parts, set(imports(path))
-        if place[0] != "harness":
+        if place[0] not in ("harness", "__main__.py"):
             at_once = {name.split(".")[0] for name in imports(path, everywhere=False)}  # the rest on call, by name
             assert not at_once & HARNESS_ONLY, path
             assert not any(name.startswith("ibp_triton.harness") for name in found), path
