@@ -7,11 +7,11 @@ CPUS ?= 2
 # A test reads a checkpoint with it. It asks for a torchvision, tied to one torch, which that test does without.
 PEER = torchattacks==3.5.1
 # They ask for a torch of their own, and do with this one.
-TIED = timm torchvision
+TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightning torchmetrics
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test zoo wheel lint format bench bench-ratios mutants clean
+.PHONY: setup quickstart test wheel zoo lint format bench bench-ratios mutants clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,15 @@ test: setup
 	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled -n $(CPUS); fi
 	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
 
+# The wheel in an environment of its own, away from the checkout: a small part of the quickstart.
+wheel: setup
+	rm -rf dist $(VENV)/wheel
+	$(RUN) python -m build --wheel --quiet --outdir dist
+	$(PYTHON) -m venv $(VENV)/wheel
+	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[harness,demo]" -c constraints.txt
+	cd $(VENV)/wheel && OMP_NUM_THREADS=1 bin/ibp-triton run quickstart --only method=loss_ibp --set training.epochs=1 --set seeds=[0]
+	cd $(VENV)/wheel && bin/python -m ibp_triton report runs/quickstart
+
 # Other people's models against the oracle, in an environment of their own beside that of the tests.
 zoo: $(VENV)/zoo/.complete
 	. $(VENV)/zoo/bin/activate && $(TEST_ENV) python -m pytest tests/zoo -n $(CPUS)
@@ -43,14 +52,6 @@ $(VENV)/zoo/.complete: $(STAMP)
 	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/zoo/packages.txt -c constraints.txt
 	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt
 	touch $@
-# The wheel in an environment of its own, away from the checkout: a small part of the quickstart.
-wheel: setup
-	rm -rf dist $(VENV)/wheel
-	$(RUN) python -m build --wheel --quiet --outdir dist
-	$(PYTHON) -m venv $(VENV)/wheel
-	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[harness,demo]" -c constraints.txt
-	cd $(VENV)/wheel && OMP_NUM_THREADS=1 bin/ibp-triton run quickstart --only method=loss_ibp --set training.epochs=1 --set seeds=[0]
-	cd $(VENV)/wheel && bin/python -m ibp_triton report runs/quickstart
 
 lint: setup
 	$(RUN) ruff check .

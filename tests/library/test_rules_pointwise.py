@@ -158,3 +158,26 @@ def test_at_a_kink_the_slope_is_the_one_that_torch_takes(name):
     layer, y = Call(function, (x, *args), {}, kinds).layer()
     torch.testing.assert_close(layer.vjp(torch.ones_like(y), ["input"])["input"], leaf.grad)
     torch.testing.assert_close(layer.jvp({"input": torch.ones_like(x)}), leaf.grad)
+
+
+def test_dropout_multiplies_by_the_mask_it_drew():
+    torch.manual_seed(0)
+    x = numbers(40)
+    layer, y = Call(F.dropout, (x, 0.25)).layer()
+    mask = torch.where(y == 0, 0, 4 / 3).double()
+    assert 0 < int((y == 0).sum()) < 40
+    torch.testing.assert_close(y, x * mask)
+    torch.testing.assert_close(layer.vjp(x, ["input"])["input"], x * mask)
+    torch.testing.assert_close(layer.jvp({"input": x.expand(3, 40)}), (x * mask).expand(3, 40))
+    layer, y = Call(F.dropout, (x, 0.25, False)).layer()
+    assert torch.equal(y, x)
+    assert torch.equal(layer.vjp(x, ["input"])["input"], x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_relu_masks_tangents_of_any_memory_format(layout):
+    x = numbers(2, 3, 4, 5).contiguous(memory_format=layout) / 4
+    layer, y = Call(F.relu, (x,)).layer()
+    for t in (numbers(6, 2, 3, 4, 5, seed=1), random_like(y, (6,))):
+        torch.testing.assert_close(layer.jvp({"input": t}), t * (x > 0))
+        torch.testing.assert_close(layer.vjp(t, ["input"])["input"], t * (x > 0))

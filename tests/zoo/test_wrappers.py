@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from lightning.fabric import Fabric
 from torch import nn
 
 import ibp_triton as ibp
@@ -25,8 +28,7 @@ def agrees(model, gradients):
 
 
 def fabric(precision):
-    module = pytest.importorskip("lightning.fabric")
-    one, model = module.Fabric(accelerator="cpu", precision=precision), plain()
+    one, model = Fabric(accelerator="cpu", precision=precision), plain()
     wrapped, optimizer = one.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
     return one, model, wrapped, optimizer
 
@@ -58,9 +60,8 @@ def test_fabric_in_true_half_precision_computes_in_it():
 
 @pytest.fixture
 def accelerator():
-    accelerate = pytest.importorskip("accelerate")
-    yield accelerate.Accelerator
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_accelerate_in_full_precision_trains(accelerator):
