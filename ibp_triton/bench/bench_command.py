@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -68,7 +69,7 @@ def find(config: Path) -> Path:
     """
     if config.exists() or config.suffix or config.parent != Path():
         return config
-    known = {path.stem: path for path in sorted((shipped.folder() / "bench").glob("*.yaml"))}
+    known = shipped.suites()
     if config.name not in known:
         raise ConfigError(f"{config}: no such file, nor one of the package's suites: {', '.join(known)}")
     return known[config.name]
@@ -99,6 +100,19 @@ def _measure(plan: Suite, chosen: list[Case], folder: Path, console: Console) ->
     return found
 
 
+class _Now:
+    """Prints what it is told, but not oftener than once a minute."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        """At most one line a minute."""
+        if time.monotonic() - self._last > 60:
+            self._last = time.monotonic()
+            self._console.print(f"  {text}")
+
+
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -111,9 +125,9 @@ def _threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _watched(console: Console) -> Iterator[Any]:
-    """What goes on, on the last line of a terminal; nothing elsewhere."""
+    """What goes on, on the last line of a terminal; elsewhere a line a minute."""
     if not console.is_terminal:
-        yield lambda text: None
+        yield _Now(console)
         return
     with Status("", console=console) as status:
         yield lambda text: status.update(bench_report.label(text))

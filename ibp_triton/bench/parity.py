@@ -25,8 +25,8 @@ def largest(gradients: Gradients) -> float:
 
 
 def minus(a: Gradients, b: Gradients) -> Gradients:
-    """a − b in float64."""
-    return {name: a[name].double() - b[name].double() for name in b}
+    """a − b in float64, on a's device."""
+    return {name: a[name].double() - b[name].to(a[name].device).double() for name in b}
 
 
 def apart(a: Gradients, b: Gradients) -> float:
@@ -132,7 +132,7 @@ def _penalty(case: Case, method: ibp.Method) -> Gradients:
     if method.parameter != "beta":
         return exact(method)
     strong, _ = _strong(method, _own_oracle(case))
-    return {n: g.to(case.device) for n, g in minus(exact(strong), exact(ibp.BP())).items()}
+    return minus(exact(strong), exact(ibp.BP()))
 
 
 def truth(case: Case, method: str | ibp.Method) -> Gradients:
