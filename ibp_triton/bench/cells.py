@@ -76,7 +76,11 @@ def prepare(suite: Suite, case: Case, say: Say) -> Cell:
 
 def _add_method(cell: Cell, label: str) -> None:
     case, method = cell.case, cell.suite.method(label)
-    verdict = parity.check(case, method)
+    try:
+        verdict = parity.check(case, method)
+    except Exception as error:  # whatever it is, what else there is to measure is measured
+        cell.refuse(label, f"{type(error).__name__}: {error}")
+        return
     if verdict.ours is not None:
         cell.refuse(label, verdict.ours)
         return
@@ -119,7 +123,8 @@ def measured(cell: Cell, say: Say) -> dict[str, Any]:
 
     before = _load()
     times = measure.interleave(runs, suite.rounds, suite.warmup, cuda, tick)
-    memory = {label: peak(run, cuda) for label, run in runs.items()} if suite.memory else {}
+    seen = [one for one in cell.members.values() if cuda or one.kind != "compiled"]  # which no dispatch mode enters
+    memory = {one.label: peak(one.run, cuda) for one in seen} if suite.memory else {}
     around = {"load_average": [before, _load()]}
     facts = {label: _facts(cell, one, times, memory) | around for label, one in cell.members.items()}
     entries = [

@@ -141,6 +141,17 @@ def test_a_wrong_gradient_is_never_timed(tmp_path: Path, monkeypatch: pytest.Mon
     assert bench(tmp_path / "tiny.yaml").exit_code == 0  # measured again, though the cell was stored
 
 
+def test_a_method_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(ibp.AdversarialTraining, "recipe", fails)
+    result = bench(written(tmp_path))
+    assert result.exit_code == 1
+    assert "at: KeyError: 'a fault'" in str(result.exception)
+    assert "loss_ibp" in (tmp_path / "out" / "tiny.csv").read_text()
+
+
 def test_a_baseline_that_torch_cannot_run_is_told_and_ours_is_held_against_the_oracle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
