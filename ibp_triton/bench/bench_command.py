@@ -45,8 +45,9 @@ def bench(
         return
     old = bench_report.read(compare) if compare else None
     folder = output or Path(plan.output or f"runs/bench/{plan.name}")
+    commit = bench_json.commit_info()
     found = _measure(plan, chosen, folder, console)
-    written = _write(plan, found, folder, json_file, note)
+    written = _write(plan, found, folder, json_file, note, commit)
     console.print(bench_table.markdown(plan, found))
     for path in written:
         console.print(str(path))
@@ -133,12 +134,14 @@ def _watched(console: Console) -> Iterator[Any]:
         yield lambda text: status.update(bench_report.label(text))
 
 
-def _write(plan: Suite, found: list[dict[str, Any]], folder: Path, json_file: Path | None, note: str) -> list[Path]:
+def _write(
+    plan: Suite, found: list[dict[str, Any]], folder: Path, json_file: Path | None, note: str, commit: dict[str, Any]
+) -> list[Path]:
     """JSON, Markdown and CSV in the folder, and the JSON where it is asked for."""
     entries = [entry for cell in found for entry in cell["benchmarks"]]
     refused = [one for cell in found for one in cell["refused"]]
-    about = {"name": plan.name, "title": plan.title, "rounds": plan.rounds, "note": note}
-    content = json.dumps(bench_json.document(entries, about, refused), indent=1, ensure_ascii=False) + "\n"
+    about = {"name": plan.name, "title": plan.title, "rounds": plan.rounds, "threads": plan.threads, "note": note}
+    content = json.dumps(bench_json.document(entries, about, refused, commit), indent=1, ensure_ascii=False) + "\n"
     texts = {
         folder / f"{plan.name}.json": content,
         folder / f"{plan.name}.md": bench_table.markdown(plan, found),

@@ -52,11 +52,15 @@ def entry(suite: str, cell: str, label: str, seconds: list[float], info: dict[st
     }
 
 
-def document(entries: Iterable[Entry], suite: dict[str, Any], refused: list[dict[str, str]]) -> dict[str, Any]:
-    """The whole file."""
+def document(
+    entries: Iterable[Entry], suite: dict[str, Any], refused: list[dict[str, str]], commit: dict[str, Any]
+) -> dict[str, Any]:
+    """The whole file; `commit` is ``commit_info()`` from before the first cell."""
+    machine = machine_info()
+    machine["ibp_triton"]["threads"] = suite["threads"]
     return {
-        "machine_info": machine_info(),
-        "commit_info": commit_info(),
+        "machine_info": machine,
+        "commit_info": commit,
         "benchmarks": list(entries),
         "datetime": datetime.now(timezone.utc).isoformat(),
         "version": f"ibp-triton {ibp.__version__}",

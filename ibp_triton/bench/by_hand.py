@@ -72,7 +72,8 @@ def _twice_differentiable(second: bool) -> Any:
 
 
 def _cast(model: torch.nn.Module, named: dict[str, Any], dtype: torch.dtype) -> Function:
-    copies = {name: p.to(dtype) for name, p in named.items()}
+    buffers = {name: b.to(dtype) for name, b in model.named_buffers() if b.is_floating_point()}
+    copies = buffers | {name: p.to(dtype) for name, p in named.items()}
     return lambda x: torch.func.functional_call(model, copies, (x,))
 
 

@@ -56,31 +56,37 @@ class Verdict:
 def check(case: Case, method: ibp.Method) -> Verdict:
     """Ours against autograd by hand; where that computes another gradient, fails or disagrees, against the oracle.
 
-    A network that magnifies rounding is compared with float64: there we may be off `NOISE` times as far as autograd.
+    A network that magnifies rounding is compared with float64: there we may be off `NOISE` times as far as autograd,
+    and where that shows nothing in bfloat16, float32 must agree too.
     """
-    limit, problem = PARITY[case.precision], None
+    limit, hand, failure = PARITY[case.precision], None, None
     if by_hand.applies(case, method):
         try:
-            found = apart(*_sides(case, method, _hand(case)))
-            if found <= limit:
-                return Verdict(found)
-            problem = f"by hand it is {found:.2g} off ours"
+            found, hand = _sides(case, method, _hand(case))
+            if apart(found, hand) <= limit:
+                return Verdict(apart(found, hand))
         except (RuntimeError, NotImplementedError) as error:  # what torch can't differentiate
-            problem = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.200}"
-    return _against_oracle(case, method, limit, problem)
+            failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.200}"
+    return _against_oracle(case, method, hand, failure)
 
 
-def _against_oracle(case: Case, method: ibp.Method, limit: float, problem: str | None) -> Verdict:
+def _against_oracle(case: Case, method: ibp.Method, hand: Gradients | None, failure: str | None) -> Verdict:
     found, wanted = _sides(case, method, _own_oracle(case))
-    off = apart(found, wanted)
-    if off <= limit:
-        return Verdict(off, by_hand=problem)
+    off, limit = apart(found, wanted), PARITY[case.precision]
+    if off <= limit and hand is None:
+        return Verdict(off, by_hand=failure)
     exact = _penalty(case, method)
     noise, from_truth = apart(wanted, exact), apart(found, exact)
-    if from_truth <= min(NOISE * noise, LARGEST[case.precision]):
-        return Verdict(off, by_hand=problem)
+    allowed = max(limit, NOISE * noise)
+    if hand is not None and (distance := apart(hand, exact)) > allowed:
+        failure = f"by hand it is off float64's gradient by {distance:.2g} (the oracle: {noise:.2g})"
+    if off <= limit or from_truth <= min(allowed, LARGEST[case.precision]):
+        return Verdict(off, by_hand=failure)
+    if case.dtype is not None and from_truth <= allowed:
+        plain = check(replace(case, precision="fp32"), method)
+        return Verdict(off, plain.ours, failure or plain.by_hand)
     text = f"off autograd's gradient by {off:.2g} and float64's by {from_truth:.2g} (autograd: {noise:.2g})"
-    return Verdict(off, text, problem)
+    return Verdict(off, text, failure)
 
 
 Gradient = Callable[[ibp.Method], Gradients]

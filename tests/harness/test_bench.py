@@ -58,7 +58,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_json_holds_every_candidate_with_its_figures(out: Path) -> None:
     found = json.loads((out / "tiny.json").read_text())
     assert found == json.loads((out.parent / "copy.json").read_text())
-    assert found["suite"]["note"] == "a [note]"
+    assert found["suite"] == {"name": "tiny", "title": "", "rounds": 2, "threads": 1, "note": "a [note]"}
+    assert found["machine_info"]["ibp_triton"]["threads"] == 1
     rows = {row["name"]: row for row in found["benchmarks"]}
     assert list(rows) == ["eager_bp", "bp", "loss_ibp by_hand", "loss_ibp", "at by_hand", "at"]
     info = rows["loss_ibp"]["extra_info"]
@@ -174,7 +175,13 @@ def test_a_baseline_of_another_gradient_is_not_timed() -> None:
     case = Case("resnet18", 3, "fp32", own=suite.NetworkRow(network="resnet18", options={"width": 4}).entry())
     verdict = parity.check(case, ibp.TangentBP(0.1, semantics="exact"))
     assert verdict.ours is None
-    assert "by hand it is" in str(verdict.by_hand)
+    assert "by hand it is off float64" in str(verdict.by_hand)
+
+
+@pytest.mark.parametrize("method", [ibp.BP(), ibp.LossIBP(0.1, semantics="exact")], ids=repr)
+def test_bfloat16_of_a_network_that_magnifies_rounding(method: ibp.Method) -> None:
+    case = Case("resnet18", 4, "bf16", own=suite.NetworkRow(network="resnet18", options={"width": 4}).entry())
+    assert parity.check(case, method) == parity.Verdict(parity.check(case, method).off)
 
 
 def test_whole_steps_and_the_floor(tmp_path: Path) -> None:
