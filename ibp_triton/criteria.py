@@ -102,6 +102,11 @@ class CrossEntropy(Criterion):
         found = super().targets(y, x)
         return found if found.is_floating_point() else found.long()
 
+    @property
+    def ignored(self) -> int | None:
+        """The class number that does not count; None where all do."""
+        return None if self.module is None else self.module.ignore_index
+
     def weigh(self, y: Tensor, alone: bool) -> Tensor | None:
         """Σ w_y over the sample's positions that are not ignored."""
         return None if self.module is None or y.is_floating_point() else _class_weights(self.module, y, alone)
@@ -111,7 +116,7 @@ class CrossEntropy(Criterion):
         m = self.module
         if y.is_floating_point():
             return self._probable(z, y)
-        check_labels(y, z, None if m is None else m.ignore_index)
+        check_labels(y, z, self.ignored)
         if m is None or (z.dim() == 2 and weights is None and m.label_smoothing == 0):
             losses, c, p = head.cross_entropy(z, y)
             return Loss(losses, c, lambda t: head.hessian_product(p, t))

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ibp_triton.checks import check_tangents
+from ibp_triton.checks import check_labels, check_tangents
 from ibp_triton.compiling import compiled, distance
+from ibp_triton.criteria import CrossEntropy, criterion_for
 from ibp_triton.errors import MethodError
 from ibp_triton.methods.base import Method, Parts
 from ibp_triton.network import Network, network_for
@@ -30,6 +31,7 @@ Reduce = Callable[[Gradients], Gradients]
 CHECKED = 3  # compiled steps that run beside the eager one before they are used
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative to the largest entry; 0.1 in half precision
 WARM_UP = 3  # eager steps before a capture: they create the optimizer's state and fill torch's caches
+SEEN = 64  # kinds of batches that are remembered
 KEPT = 4  # compiled or captured steps that are kept, the ones last used
 
 
@@ -116,13 +118,14 @@ class CompiledStep(EagerStep):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._seen: set[Any] = set()
+        self._seen: dict[Any, None] = {}
         self._made: dict[Any, _Compiled | None] = {}  # None: not to be compiled
 
     def _add_gradients(self, x: Tensor, y: Any, tangents: Any, extra: Any) -> Parts:
+        y = criterion_for(self.method.criterion).targets(y, x)
         key = self._key(x, y, tangents, extra)
         if key not in self._seen:  # a batch that comes once, such as an epoch's last, is not worth the time
-            self._seen.add(key)
+            self._saw(key)
             return super()._add_gradients(x, y, tangents, extra)
         if key not in self._made:
             self._made = {**dict(list(self._made.items())[1 - KEPT :]), key: self._compiled(x, y, tangents, extra)}
@@ -138,6 +141,9 @@ class CompiledStep(EagerStep):
             parameter.grad = g if parameter.grad is None else parameter.grad + g
         return parts
 
+    def _saw(self, key: Any) -> None:
+        self._seen = {**dict(list(self._seen.items())[-SEEN:]), key: None}
+
     def prepare(
         self, x: Tensor, y: Any, tangents: Tensor | None = None, extra: Mapping[str, Any] | None = None
     ) -> bool:
@@ -145,9 +151,10 @@ class CompiledStep(EagerStep):
 
         Returns whether such batches will be trained by the compiled step, whatever came before them.
         """
+        y = criterion_for(self.method.criterion).targets(y, x)
         key, before = self._key(x, y, tangents, extra), Snapshot.of(self.network.model, x)
         gradients = [(p, p.grad) for p in self.network.model.parameters()]
-        self._seen.add(key)
+        self._saw(key)
         found = self._made[key] = self._compiled(x, y, tangents, extra)
         if found is not None:
             for p, _ in gradients:
@@ -214,6 +221,7 @@ class _Compiled:
             chosen = method.at(**strength)
             value, found, step = chosen.step(network, x, y, tangents, parameters, extra)
             parts = chosen.parts_of(value, step)
+            self.logits = torch.empty(parts.logits.shape, device="meta")
             return tuple(parts), {n: found[n] for n in parameters if n in found}
 
         with torch.no_grad():
@@ -223,7 +231,10 @@ class _Compiled:
         self.run = compiled(graph)
 
     def __call__(self, method: Method, x: Tensor, y: Any, tangents: Any, extra: Any) -> tuple[Parts, Gradients]:
-        """What the eager gradient would give."""
+        """What the eager gradient would give, the targets checked as it does."""
+        criterion = criterion_for(method.criterion)
+        if isinstance(criterion, CrossEntropy) and not y.is_floating_point():
+            check_labels(y, self.logits, criterion.ignored)
         with torch.no_grad():
             own = {n: p.detach() for n, p in self.parameters.items()}
             parts, gradients = self.run(own, _tensors(method, x), x, y, tangents, dict(extra or {}))
@@ -280,7 +291,7 @@ class CapturedStep(EagerStep):
     def _on_device(self, batch: Any) -> Parts:
         kind = self._key(*batch)
         if self._seen.get(kind, 0) < WARM_UP:
-            self._seen = {**dict(list(self._seen.items())[-64:]), kind: self._seen.get(kind, 0) + 1}
+            self._seen = {**dict(list(self._seen.items())[-SEEN:]), kind: self._seen.get(kind, 0) + 1}
             with _side_stream(self._device):
                 return super().__call__(*batch)
         self._refuse_host_state()

@@ -252,6 +252,17 @@ def test_preparing_trains_nothing(recorded):
     same(model, twin)
 
 
+def test_a_compiled_step_looks_at_its_labels(recorded):
+    model, method = network(), ibp.LossIBP(0.3)
+    step, *_ = trained(ibp.CompiledStep, method, model, data=list(batches(method, [6] * 6)))
+    x, y, _ = next(batches(method))
+    with pytest.raises(ValueError, match="labels must lie in"):
+        step(x, y + 3)
+    with pytest.raises(ValueError, match="labels must have shape"):
+        step(x, y[:, None])
+    assert torch.isfinite(step(x, y.tolist()).loss)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_a_step():
     """About 20 s: inductor's C++ compiler runs for the gradient of Loss IBP."""
