@@ -170,7 +170,8 @@ def check(call: Call, leads: tuple[tuple[int, ...], ...] = ((), (1,), (5,)), out
         t = tuple(random_like(p, lead) for p in points)
         pull = torch.func.vjp(everything, *values)[1]
         expected = each_vector(lambda d, pull=pull: pull(d), lead, d)
-        for wanted in (names, along, [n for n in names if n not in along]):
+        others = [n for n in names if n not in along]
+        for wanted in (names, along, others, *([n] for n in others)):
             if lead and isinstance(layer, Bilinear):
                 wanted = along  # its weight gradient is one for all tangents, of a left side that has as many
             found = call.collected(layer.vjp(pieces(d), call.aliases(wanted)) if wanted else {})

@@ -15,7 +15,7 @@ T = torch.Tensor
 
 def numbers(*shape, seed=0, cast=lambda x: x, positive=False):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*shape, generator=generator, dtype=torch.float64) * 2
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2
     return cast(x.abs() + 0.5 if positive else x)
 
 
@@ -63,6 +63,8 @@ CASES = {name: (lambda name=name, **k: unary(name, **k)) for name in UNARY} | {
     "gelu": lambda **k: one(F.gelu, **k),
     "prelu": lambda **k: two(F.prelu, right=(4,), kinds={"weight": "parametric"}, **k),
     "prelu, one slope": lambda **k: two(F.prelu, right=(1,), kinds={"weight": "parametric"}, **k),
+    "prelu, a number": lambda **k: two(F.prelu, right=(), kinds={"weight": "parametric"}, **k),
+    "prelu of a line": lambda **k: two(F.prelu, left=(4,), right=(1,), kinds={"weight": "parametric"}, **k),
     "prelu of rows": lambda **k: two(F.prelu, left=(2, 4), right=(4,), kinds={"weight": "parametric"}, **k),
     "multiply": lambda **k: two(torch.mul, **k),
     "multiply by a parameter": lambda **k: two(T.mul, kinds=PARAMETRIC, **k),
@@ -169,9 +171,10 @@ def test_dropout_multiplies_by_the_mask_it_drew():
     torch.testing.assert_close(y, x * mask)
     torch.testing.assert_close(layer.vjp(x, ["input"])["input"], x * mask)
     torch.testing.assert_close(layer.jvp({"input": x.expand(3, 40)}), (x * mask).expand(3, 40))
-    layer, y = Call(F.dropout, (x, 0.25, False)).layer()
-    assert torch.equal(y, x)
-    assert torch.equal(layer.vjp(x, ["input"])["input"], x)
+    for args, kept in (((0.25, False), 1), ((0,), 1), ((1,), 0)):
+        layer, y = Call(F.dropout, (x, *args)).layer()
+        assert torch.equal(y, kept * x)
+        assert torch.equal(layer.vjp(x, ["input"])["input"], kept * x)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.library.layers import Call, check, half_agrees
+from ibp_triton.backends.torch.written import Written, geometry, seen
+from ibp_triton.graph import Node
+from tests.library.layers import Call, agree, check, each_vector, half_agrees
 
 T = torch.Tensor
 PLACES = torch.tensor([[0, 1, 2, 0], [0, 0, 2, 1]])
@@ -125,6 +127,13 @@ MOVES = {
     "scatter_add of a part": lambda: Call(
         T.scatter_add, (numbers(3, 4), 1, PLACES[:, :3], numbers(3, 5, seed=1)), reference=added_in_part
     ),
+    "max_pool2d, channels last": lambda: one(F.max_pool2d, 3, 2, **LAST),
+    "max_pool2d, channels last, one channel": lambda: one(
+        F.max_pool2d, 2, shape=(2, 1, 6, 7), layout=torch.channels_last
+    ),
+    "max_pool2d, channels last, two channels": lambda: one(
+        F.max_pool2d, (3, 2), shape=(2, 2, 4, 4), layout=torch.channels_last
+    ),
     "max_pool3d": lambda: one(F.max_pool3d, 2, 1, shape=(2, 2, 3, 4, 3)),
     "repeat_interleave": lambda: one(torch.repeat_interleave, 3, dim=1),
     "repeat_interleave, flat": lambda: one(T.repeat_interleave, 2),
@@ -208,3 +217,28 @@ def test_they_run_under_vmap(name):
     flat = [torch.utils._pytree.tree_leaves(e) for e in (found, *expected)]
     for both_of_them, first, second in zip(*flat, strict=True):
         torch.testing.assert_close(both_of_them, torch.stack([first, second]))
+
+
+@pytest.mark.parametrize("lead", [(), (5,)])
+@pytest.mark.parametrize("view", [lambda a: a, lambda a: a[:, 2], lambda a: a[1:3, 1:], lambda a: a[1].expand(2, 3)])
+def test_a_view_of_a_write_shows_the_new_numbers_and_the_old_ones(view, lead):
+    """``whole[1] = row``, seen through other views of the same memory."""
+    whole, row = numbers(4, 3), numbers(3, seed=1)
+    layer, old = Written(Node(0, "here", "active", Written, rule=Written)), view(whole).clone()
+
+    def written(old, row):
+        rows = torch.arange(4)[:, None] == 1
+        return torch.where(view(rows.expand(4, 3)), view(row.expand(4, 3)), old)
+
+    positions = torch.from_numpy(seen(geometry(view(whole)), geometry(whole[1])))
+    layer.forward(written(old, row), positions, (3,))
+    t = {"old": numbers(*lead, *old.shape, seed=2), "new": numbers(*lead, 3, seed=3)}
+    d = numbers(*lead, *old.shape, seed=4)
+    for names in (("old", "new"), ("new", "old"), ("old",), ("new",)):
+        moved = {n: t[n] if n in names else torch.zeros_like(t[n]) for n in ("old", "new")}
+        agree(layer.jvp({n: t[n] for n in names}), each_vector(written, lead, moved["old"], moved["new"]))
+        pulled = dict(zip(("old", "new"), each_vector(torch.func.vjp(written, old, row)[1], lead, d), strict=True))
+        found = layer.vjp(d, list(names))
+        assert set(found) == set(names)
+        for name in names:
+            agree(found[name], pulled[name])

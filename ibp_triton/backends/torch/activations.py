@@ -310,8 +310,7 @@ class PReLU(Layer):
     def forward(self, input: Tensor, weight: Tensor) -> Tensor:
         """The same shape."""
         self.input, self.weight = input, weight
-        spatial = [1] * (input.dim() - 2) if weight.numel() > 1 or weight.dim() else []
-        self.slopes = weight.reshape(-1, *spatial) if input.dim() > 1 else weight
+        self.slopes = weight.reshape(-1, *[1] * (input.dim() - 2))
         return F.prelu(input, weight)
 
     @cached_property
@@ -340,4 +339,4 @@ class PReLU(Layer):
 
     def _sums(self, v: Tensor) -> Tensor:
         found = sum_to(v, self.slopes, self.input.dim())
-        return found.reshape(*found.shape[: v.dim() - self.input.dim()], *self.weight.shape)
+        return found.reshape([*found.shape[: v.dim() - self.input.dim()], *self.weight.shape])
