@@ -485,6 +485,13 @@ def test_unseen_code_is_a_leaf_of_autograds(name):
     check(Body(UNSEEN[name]), judged=False)
 
 
+def test_nan_passes_through_unseen_code():
+    x, labels, _ = batch()
+    x[0, 0, 0] = torch.nan
+    _, found = EXACT.gradients(ibp.Network(Body(two_values).double()), x, labels)
+    assert found["one.weight"].isnan().any()
+
+
 def test_a_scripted_module_is_a_leaf_too():
     torch.manual_seed(0)
     with pytest.warns(DeprecationWarning, match="torch.jit.script"):

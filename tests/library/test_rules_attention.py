@@ -144,6 +144,9 @@ HEADS = {
     "cross, without biases": lambda: multi_head(CROSS, nn.MultiheadAttention(6, 3, bias=False), need_weights=False),
     "cross, weights of each head": lambda: multi_head(CROSS, nn.MultiheadAttention(6, 3), average_attn_weights=False),
     "cross, learned queries": lambda: multi_head(CROSS, nn.MultiheadAttention(6, 2), {"query": "parametric"}),
+    "cross, weights that stand still": lambda: multi_head(
+        CROSS, nn.MultiheadAttention(6, 2), {"query": "constant", "key": "constant"}
+    ),
     "cross, other widths": lambda: multi_head(
         ((4, 2, 6), (5, 2, 3), (5, 2, 7)), nn.MultiheadAttention(6, 2, kdim=3, vdim=7)
     ),

@@ -142,7 +142,7 @@ def test_it_runs_under_vmap(name):
 
 KINKS = {
     **{name: (getattr(torch, name, None) or getattr(F, name), (), {}) for name in ("abs", "relu6", "selu")},
-    **{name: (getattr(F, name), (), {}) for name in ("hardsigmoid", "hardswish", "elu", "leaky_relu")},
+    **{name: (getattr(F, name), (), {}) for name in ("hardsigmoid", "hardswish", "elu", "celu", "leaky_relu", "relu")},
     "hardtanh": (F.hardtanh, (-0.5, 0.5), {}),
     "clamp": (torch.clamp, (-0.5, 0.5), {}),
     "clamp_min": (torch.clamp_min, (0.5,), {}),
@@ -152,14 +152,19 @@ KINKS = {
 
 
 @pytest.mark.parametrize("name", KINKS)
-def test_at_a_kink_the_slope_is_the_one_that_torch_takes(name):
+def test_at_a_kink_both_slopes_are_those_that_torch_takes(name):
     function, args, kinds = KINKS[name]
     x = torch.tensor([-6, -3, -0.5, 0, 0.5, 3, 6], dtype=torch.float64)
     leaf = x.clone().requires_grad_()
-    function(leaf, *args).sum().backward()
+    (slope,) = torch.autograd.grad(function(leaf, *args).sum(), leaf, create_graph=True)
     layer, y = Call(function, (x, *args), {}, kinds).layer()
-    torch.testing.assert_close(layer.vjp(torch.ones_like(y), ["input"])["input"], leaf.grad)
-    torch.testing.assert_close(layer.jvp({"input": torch.ones_like(x)}), leaf.grad)
+    one = torch.ones_like(y)
+    torch.testing.assert_close(layer.vjp(one, ["input"])["input"], slope.detach())
+    torch.testing.assert_close(layer.jvp({"input": one}), slope.detach())
+    if name != "hardsigmoid":  # which torch cannot differentiate twice
+        (bend,) = torch.autograd.grad(slope.sum(), leaf, materialize_grads=True) if slope.requires_grad else (0 * x,)
+        found = layer.curvature(one, {"input": one}, ["input"])
+        torch.testing.assert_close(found.get("input", torch.zeros_like(x)), bend)
 
 
 def test_dropout_multiplies_by_the_mask_it_drew():

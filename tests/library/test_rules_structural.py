@@ -156,6 +156,8 @@ MOVES = {
     "avg_pool3d": lambda: one(F.avg_pool3d, 2, shape=(2, 2, 4, 4, 3)),
     "adaptive_avg_pool2d": lambda: one(F.adaptive_avg_pool2d, (3, 2), **LAST),
     "adaptive_avg_pool2d to one": lambda: one(F.adaptive_avg_pool2d, 1, shape=MAP),
+    "adaptive_avg_pool2d to a row": lambda: one(F.adaptive_avg_pool2d, (1, 2), shape=MAP),
+    "adaptive_avg_pool2d to a column": lambda: one(F.adaptive_avg_pool2d, (2, 1), **LAST),
     "adaptive_avg_pool3d": lambda: one(F.adaptive_avg_pool3d, 2, shape=(2, 2, 4, 4, 3)),
     "interpolate": lambda: one(F.interpolate, scale_factor=2, shape=MAP),
     "interpolate, bilinear": lambda: one(F.interpolate, size=(5, 9), mode="bilinear", align_corners=True, shape=MAP),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import importlib.machinery
 import json
 import os
@@ -15,7 +16,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy  # noqa: F401 - imported once, before the forks
 import pytest
 import torch
 
@@ -23,6 +23,7 @@ from tests.mutants.changes import ROOT, Mutant, mutants
 
 OUTCOMES, REPORT = ROOT / ".mutants" / "outcomes.jsonl", ROOT / "docs" / "mutants.md"
 EQUIVALENTS, OUTCOME = Path(__file__).with_name("equivalent.txt"), ("killed", "timed out", "survived", "equivalent")
+SLOW = ("numpy", "torch._dynamo", "torch._decomp.decompositions_for_jvp")  # imported once, before the forks
 HEAD = """# Mutants
 
 Written by `make mutants` (tests/mutants): small faults put into the mathematics, one at a time, and whether the
@@ -148,6 +149,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     asked, tests = parser.parse_args(), selections()
     os.chdir(ROOT)
+    os.environ["TRITON_INTERPRET"] = "1"  # as tests/conftest.py sets it, before triton is imported
+    for name in SLOW:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     every = [mutant for path in sorted(tests) for mutant in mutants(path)]
     sample = sorted(every, key=lambda mutant: mutant.rank(asked.seed))[: asked.count]
