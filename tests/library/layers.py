@@ -192,11 +192,12 @@ def check(call: Call, leads: tuple[tuple[int, ...], ...] = ((), (1,), (5,)), out
         bent = each_vector(bend, lead, t, d)
         bent = tuple(b.sum(0) if lead else b for b in bent)
         others = call.names("parametric")
-        found = call.collected(layer.curvature(pieces(d), tangents, call.aliases(along)))
-        found |= call.collected(layer.tangent_param_vjp(tangents, pieces(d), others) if others else {})
-        for name in (*along, *others):
-            wants = bent[names.index(name)]
-            agree(found.get(name, torch.zeros_like(wants)), wants)
+        for own in (layer, call.layer()[0]):  # after other sweeps and before any
+            found = call.collected(own.tangent_param_vjp(tangents, pieces(d), others) if others else {})
+            found |= call.collected(own.curvature(pieces(d), tangents, call.aliases(along)))
+            for name in (*along, *others):
+                wants = bent[names.index(name)]
+                agree(found.get(name, torch.zeros_like(wants)), wants)
         agree(layer.jvp(tangents), pushed)
     for was, now in zip(before, values, strict=True):
         assert torch.equal(was, now)

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibp_triton.backends.torch.multihead import MultiHeadAttention
+from ibp_triton.layer import Pieces
 from tests.library.layers import Call, check, half_agrees, random_like
 
 
@@ -155,6 +156,9 @@ HEADS = {
     "unbatched, weights of each head": lambda: multi_head(
         ((4, 6), None, None), nn.MultiheadAttention(6, 2), average_attn_weights=False
     ),
+    "unbatched, padded": lambda: multi_head(
+        ((4, 6), None, None), nn.MultiheadAttention(6, 2), key_padding_mask=torch.tensor([False, True, False, False])
+    ),
     "masked": lambda: multi_head(
         SELF,
         nn.MultiheadAttention(6, 2),
@@ -180,6 +184,16 @@ def test_multiply_adds_are_torchs(name):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         call.function(*call.args, **call.kwargs)
     assert 2 * layer.multiply_adds() == counter.get_total_flops()
+
+
+def test_what_multi_head_attention_keeps_of_one_derivative_does_not_answer_for_another():
+    """It is linear: the derivatives of the output and of the weights add up."""
+    layer, (output, weights) = HEADS["self, with weights"]().layer()
+    parts = random_like(output, ()), random_like(weights, ())
+    alone = [layer.vjp(Pieces({i: part}), ["query"])["query"] for i, part in enumerate(parts)]
+    for both in (Pieces(enumerate(parts)), Pieces({1: parts[1], 0: parts[0]})):
+        torch.testing.assert_close(layer.vjp(both, ["query"])["query"], alone[0] + alone[1])
+        torch.testing.assert_close(layer.vjp(Pieces({0: parts[0]}), ["query"])["query"], alone[0])
 
 
 def test_multi_head_attention_draws_its_dropout_as_torch_does():

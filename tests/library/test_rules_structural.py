@@ -57,6 +57,13 @@ CONVS = {
 MAP = (2, 4, 6, 7)
 LAST = {"shape": MAP, "layout": torch.channels_last}
 MOVES = {
+    "add": lambda: Call(operator.add, (numbers(3, 4), numbers(4, seed=1))),
+    "add a multiple": lambda: Call(torch.add, (numbers(4), numbers(3, 1, seed=1)), {"alpha": 0.3}),
+    "add a parameter": lambda: Call(T.add, (numbers(3, 4), numbers(4, seed=1)), {}, {"other": "parametric"}),
+    "subtract": lambda: Call(operator.sub, (numbers(3, 4), numbers(4, seed=1))),
+    "subtract a multiple": lambda: Call(T.sub, (numbers(4), numbers(3, 1, seed=1)), {"alpha": 0.3}),
+    "subtract a number": lambda: one(torch.sub, 2),
+    "subtract from": lambda: Call(torch.rsub, (numbers(3, 4), numbers(4, seed=1)), {"alpha": 0.3}),
     "permute": lambda: one(T.permute, 2, 0, 1),
     "permute by a list": lambda: one(torch.permute, (0, -1, 1)),
     "permute, named": lambda: one(T.permute, dims=(2, 1, 0)),
