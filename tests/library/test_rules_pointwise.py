@@ -182,6 +182,19 @@ def test_dropout_multiplies_by_the_mask_it_drew():
         assert torch.equal(layer.vjp(x, ["input"])["input"], kept * x)
 
 
+@pytest.mark.parametrize("function", [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d])
+def test_dropout_draws_the_mask_that_torch_draws(function):
+    axes = int(function.__name__[-2]) + 2 if function is not F.dropout else 3
+    x = numbers(6, 4, 3, 2, 2)[(..., *[0] * (5 - axes))]
+    torch.manual_seed(2)
+    layer, y = Call(function, (x, 0.4)).layer()
+    torch.manual_seed(2)
+    expected = function(x, 0.4)
+    assert 0 < int((expected == 0).sum()) < x.numel()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(layer.jvp({"input": x}), expected)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_relu_masks_tangents_of_any_memory_format(layout):
     x = numbers(2, 3, 4, 5).contiguous(memory_format=layout) / 4

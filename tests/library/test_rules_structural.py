@@ -204,6 +204,12 @@ def test_moves_and_reductions_agree_with_torch(name):
     check(call, output=call.reference is None)
 
 
+@pytest.mark.parametrize(("function", "args"), [(torch.amax, (1,)), (T.amin, ((0, 1),)), (torch.max, ()), (T.min, ())])
+def test_an_extreme_that_is_reached_twice_is_shared_as_in_torch(function, args):
+    torch.manual_seed(3)
+    check(Call(function, (torch.tensor([[1.0, 3, 3, -1, -1], [2, 2, 2, 2, 3]], dtype=torch.float64), *args)))
+
+
 def test_casts_return_to_the_dtype_they_came_from():
     layer, value = Call(T.float, (numbers(3),)).layer()
     assert value.dtype == torch.float32
