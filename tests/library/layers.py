@@ -216,6 +216,7 @@ def half_agrees(make: Any, dtype: torch.dtype, tolerance: float = 0.03) -> None:
     wide_t = {n: part.double() for n, part in t.items()}
     pairs = [
         (two.vjp(d, along), one.vjp(d.double(), along)),
+        (two.vjp(d, others), one.vjp(d.double(), others)),
         ({"": two.jvp(t)}, {"": one.jvp(wide_t)}),
         (two.curvature(d, t, along), one.curvature(d.double(), wide_t, along)),
         (two.tangent_param_vjp(t, d, others), one.tangent_param_vjp(wide_t, d.double(), others)),

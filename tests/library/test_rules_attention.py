@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ibp_triton.backends.torch.multihead import MultiHeadAttention
 from ibp_triton.layer import Pieces
-from tests.library.layers import Call, check, half_agrees, random_like
+from tests.library.layers import Call, check, floating, half_agrees, random_like
 
 
 def numbers(*shape, seed=0, cast=lambda x: x):
@@ -194,6 +194,16 @@ def test_what_multi_head_attention_keeps_of_one_derivative_does_not_answer_for_a
     for both in (Pieces(enumerate(parts)), Pieces({1: parts[1], 0: parts[0]})):
         torch.testing.assert_close(layer.vjp(both, ["query"])["query"], alone[0] + alone[1])
         torch.testing.assert_close(layer.vjp(Pieces({0: parts[0]}), ["query"])["query"], alone[0])
+
+
+@pytest.mark.parametrize("name", ["self", "unbatched, weights of each head"])
+def test_many_derivatives_meet_one_tangent_as_their_sum(name):
+    call = HEADS[name]()
+    layer, value = call.layer()
+    d, t = random_like(floating(value), (3,)), {n: random_like(call.operands[n], ()) for n in call.names("active")}
+    found = layer.curvature(Pieces(d), t, ["query"])["query"]
+    expected = layer.curvature(Pieces({i: part.sum(0) for i, part in d.items()}), t, ["query"])["query"]
+    torch.testing.assert_close(found, expected)
 
 
 def test_multi_head_attention_draws_its_dropout_as_torch_does():

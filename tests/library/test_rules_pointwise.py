@@ -104,7 +104,8 @@ def test_channels_last_tangents_stay_so():
     x = numbers(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     for function in (F.mish, F.gelu, F.relu, F.relu6):
         layer, value = Call(function, (x,)).layer()
-        t = random_like(x, (2,))
+        t, plain = random_like(x, (2,)), Call(function, (x.contiguous(),)).layer()[0]
+        torch.testing.assert_close(layer.jvp({"input": t}), plain.jvp({"input": t.contiguous()}))
         for found in (layer.jvp({"input": t}), layer.vjp(t, ["input"])["input"]):
             assert all(part.is_contiguous(memory_format=torch.channels_last) for part in found)
         assert value.is_contiguous(memory_format=torch.channels_last)

@@ -156,6 +156,9 @@ MOVES = {
     "split evenly": lambda: one(torch.split, 2),
     "tensor_split": lambda: one(torch.tensor_split, 2, -1),
     "unbind": lambda: one(T.unbind, 1),
+    "concatenate with an empty vector": lambda: Call(
+        torch.cat, ([numbers(3, 4), numbers(0), numbers(3, 2, seed=1)],), {"dim": 1}
+    ),
     "stack": lambda: Call(torch.stack, ([numbers(3, 4), numbers(3, 4, seed=1)],), {"dim": -1}),
     "stack in front": lambda: Call(torch.stack, ([numbers(3, 4), numbers(3, 4, seed=1)],)),
     "avg_pool2d": lambda: one(F.avg_pool2d, 3, 2, 1, True, False, **LAST),
