@@ -11,7 +11,7 @@ TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightni
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test wheel zoo lint format bench bench-ratios mutants clean
+.PHONY: setup quickstart test wheel zoo lint format bench bench-ratios bench-modern bench-modern-full mutants clean
 
 setup: $(STAMP)
 
@@ -65,8 +65,10 @@ bench: setup
 	$(RUN) OMP_NUM_THREADS=1 pytest benchmarks --benchmark-only --benchmark-json=benchmarks/latest.json
 	$(RUN) ibp-triton bench-report benchmarks/latest.json --plot benchmarks/latest.svg
 
-bench-ratios: setup
-	$(RUN) OMP_NUM_THREADS=1 python -m benchmarks.ratios --json benchmarks/ratios.json
+# The tables of targets: the paper's networks (minutes), three modern ones (ten minutes), all of them (hours). They go on
+# where they were stopped, and print a table.
+bench-ratios bench-modern bench-modern-full: bench-%: setup
+	$(RUN) OMP_NUM_THREADS=1 ibp-triton bench $(subst -,_,$*) --json benchmarks/$(subst -,_,$*).json
 
 # A seeded sample of small faults, and whether the tests notice: 90 minutes at most, goes on where it stopped.
 mutants: setup

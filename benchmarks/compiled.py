@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +19,19 @@ import torch._inductor.config
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-import ibp_triton as ibp
-from benchmarks import baselines, cases, timing
-from benchmarks.cases import METHODS, PRECISIONS, Case
+from ibp_triton.bench import by_hand, parity, whole_steps
+from ibp_triton.bench import measure as clock
+from ibp_triton.bench.candidates import METHODS, NETWORKS, PRECISIONS, Case
+from ibp_triton.bench.whole_steps import Trainee
 from ibp_triton.harness.launch import keep_freed_memory
 
-CHECKED = 4  # steps
-State = dict[str, Tensor]
 
-
-@dataclass(frozen=True)
-class Training:
-    """A step that updates ``parameters`` and ``momenta`` in place and returns the objective, 0-d."""
-
-    step: Callable[[], Tensor]
-    parameters: State
-    momenta: State
-
-
-def momenta(model: torch.nn.Module, optimizer: torch.optim.SGD) -> State:
-    """The optimizer's buffers by parameter name."""
-    return {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
-
-
-def optimizer_of(model: torch.nn.Module) -> torch.optim.SGD:
-    """As the harness trains, momenta from 0."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.9, foreach=False)
-    for parameter in model.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def autograd(case: Case, key: str, compiled: bool) -> Training:
+def autograd(case: Case, key: str, compiled: bool) -> Trainee:
     """Gradients by autograd, then SGD; compiled as one function in which a graph break is an error."""
     model = case.model()
-    optimizer, gradients = optimizer_of(model), baselines.autograd(case, key, model=model)
-    parameters: State = dict(model.named_parameters())
-    buffers = momenta(model, optimizer)
+    optimizer, gradients = whole_steps.optimizer_of(model), by_hand.autograd(case, key, model)
+    parameters = dict(model.named_parameters())
+    buffers = whole_steps.momenta(model, optimizer)
 
     def step() -> Tensor:
         value, found = gradients()
@@ -73,33 +47,15 @@ def autograd(case: Case, key: str, compiled: bool) -> Training:
                 parameter.sub_(0.1 * buffers[name].mul_(0.9).add_(found[name] * (1 - 0.9)))
         return value
 
-    return Training(torch.compile(whole, fullgraph=True) if compiled else step, parameters, buffers)
+    return Trainee(torch.compile(whole, fullgraph=True) if compiled else step, parameters, buffers)
 
 
-def ours(case: Case, key: str, compiled: bool) -> Training:
+def ours(case: Case, key: str, compiled: bool) -> Trainee:
     """The library's step."""
-    model, method, (x, labels, tau) = case.model(), METHODS[key], case.data()
-    batch = (x, labels, tau if method.needs_tangents else None)
-    network = ibp.Network(model, backend="torch", dtype=PRECISIONS[case.precision])
-    optimizer = optimizer_of(model)
-    step = (ibp.CompiledStep if compiled else ibp.EagerStep)(network, method, optimizer)
-    if isinstance(step, ibp.CompiledStep) and not step.prepare(*batch):
-        raise RuntimeError("the compiled step is not used")
-    return Training(lambda: step(*batch).loss, dict(model.named_parameters()), momenta(model, optimizer))
+    return whole_steps.ours(case, key, "compiled" if compiled else "eager")
 
 
 STEPS = {"autograd": autograd, "ours": ours}
-
-
-def parity(found: Training, expected: Training) -> float:
-    """How far parameters and momenta are apart after each of a few steps, relative to the largest entry of each."""
-    worst = 0.0
-    for _ in range(CHECKED):
-        found.step()
-        expected.step()
-        for a, b in ((found.parameters, expected.parameters), (found.momenta, expected.momenta)):
-            worst = max(worst, *(baselines.largest({n: (a[n] - b[n]).detach()}) / float(b[n].abs().max()) for n in b))
-    return worst
 
 
 def measure(case: Case, key: str, rounds: int) -> dict[str, Any]:
@@ -114,18 +70,18 @@ def measure(case: Case, key: str, rounds: int) -> dict[str, Any]:
             found.step()  # compiles
             row["compile_seconds"][name] = cpu_seconds() - start
             steps[name].step()
-            off = row["parity"][name] = parity(found, steps[name])
+            off = row["parity"][name] = whole_steps.off_twin(found, steps[name])
         except Exception as error:  # whatever the compiler raises is the result
             row["error"][name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             continue
-        if off < baselines.PARITY[case.precision]:
+        if off < parity.PARITY[case.precision]:
             steps[f"compiled {name}"] = found
         else:
             row["error"][name] = f"off its eager twin by {off:.2g}"
-    times = timing.interleave({name: training.step for name, training in steps.items()}, rounds)
+    times = clock.interleave({name: training.step for name, training in steps.items()}, rounds)
     row["milliseconds"] = {name: 1e3 * found.median for name, found in times.items()}
     row["ratios"] = {
-        f"{a} / {b}": timing.ratio(times[a], times[b])
+        f"{a} / {b}": clock.ratio(times[a], times[b])
         for a, b in (("compiled autograd", "autograd"), ("compiled ours", "ours"), ("ours", "compiled autograd"))
         if a in times and b in times
     }
@@ -164,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (15)")
-    parser.add_argument("--network", default="mnist", choices=list(cases.NETWORKS))
+    parser.add_argument("--network", default="mnist", choices=list(NETWORKS))
     parser.add_argument("--precision", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods")
     arguments = parser.parse_args()
@@ -178,7 +134,7 @@ def main() -> None:
             for key in arguments.only:
                 rows.append(measure(Case(arguments.network, 32, precision), key, arguments.rounds))
                 print(json.dumps(rows[-1]), flush=True)
-    results = {"machine": timing.machine(), "rounds": arguments.rounds, "rows": rows}
+    results = {"machine": clock.machine(), "rounds": arguments.rounds, "rows": rows}
     print(f"\n{results['machine']}\n\n{table(rows)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))

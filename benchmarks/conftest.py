@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import timing
+from ibp_triton.bench.measure import device_time, machine
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -19,7 +19,7 @@ def _one_thread() -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """The library versions and the processor, beside what pytest-benchmark finds out by itself."""
-    machine_info["ibp_triton"] = timing.machine()
+    machine_info["ibp_triton"] = machine()
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def measured(benchmark: Any, device: str) -> Callable[..., Any]:
     """``measured(run, **info)``: time ``run`` and store what it is with the figure."""
 
     def measure(run: Callable[[], Any], **info: Any) -> Any:
-        benchmark.extra_info.update(timing.machine(), device=device, **info)
+        benchmark.extra_info.update(machine(), device=device, **info)
         if device == "cuda":
             if benchmark.enabled:
-                benchmark.extra_info["device_seconds"] = timing.device_time(run)
+                benchmark.extra_info["device_seconds"] = device_time(run)
             return benchmark(lambda: (run(), torch.cuda.synchronize()))
         benchmark._timer = time.process_time  # wall time is at the mercy of whatever else runs
         return benchmark(run)

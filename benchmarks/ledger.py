@@ -14,9 +14,10 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import cases
-from benchmarks.cases import METHODS, PRECISIONS, Case
+import ibp_triton as ibp
 from ibp_triton.backends.torch import dense
+from ibp_triton.bench import candidates
+from ibp_triton.bench.candidates import METHODS, NETWORKS, PRECISIONS, TANGENTS, Case
 from ibp_triton.harness.launch import keep_freed_memory
 
 KINDS = ("products", "image vjp", "pools", "elementwise")
@@ -58,7 +59,7 @@ class Clock(TorchDispatchMode):
 
 def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of a step by method and kind; "Python" is what is left of the step's own time, "step"."""
-    steps = {key: cases.ours(case, key) for key in METHODS}
+    steps = {key: candidates.ours(case, key) for key in METHODS}
     found: dict[str, list[dict[str, float]]] = {key: [] for key in METHODS}
     for number in range(rounds + 2):
         for key, step in steps.items():
@@ -80,12 +81,12 @@ def table(case: Case, found: dict[str, dict[str, float]]) -> str:
 
     A kind's share of the difference is (its time − predicted ratio · BP's time in it) / BP's step: the shares add up.
     """
-    network = cases.ibp.Network(case.model())
+    network = ibp.Network(case.model())
     kinds, bp = (*KINDS, "Python"), found["bp"]
     lines = [f"| method | step (ms) | {' | '.join(kinds)} | × BP | predicted | {' | '.join(kinds)} |"]
     lines.append("|---" * (2 * len(kinds) + 4) + "|")
     for key, row in found.items():
-        predicted = METHODS[key].predicted_ratio(network, case.shape, cases.TANGENTS)
+        predicted = METHODS[key].predicted_ratio(network, case.shape, TANGENTS)
         times = " | ".join(f"{row[kind]:.1f}" for kind in kinds)
         shares = " | ".join(f"{(row[kind] - predicted * bp[kind]) / bp['step']:+.2f}" for kind in kinds)
         lines.append(
@@ -97,7 +98,7 @@ def table(case: Case, found: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--network", default="mnist", choices=cases.NETWORKS)
+    parser.add_argument("--network", default="mnist", choices=NETWORKS)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     parser.add_argument("--rounds", type=int, default=9)

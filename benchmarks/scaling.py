@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import baselines, cases, timing
-from benchmarks.cases import METHODS, Case
+from ibp_triton.bench import by_hand, candidates, measure
+from ibp_triton.bench.candidates import METHODS, TANGENTS, Case
 from ibp_triton.harness.launch import keep_freed_memory
 
 AXES: dict[str, tuple[int, ...]] = {
@@ -43,7 +43,7 @@ class Stack(Case):
 
     width: int = 32
     depth: int = 4
-    tangents: int = cases.TANGENTS
+    tangents: int = TANGENTS
 
     def model(self) -> nn.Module:
         """28×28 images → `width` channels of 7×7 → `depth` convolutions with ReLU → 10 logits."""
@@ -63,7 +63,7 @@ def candidate(axis: str, size: int, name: str) -> Callable[[], Any]:
     """One step of ours, or of autograd where the name says so, at one size of one axis."""
     case = Stack("mnist", **{"batch": 32, "precision": "fp32", axis: size})  # type: ignore[arg-type]
     key = name.removeprefix("autograd ")
-    return cases.ours(case, key) if key == name else baselines.autograd(case, key)
+    return candidates.ours(case, key) if key == name else by_hand.autograd(case, key)
 
 
 def curves(axis: str, rounds: int) -> Curves:
@@ -71,7 +71,7 @@ def curves(axis: str, rounds: int) -> Curves:
     found: Curves = {name: [] for name in SWEPT[axis]}
     for size in AXES[axis]:
         steps = {name: candidate(axis, size, name) for name in SWEPT[axis]}
-        for name, seconds in timing.interleave(steps, rounds, warmup=1).items():
+        for name, seconds in measure.interleave(steps, rounds, warmup=1).items():
             found[name].append(1e3 * seconds.median)
         print(f"{axis} {size}: bp {found['bp'][-1]:.1f} ms", flush=True)
     return found
@@ -160,7 +160,7 @@ def main() -> None:
     else:
         found = {axis: curves(axis, arguments.rounds) for axis in AXES}
         results = {
-            "machine": timing.machine(),
+            "machine": measure.machine(),
             "rounds": arguments.rounds,
             "axes": AXES,
             "milliseconds": found,

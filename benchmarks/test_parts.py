@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 import ibp_triton as ibp
-from benchmarks import cases
-from benchmarks.cases import PRECISIONS, Case
+from ibp_triton.bench.candidates import METHODS, PRECISIONS, Case
 from ibp_triton.head import seed, tangent_seed
 
 LAYERS = {
@@ -70,7 +69,7 @@ def test_epoch(measured, benchmark, device, key):
         pytest.skip("the data side is measured on the CPU")
     case = Case("mnist", 32, "bf16")
     benchmark.group = "epoch of 320 examples, cpu"
-    model, method = case.model(), cases.METHODS[key]
+    model, method = case.model(), METHODS[key]
     network, optimizer = ibp.Network(model, dtype=torch.bfloat16), torch.optim.SGD(model.parameters(), lr=0.01)
     images, labels = torch.rand(320, 1, 28, 28), torch.randint(0, 10, (320,))
     mean = images.mean(0)

@@ -4,62 +4,54 @@ import pytest
 import torch
 
 import ibp_triton as ibp
-from benchmarks import baselines, cases, ledger, timing
-from benchmarks.cases import METHODS, PRECISIONS, Case
+from benchmarks import ledger
+from ibp_triton.bench import by_hand, candidates, measure, parity
+from ibp_triton.bench.candidates import METHODS, PRECISIONS, Case
 
-CELLS = [Case(network, batch, precision) for network in cases.NETWORKS for batch in (32,) for precision in PRECISIONS]
-CELLS += [Case("mnist", 256, precision) for precision in PRECISIONS]
-
-
-def name(case):
-    return f"{case.network}-{case.batch}-{case.precision}"
+CELLS = [f"{network}-32-{precision}" for network in ("mnist", "cifar10") for precision in PRECISIONS]
+CELLS += [f"mnist-256-{precision}" for precision in PRECISIONS]
 
 
-def placed(case, device):
-    return Case(case.network, case.batch, case.precision, case.channels_last, device)
+def placed(cell, device):
+    network, batch, precision = cell.split("-")
+    return Case(network, int(batch), precision, device=device, backend="auto" if device == "cuda" else "torch")
 
 
 @pytest.mark.parametrize("key", METHODS)
-@pytest.mark.parametrize("case", CELLS, ids=name)
-def test_step(measured, benchmark, device, case, key):
-    case = placed(case, device)
-    benchmark.group = f"step {name(case)} {device}"
-    backend = "auto" if device == "cuda" else "torch"
-    off = baselines.parity(case, key, backend)
-    assert off < baselines.PARITY[case.precision]
-    run, bp = cases.ours(case, key, backend=backend), cases.ours(case, "bp", backend=backend)
-    info = {"method": key, "parity": off, "predicted_ratio": predicted(case, key)}
+@pytest.mark.parametrize("cell", CELLS)
+def test_step(measured, benchmark, device, cell, key):
+    case = placed(cell, device)
+    benchmark.group = f"step {cell} {device}"
+    off = parity.parity(case, key)
+    assert off < parity.PARITY[case.precision]
+    run, bp = candidates.ours(case, key), candidates.ours(case, "bp")
+    info = {"method": key, "parity": off, "predicted_ratio": candidates.predicted(case, METHODS[key])}
     if benchmark.enabled:
-        exact = baselines.truth(case, key)
-        info["error_against_float64"] = baselines.largest(baselines.minus(run()[1], exact)) / baselines.largest(exact)
-        info["peak_memory"] = timing.peak_memory(run)
+        info["error_against_float64"] = parity.apart(run()[1], parity.truth(case, key))
+        info["peak_memory"] = measure.peak_memory(run)
     if benchmark.enabled and device == "cpu":
-        times = timing.interleave({"this": run, "bp": bp}, rounds=7)
-        info["interleaved_ratio_to_bp"] = timing.ratio(times["this"], times["bp"])
+        times = measure.interleave({"this": run, "bp": bp}, rounds=7)
+        info["interleaved_ratio_to_bp"] = measure.ratio(times["this"], times["bp"])
     loss, _ = measured(run, **case.info(), **info)
     assert loss.isfinite()
 
 
 @pytest.mark.parametrize("key", METHODS)
-@pytest.mark.parametrize("case", CELLS, ids=name)
-def test_step_by_autograd(measured, benchmark, device, case, key):
-    case = placed(case, device)
-    benchmark.group = f"step {name(case)} {device}"
-    run = baselines.autograd(case, key)
-    info = {"peak_memory": timing.peak_memory(run)} if benchmark.enabled else {}
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_by_autograd(measured, benchmark, device, cell, key):
+    case = placed(cell, device)
+    benchmark.group = f"step {cell} {device}"
+    run = by_hand.autograd(case, key)
+    info = {"peak_memory": measure.peak_memory(run)} if benchmark.enabled else {}
     loss, _ = measured(run, **case.info(), method=key, baseline=key == "bp", **info)
     assert loss.isfinite()
-
-
-def predicted(case, key):
-    return METHODS[key].predicted_ratio(ibp.Network(case.model()), case.shape, cases.TANGENTS)
 
 
 @pytest.mark.parametrize("key", ["bp", "loss_ibp"])
 def test_captured_step(measured, benchmark, device, key):
     """Method and optimizer as one call: a replayed CUDA graph on CUDA, an eager step on the CPU."""
     case = Case("mnist", 32, "fp32", device=device)
-    benchmark.group = f"step and optimizer {name(case)} {device}"
+    benchmark.group = f"step and optimizer mnist-32-fp32 {device}"
     (x, labels, _), models = case.data(), [case.model(), case.model()]
     networks = [ibp.Network(model) for model in models]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for model in models]

@@ -68,7 +68,7 @@ def _count(method: Any, name: str, value: Any) -> None:
 
 
 def check_batch(
-    own: Mapping[str, Tensor], dtype: torch.dtype | None, x: Tensor, parameters: Mapping[str, Tensor]
+    own: Mapping[str, Tensor], dtype: torch.dtype | None, x: Tensor, parameters: Mapping[str, Tensor], least: int = 1
 ) -> None:
     """Shapes, dtypes and devices of x are checked against the model's own parameters.
 
@@ -78,10 +78,10 @@ def check_batch(
     unknown = sorted(set(parameters) - set(own))
     if unknown:
         raise InputError(f"parameters has names the model lacks: {unknown}; the model's are {sorted(own)}")
-    _check_input(x, dtype, own)
+    _check_input(x, dtype, own, least)
 
 
-def _check_input(x: Any, dtype: torch.dtype | None, own: Mapping[str, Tensor]) -> None:
+def _check_input(x: Any, dtype: torch.dtype | None, own: Mapping[str, Tensor], least: int) -> None:
     if not isinstance(x, Tensor):
         raise InputTypeError(f"x must be a tensor, not {type(x).__name__}; use torch.as_tensor(x)")
     if torch.is_autocast_enabled(x.device.type):
@@ -89,7 +89,7 @@ def _check_input(x: Any, dtype: torch.dtype | None, own: Mapping[str, Tensor]) -
             "the methods choose the dtype of each sweep themselves: leave torch.autocast before the loss and pass "
             "Network(model, dtype=torch.bfloat16), which computes in bfloat16 with the parameters as master weights"
         )
-    if x.dim() < 2 or x.shape[0] == 0:
+    if x.dim() < 2 or x.shape[0] < least:
         raise InputError(f"x must be a batch [N, ...] with N >= 1, not {list(x.shape)}")
     if not x.is_floating_point():
         raise InputTypeError(
@@ -130,8 +130,10 @@ def check_labels(labels: Tensor, logits: Tensor, ignored: int | None = None) -> 
     if not readable(labels):
         return
     labels = labels if ignored is None else labels[labels != ignored]
-    if bool(((labels < 0) | (labels >= logits.shape[1])).any()):
-        low, high = int(labels.min()), int(labels.max())
+    if labels.numel() == 0:
+        return
+    low, high = (int(label) for label in torch.aminmax(labels))
+    if low < 0 or high >= logits.shape[1]:
         raise InputError(
             f"labels must lie in 0 … {logits.shape[1] - 1} for {logits.shape[1]} logits, got {low} … {high}"
         )

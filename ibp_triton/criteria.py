@@ -24,6 +24,7 @@ from ibp_triton.checks import check_labels, readable
 from ibp_triton.errors import InputError, InputTypeError, MethodError
 from ibp_triton.head import Head
 from ibp_triton.layer import HALF, wide
+from ibp_triton.world import World
 
 
 @dataclass(eq=False)
@@ -66,8 +67,15 @@ class Criterion:
             raise InputError(f"the targets are on {found.device}, x on {x.device}; move them to one device")
         return found
 
-    def at(self, z: Tensor, y: Tensor, head: Head) -> Loss:
-        """The loss at logits z [N, ...] and targets y, by ``head`` where it has kernels for it."""
+    def weigh(self, y: Tensor, alone: bool) -> Tensor | None:
+        """W_n [N], how much a sample counts beside others; None where all count alike, whatever their targets.
+
+        Not ``alone``: samples of other processes must agree, so that what these targets say does not decide.
+        """
+        return None
+
+    def at(self, z: Tensor, y: Tensor, head: Head, weights: Tensor | None = None) -> Loss:
+        """The loss at logits z [N, ...] and targets y, by ``head`` where it has kernels for it; weights N κ_n [N]."""
         raise NotImplementedError
 
 
@@ -94,31 +102,22 @@ class CrossEntropy(Criterion):
         found = super().targets(y, x)
         return found if found.is_floating_point() else found.long()
 
-    def at(self, z: Tensor, y: Tensor, head: Head) -> Loss:
+    def weigh(self, y: Tensor, alone: bool) -> Tensor | None:
+        """Σ w_y over the sample's positions that are not ignored."""
+        return None if self.module is None or y.is_floating_point() else _class_weights(self.module, y, alone)
+
+    def at(self, z: Tensor, y: Tensor, head: Head, weights: Tensor | None = None) -> Loss:
         """By the head's kernel for plain class numbers, else in closed form."""
+        m = self.module
         if y.is_floating_point():
             return self._probable(z, y)
-        check_labels(y, z, self._ignored)
-        if z.dim() == 2 and self._plain(y):
+        check_labels(y, z, None if m is None else m.ignore_index)
+        if m is None or (z.dim() == 2 and weights is None and m.label_smoothing == 0):
             losses, c, p = head.cross_entropy(z, y)
             return Loss(losses, c, lambda t: head.hessian_product(p, t))
-        return self._classes(z, y)
+        return self._classes(z, y, weights)
 
-    @property
-    def _ignored(self) -> int | None:
-        return None if self.module is None else self.module.ignore_index
-
-    def _plain(self, y: Tensor) -> bool:
-        m = self.module
-        if m is None:
-            return True
-        return m.weight is None and m.label_smoothing == 0 and self._all_count(y)
-
-    def _all_count(self, y: Tensor) -> bool:
-        """Whether no label is ignored; False where the labels can't be looked at."""
-        return self.module is None or (readable(y) and not bool((y == self.module.ignore_index).any()))
-
-    def _classes(self, z: Tensor, y: Tensor) -> Loss:
+    def _classes(self, z: Tensor, y: Tensor, weights: Tensor | None) -> Loss:
         """Class numbers with weights w, smoothing ε or ignored positions: q = (1 − ε) w_y onehot + (ε/M) w."""
         assert self.module is not None
         w, smoothing, log_p = self._weight(z), self.module.label_smoothing, _log_p(z)
@@ -131,8 +130,8 @@ class CrossEntropy(Criterion):
         if smoothing:
             smoothed = _over_classes(w_all * (smoothing / z.shape[1]), log_p) * counted[:, None]
             each, q = each - (smoothed * log_p).sum(1), q + smoothed
-        counts = _counts(v, self.reduction, w is None and self._all_count(y))
-        return _closed(z, log_p, torch.where(counted, each, 0), q, *counts)
+        share = _shares(v, self.reduction, weights is None)
+        return _closed(z, log_p, torch.where(counted, each, 0), q, share, weights)
 
     def _probable(self, z: Tensor, y: Tensor) -> Loss:
         """Probabilities y of z's shape: q = w ((1 − ε) y + ε/M); all samples count alike."""
@@ -171,7 +170,7 @@ class Elementwise(Criterion):
         """Read at each step, as all that the module says."""
         return self.module.reduction  # type: ignore[no-any-return]
 
-    def at(self, z: Tensor, y: Tensor, head: Head) -> Loss:
+    def at(self, z: Tensor, y: Tensor, head: Head, weights: Tensor | None = None) -> Loss:
         """c = l'(z), H t = l''(z) t; a sample's loss is the mean of its logits' (for sums: their sum)."""
         if y.shape != z.shape:
             cure = ": use y[:, None]" if z.shape[1:] == (1,) and y.dim() == 1 else ""
@@ -236,32 +235,38 @@ class Differentiated(Criterion):
         """For messages."""
         return getattr(self.criterion, "__name__", type(self.criterion).__name__)
 
-    def at(self, z: Tensor, y: Tensor, head: Head) -> Loss:
+    def weigh(self, y: Tensor, alone: bool) -> Tensor | None:
+        """As cross-entropy does, of nn.NLLLoss."""
+        m = self.criterion
+        return _class_weights(m, y.long(), alone) if isinstance(m, nn.NLLLoss) else None
+
+    def at(self, z: Tensor, y: Tensor, head: Head, weights: Tensor | None = None) -> Loss:
         """c = ∇_z Σ ℓ_n, and H t = ∇_z ⟨c, t⟩ when it is asked for."""
         if isinstance(self.criterion, nn.NLLLoss):
             y = y.long()
             check_labels(y, z, self.criterion.ignore_index)
         u = z.detach()
-        share, weights = self._counts(u, y)
+        share = self._share(u, y, weights)
         losses, c = self._derived(u, y, share, create_graph=False)[:2]
-        if self.reduction in ("mean", "sum"):
-            self._check_split(u, y, losses if weights is None else losses * weights)
+        if self.reduction in ("mean", "sum") and not isinstance(self.criterion, nn.NLLLoss):
+            self._check_split(u, y, losses)
 
         def hessian(t: Tensor) -> Tensor:
             if t.dim() > z.dim():
                 return torch.stack([hessian(one) for one in t])
             return self._second(u, y, share, t)
 
+        weights = None if weights is None else weights.to(losses.dtype)
         return Loss(losses.detach(), c.to(z.dtype), hessian, weights)
 
-    def _counts(self, z: Tensor, y: Tensor) -> tuple[Any, Tensor | None]:
+    def _share(self, z: Tensor, y: Tensor, weights: Tensor | None) -> Any:
+        """What each position counts in its sample's loss; None: all alike."""
         m = self.criterion
         if not isinstance(m, nn.NLLLoss):
-            return None, None
-        counted = y != m.ignore_index
+            return None
         w = torch.ones(z.shape[1], dtype=z.dtype, device=z.device) if m.weight is None else m.weight.to(z.dtype)
-        alike = m.weight is None and readable(y) and bool(counted.all())
-        return _counts(w[torch.where(counted, y, 0)] * counted, self.reduction, alike)
+        counted = y != m.ignore_index
+        return _shares(w[torch.where(counted, y, 0)] * counted, self.reduction, weights is None)
 
     def _losses(self, z: Tensor, y: Tensor, share: Any) -> Tensor:
         if self.module is None:
@@ -375,17 +380,49 @@ def _share(each: Tensor, reduction: str, axis: int = 0) -> float:
     return 1.0 if reduction == "sum" else each.shape[0] / max(each.numel(), 1)
 
 
-def _counts(v: Tensor, reduction: str, alike: bool) -> tuple[Any, Tensor | None]:
-    """1 / W_n and N κ_n = N W_n / Σ W, [N], for positions that count v [N, ...]; W_n is what a sample's add up to."""
-    total = _per_sample(v)
+def _shares(v: Tensor, reduction: str, alike: bool) -> Any:
+    """1 / W_n [N] for positions that count v [N, ...], W_n being what a sample's add up to; 0 where none counts."""
     if alike:
-        return _share(v, reduction), None
+        return _share(v, reduction)
+    total = _per_sample(v)
     counts = (total > 0).to(v.dtype)
-    if reduction != "mean":
-        return (_share(v, reduction) * counts), counts
-    if readable(total) and not bool((total > 0).any()):
+    return counts / torch.where(total > 0, total, 1) if reduction == "mean" else _share(v, reduction) * counts
+
+
+def _class_weights(module: Any, y: Tensor, alone: bool) -> Tensor | None:
+    """W_n of class numbers y [N, ...]: Σ w_y over the positions that are not ignored."""
+    counted = y != module.ignore_index
+    if alone and module.weight is None and readable(y) and bool(counted.all()):
+        return None
+    w, index = module.weight, torch.where(counted, y, 0)
+    if w is None:
+        return _per_sample(counted.double())
+    if readable(index) and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(w):
+        raise InputError(f"labels must lie in 0 … {len(w) - 1} for {len(w)} class weights")
+    if w.device != y.device:
+        raise InputError(
+            f"the criterion's class weights are on {w.device}, labels on {y.device}; use criterion.to(device)"
+        )
+    return _per_sample(w[index].double() * counted)
+
+
+def sample_weights(criterion: Criterion, y: Tensor, world: World | None) -> tuple[int, Tensor | None]:
+    """The number of samples, over all processes, and N κ_n of these [N]; None where all count alike.
+
+    Raises:
+        InputError (a ValueError): where none counts.
+    """
+    weights, count = criterion.weigh(y, world is None), y.shape[0]
+    total = None if weights is None else weights.sum()
+    if world is not None:
+        count, total = world.total(count, total)
+    if count == 0:
+        raise InputError("no process has a sample")
+    if weights is None or total is None:
+        return count, None
+    if readable(total) and not float(total) > 0:
         raise InputError("no label of the batch counts: all are ignored, or their classes weigh nothing")
-    return counts / torch.where(total > 0, total, 1), total * (v.shape[0] / total.sum())
+    return count, weights * (count / total) if criterion.reduction == "mean" else (weights > 0).to(weights.dtype)
 
 
 def _closed(z: Tensor, log_p: Tensor, each: Tensor, q: Tensor, share: Any, weights: Tensor | None) -> Loss:
@@ -400,4 +437,5 @@ def _closed(z: Tensor, log_p: Tensor, each: Tensor, q: Tensor, share: Any, weigh
         return torch.where(counted, scaled * (u - (p * u).sum(axis, keepdim=True)), 0).to(t.dtype)
 
     c = torch.where(counted, (total * p - q) * column, 0)
+    weights = None if weights is None else weights.to(p.dtype)
     return Loss(_per_sample(each) * share, c.to(z.dtype), hessian, weights)

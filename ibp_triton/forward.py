@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ibp_triton.backends import Backend
 from ibp_triton.errors import InputTypeError
 from ibp_triton.graph import Graph
+from ibp_triton.head import Head
 from ibp_triton.layer import Layer
 from ibp_triton.plan import Plan
 from ibp_triton.recording.interface import Interface
@@ -27,6 +28,7 @@ class Trace:
     values: list[Any]
     layers: list[Layer | None]
     plan: Plan
+    head: Head
     frugal: bool = False  # whether sweeps let go of what only curvature would read again
 
     @property
@@ -43,8 +45,8 @@ class Trace:
 class Recordings:
     """A network's recordings: the last one, which the next follows, and the modules that run under plain autograd."""
 
-    def __init__(self, interface: Interface, lower: Callable[[Graph], Graph] | None = None) -> None:
-        self.interface, self._lower = interface, lower
+    def __init__(self, interface: Interface, backend: Backend) -> None:
+        self.interface, self.backend = interface, backend
         self.opaque: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.last: Graph | None = None
         self._plain: Graph | None = None
@@ -57,10 +59,10 @@ class Recordings:
         trainable = frozenset(i for i, name in graph.parameters.items() if recorder.own[name].requires_grad)
         if self._plan is None or self._plan.graph is not graph or self._plan.trainable != trainable:
             self._plan = Plan(graph, trainable)
-        return Trace(graph, recorder.values, recorder.layers, self._plan, frugal)
+        return Trace(graph, recorder.values, recorder.layers, self._plan, self.backend.head(graph), frugal)
 
     def _run(self, settings: Settings, x: Tensor, extra: dict[str, Any]) -> tuple[Recorder, Graph]:
-        if self._lower is None:
+        if self.backend.lower is None:
             recorder, self.last = self._recorded(settings, x, extra, self.last)
             return recorder, self.last
         start, settings = Snapshot.of(settings.model, x), replace(settings, watch=True)
@@ -74,7 +76,7 @@ class Recordings:
             recorder, self._plain = self._recorded(settings, x, extra, self._plain)
             if self.opaque:
                 return recorder, self._plain
-            self.last = self._lower(self._plain)
+            self.last = self.backend.lower(self._plain)
             start.restore()
         self.last = None  # code that never runs alike twice: torch's layers
         return self._recorded(settings, x, extra, self._plain)
@@ -99,9 +101,10 @@ class Recordings:
         settings = replace(settings, own_input=self._copies_x)
         recorder = Recorder(settings, last, self.opaque, strict)
         try:
-            with torch.enable_grad(), recorder:
+            with torch.enable_grad():
                 seen = recorder.input(x.clone() if settings.own_input else x)
-                logits = self.interface.pick(self.interface.call(settings.model, seen, extra))
+                with recorder:
+                    logits = self.interface.pick(self.interface.call(settings.model, seen, extra))
         except RuntimeError as error:
             explained = _explained(error, settings)
             if explained is None:

@@ -15,11 +15,11 @@ from ibp_triton.backends import Backend, backend_for
 from ibp_triton.errors import AutocastError, InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace
 from ibp_triton.graph import Graph
-from ibp_triton.head import Head
 from ibp_triton.operator import number_of
 from ibp_triton.recording.interface import Interface, Pick
 from ibp_triton.recording.recorder import Settings
 from ibp_triton.recording.snapshot import Snapshot
+from ibp_triton.world import World
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
@@ -38,6 +38,10 @@ class Network:
         x: which argument of the model's forward x is, by position or name; others come as ``extra`` of a loss.
         output: which part of the model's result the logits are: a key, an attribute, an index or a function. By default
             the result itself, its ``.logits``, or the only tensor of a tuple.
+        process_group: of torch.distributed, for data parallelism: each process gives its own samples (as many as it
+            has, none too), objective and gradients are those of all samples together, the same on every process. The
+            processes must start from the same weights and take the same steps. Batch statistics and random draws are
+            each process's own.
 
     Raises:
         ModelError (a TypeError): for a model wrapped for data parallelism or compiled; the message names the cure.
@@ -52,6 +56,7 @@ class Network:
         *,
         x: int | str = 0,
         output: Pick = None,
+        process_group: Any = None,
     ) -> None:
         model = _unwrapped(model, dtype)
         _check_model(model)
@@ -61,6 +66,7 @@ class Network:
             raise MethodError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype}")
         self.model, self.backend, self.dtype = model, backend, dtype
         self.interface = Interface(x, output)
+        self.world = None if process_group is None else World(process_group)
         self._recordings: MutableMapping[str, Recordings] = {}  # by backend
         self._shape: tuple[int, ...] | None = None
         self._classes: int | None = None
@@ -73,7 +79,7 @@ class Network:
     def _recorded(self) -> Recordings:
         backend = self._backend()
         if backend.name not in self._recordings:
-            self._recordings[backend.name] = Recordings(self.interface, backend.lower)
+            self._recordings[backend.name] = Recordings(self.interface, backend)
         return self._recordings[backend.name]
 
     def _backend(self) -> Backend:
@@ -83,10 +89,6 @@ class Network:
     def native(self) -> bool:
         """Whether the Triton kernels are in use: asked for, or parameters on CUDA, and a dtype that they compute in."""
         return self._backend().name == "triton"
-
-    def head(self, trace: Trace) -> Head:
-        """The loss head of the backend in use."""
-        return self._backend().head(trace.graph)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name, each once."""

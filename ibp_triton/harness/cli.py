@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import ibp_triton as ibp
+from ibp_triton.bench import bench_command
 from ibp_triton.errors import ConfigError, IBPError, LaunchError
 from ibp_triton.evaluation import Robustness
-from ibp_triton.harness import bench_report as bench
 from ibp_triton.harness import estimates, foreign, grid, loading, provenance, shipped, store, summary
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import with_board
@@ -50,6 +50,8 @@ ACCEPT = "keep stored runs although their data or imported code have changed sin
 app.command()(kernels)
 app.command()(doctor)
 app.command("list")(shipped.show)
+app.command()(bench_command.bench)
+app.command("bench-report")(bench_command.report)
 
 
 def _version(asked: bool) -> None:
@@ -248,25 +250,6 @@ def report(directory: Annotated[Path, typer.Argument(help="folder of an experime
     root = Path(plan.experiment.runs) if plan.experiment.runs else directory / "runs"
     for path in write_report(plan, root, directory):
         Console(emoji=False, markup=False).print(str(path), highlight=False, soft_wrap=True)
-
-
-@app.command("bench-report")
-def bench_report(
-    file: Annotated[Path, typer.Argument(help="JSON of pytest benchmarks --benchmark-json=FILE")],
-    compare: Annotated[Path | None, typer.Option(help="an older file; exit 1 on a regression beyond the noise")] = None,
-    plot: Annotated[Path | None, typer.Option(help="also draw the bars to this SVG file")] = None,
-) -> None:
-    """Ratio tables of a benchmark file, against BP and against the baselines of each group."""
-    rows, console = bench.read(file), Console(emoji=False)
-    for table in bench.tables(rows):
-        console.print(table)
-    if plot:
-        console.print(str(bench.plot(rows, plot)), highlight=False)
-    changes = bench.compare(rows, bench.read(compare)) if compare else []
-    if compare:
-        console.print(bench.comparison_table(changes))
-    if any(change.regression for change in changes):
-        raise typer.Exit(1)
 
 
 def main() -> None:

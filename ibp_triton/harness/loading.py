@@ -71,7 +71,7 @@ def evaluation(path: Path, overrides: Iterable[str]) -> Evaluate:
     try:
         return Evaluate.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(fault, "--set", Evaluate) for fault in error.errors())) from error
+        raise ConfigError(faults(error, "--set", Evaluate)) from error
 
 
 def apply(tree: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -146,8 +146,12 @@ def validate(tree: dict[str, Any], where: str) -> Experiment:
     try:
         return Experiment.model_validate(filled)
     except ValidationError as error:
-        lines = [_explain(fault, where) for fault in error.errors()]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from error
+        raise ConfigError(faults(error, where)) from error
+
+
+def faults(error: ValidationError, where: str, model: type[BaseModel] = Experiment) -> str:
+    """One line for each fault: the file, the key and the cure."""
+    return "\n".join(dict.fromkeys(_explain(fault, where, model) for fault in error.errors()))
 
 
 def _named_network(tree: dict[str, Any]) -> dict[str, Any]:

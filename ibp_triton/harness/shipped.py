@@ -1,4 +1,4 @@
-"""The experiments that come with the package, and `ibp-triton list`: methods, experiments, data sources."""
+"""The experiments that come with the package, and `ibp-triton list`: methods, experiments, benchmarks, data sources."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def names() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder().glob("*.yaml"))}
 
 
+def suites() -> dict[str, Path]:
+    """The suites of benchmarks by name."""
+    return {path.stem: path for path in sorted((folder() / "bench").glob("*.yaml"))}
+
+
 def find(config: Path) -> Path:
     """A file, or an experiment of the package by its name.
 
@@ -45,7 +50,7 @@ def find(config: Path) -> Path:
 
 
 def show(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """List the methods with their fields, the experiments that can be run by name, and the data sources."""
+    """List the methods with their fields, the experiments and benchmarks that can be run by name, the data sources."""
     found = listing()
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -62,8 +67,10 @@ def listing() -> dict[str, dict[str, str]]:
     """What `show` prints: {kind: {name: what it is}}."""
     methods = {key: f"{cls.title}({', '.join(rows.kinds(key))})" for key, cls in ibp.METHODS.items()}
     experiments = {name: _first_comment(path) for name, path in names().items()}
+    benchmarks = {name: _first_comment(path) for name, path in suites().items()}
     sources = {name: source.about for name, source in SOURCES.items()}
-    return {"methods": methods, "experiments": experiments, "data sources": {str(k): v for k, v in sources.items()}}
+    named = {str(key): about for key, about in sources.items()}
+    return {"methods": methods, "experiments": experiments, "benchmarks": benchmarks, "data sources": named}
 
 
 def _first_comment(path: Path) -> str:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton.checks import check_batch, check_hyperparameters, check_tangents
-from ibp_triton.criteria import Criterion, CrossEntropy, Loss, criterion_for
+from ibp_triton.criteria import Criterion, CrossEntropy, Loss, criterion_for, sample_weights
 from ibp_triton.errors import MethodError
 from ibp_triton.forward import Trace
 from ibp_triton.head import Head
+from ibp_triton.layer import HALF
 from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.methods.cost import Program, program
 from ibp_triton.network import Network, network_for
@@ -117,6 +118,8 @@ class Step:
     network: Network
     own: Mapping[str, nn.Parameter]  # the model's parameters
     criterion: Criterion
+    count: int  # of samples, those of other processes included
+    weights: Tensor | None  # N κ_n [N]; None where all samples count alike
     x: Tensor
     y: Tensor
     tangents: Tensor | None
@@ -130,9 +133,15 @@ class Step:
     _start: Snapshot | None = None
 
     @property
+    def zero(self) -> Tensor:
+        """The objective of no samples."""
+        dtype = self.network.dtype or self.x.dtype
+        return torch.zeros((), dtype=torch.float32 if dtype in HALF else dtype, device=self.x.device)
+
+    @property
     def divisor(self) -> int:
         """What sums over the samples are divided by."""
-        return self.criterion.divisor(self.x.shape[0])
+        return self.criterion.divisor(self.count)
 
     def objective(self, a: Pass, *parts: tuple[Any, Any], penalty: tuple[Any, Any] | None = None) -> Tensor:
         """Σ coefficient · Σ numbers over the losses and the penalty, mean over the batch."""
@@ -178,9 +187,8 @@ class Step:
         frugal = not self.program.bends
         trace = self.network.forward(x, self.parameters, self.extra, own=self.own, frugal=frugal, keep=False)
         self.used.update(trace.graph.parameters.values())
-        head = self.network.head(trace)
-        loss = self.criterion.at(trace.logits, self.y, head)
-        found = Pass(head, trace, loss, self._passes - 1 not in self.program.kept and frugal)
+        loss = self.criterion.at(trace.logits, self.y, trace.head, self.weights)
+        found = Pass(trace.head, trace, loss, self._passes - 1 not in self.program.kept and frugal)
         self.first = self.first or found
         return found
 
@@ -265,13 +273,17 @@ class Method:
 
     def parts_of(self, loss: Tensor, step: Step) -> Parts:
         """The parts of a step whose objective is ``loss``."""
-        first, penalty = step.first, None
-        assert first is not None
+        first, data_loss = step.first, step.zero
+        penalty = step.zero if self.parameter in ("beta", "lam") else None
+        logits = step.zero.new_zeros((0, 0)) if first is None else first.logits.detach()
         with torch.no_grad():
-            if step.penalty is not None:
-                penalty = first.head.objective(step.divisor, (1, step.penalty)).detach()
-            data_loss = first.head.objective(step.divisor, (1, first.losses))
-        return Parts(loss, data_loss, penalty, first.logits.detach())
+            if first is not None:
+                data_loss = first.head.objective(step.divisor, (1, first.losses))
+                penalty = None if penalty is None else first.head.objective(step.divisor, (1, step.penalty)).detach()
+            if step.network.world is not None:
+                both = step.network.world.sum(torch.stack([data_loss, data_loss if penalty is None else penalty]))
+                data_loss, penalty = both[0], None if penalty is None else both[1]
+        return Parts(loss, data_loss, penalty, logits)
 
     def gradients(
         self,
@@ -307,13 +319,20 @@ class Method:
         """
         with torch.no_grad():
             step = self._step(network, x, y, tangents, parameters or {}, extra, own)
-            recipe = self.recipe(step)
-            value, terms = next(recipe), list(recipe)
-            found = weight_gradients(terms, step.divisor)
-        for name, d in found.items():
-            dtype = (parameters or {}).get(name, step.own[name]).dtype
-            if d.dtype != dtype:
-                found[name] = d.to(dtype)
+            if step.x.shape[0] == 0:  # the batch is another process's
+                value, found = step.zero, {}
+            else:
+                recipe = self.recipe(step)
+                value, terms = next(recipe), list(recipe)
+                found = weight_gradients(terms, step.divisor)
+            for name, d in found.items():
+                dtype = (parameters or {}).get(name, step.own[name]).dtype
+                if d.dtype != dtype:
+                    found[name] = d.to(dtype)
+            if network.world is not None:
+                trained = {name: p for name, p in step.own.items() if p.requires_grad}
+                value, found = network.world.sum(value), network.world.gradients(found, trained)
+                step.used.update(trained)
         return value, found, step
 
     def value(
@@ -331,16 +350,20 @@ class Method:
         """The objective alone, and the step that gave it."""
         with torch.no_grad():
             step = self._step(network, x, y, tangents, {}, extra, None)
-            return next(self.recipe(step)), step
+            value: Tensor = next(self.recipe(step)) if step.x.shape[0] else step.zero
+            return value if network.world is None else network.world.sum(value), step
 
     def _step(self, network: Network, x: Tensor, y: Any, tangents: Any, parameters: Any, extra: Any, own: Any) -> Step:
         check_tangents(self.key, self.needs_tangents, x, tangents)
         own = network.parameters() if own is None else own
-        check_batch(own, network.dtype, x, parameters)
+        check_batch(own, network.dtype, x, parameters, least=1 if network.world is None else 0)
         criterion = criterion_for(self.criterion)
         targets = criterion.targets(y, x)
         extra = check_extra(extra)
-        return Step(network, own, criterion, x.detach(), targets, tangents, extra, parameters, self.program)
+        count, weights = sample_weights(criterion, targets, network.world)
+        return Step(
+            network, own, criterion, count, weights, x.detach(), targets, tangents, extra, parameters, self.program
+        )
 
     @cached_property
     def program(self) -> Program:

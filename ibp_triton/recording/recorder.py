@@ -15,7 +15,8 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,26 +65,29 @@ class Restart(Exception):  # noqa: N818 - a signal, not an error
         self.module = module
 
 
-@dataclass
 class _Call:
     """A call on its way to a node: its arguments' values and keys, and the tensors with nodes that were among them."""
 
-    values: list[Any] = field(default_factory=list)
-    keys: list[Any] = field(default_factory=list)
-    named: dict[str, Any] = field(default_factory=dict)
-    named_keys: tuple[Any, ...] = ()
-    operands: list[int] = field(default_factory=list)
-    sources: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # what the layer gets for the model's tensor
-    complex: bool = False
+    __slots__ = ("complex", "keys", "named", "named_keys", "operands", "sources", "values")
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self.keys: list[Any] = []
+        self.named: dict[str, Any] = {}
+        self.named_keys: tuple[Any, ...] = ()
+        self.operands: list[int] = []
+        self.sources: list[tuple[Tensor, Tensor]] = []  # what the layer gets for the model's tensor
+        self.complex = False
 
     def without(self, flag: int | None) -> _Call:
         """The same without the arguments that ask for work in place."""
-        values, keys = list(self.values), list(self.keys)
-        if flag is not None and flag < len(values):
-            values[flag], keys[flag] = False, (bool, False)
-        named = {name: value for name, value in self.named.items() if name not in ("inplace", "out")}
-        named_keys = tuple((name, key) for name, key in self.named_keys if name in named)
-        return _Call(values, keys, named, named_keys, self.operands, self.sources, self.complex)
+        call = copy(self)
+        call.values, call.keys = list(self.values), list(self.keys)
+        if flag is not None and flag < len(self.values):
+            call.values[flag], call.keys[flag] = False, (bool, False)
+        call.named = {name: value for name, value in self.named.items() if name not in ("inplace", "out")}
+        call.named_keys = tuple((name, key) for name, key in self.named_keys if name in call.named)
+        return call
 
 
 class Recorder(TorchFunctionMode):
@@ -299,16 +303,21 @@ class Recorder(TorchFunctionMode):
         try:
             out = layer.forward(*call.values, **call.named)
             if isinstance(out, Tensor) and out.is_complex() and not call.complex:  # a rule of real numbers
-                node, call.complex = self._made(func, key, replace(call, complex=True)), True
+                call.complex = True
+                node = self._made(func, key, call)
                 layer = Generic(node)
                 out = layer.forward(*call.values, **call.named)
         finally:
             torch._C._set_grad_enabled(True)
         if not self.strict:  # a lowering may let a layer pass its input on
-            same = next((a for value, a in call.sources if out is value or _returned(layer, value)), None)
-            if same is not None or (isinstance(layer, Generic) and not layer.differentiable):
+            generic = type(layer) is Generic
+            for value, a in call.sources:
+                if out is value or (generic and _returned(layer, value)):
+                    self.following = following
+                    return a, self._index(a)
+            if generic and not layer.differentiable:  # type: ignore[union-attr]
                 self.following = following
-                return (out, None) if same is None else (same, self._index(same))
+                return out, None
         index = len(self.nodes)
         self._append(node, out, layer)
         return self._publish(out, index), index

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from ibp_triton.harness import bench_report
+from ibp_triton.bench import bench_report
 from ibp_triton.harness.cli import app
 
 
@@ -75,3 +75,18 @@ def test_files_that_are_none(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(bench_report.BenchError, match=message):
         bench_report.read(path)
+
+
+def test_what_json_has_no_form_for_is_shown_as_it_is(tmp_path):
+    odd = "test_step[UNSERIALIZABLE[Case(network='mnist', shape=[1, 28])]-bp]"
+    path = written(tmp_path / "a.json", entry(odd, 1.0))
+    result = CliRunner().invoke(app, ["bench-report", str(path)], env={"COLUMNS": "160"})
+    assert "test_step[Case(network='mnist', shape=[1, 28])-bp]" in result.output
+
+
+def test_a_long_name_is_folded_not_cut(tmp_path):
+    name = "[cpu-mnist-" + "x" * 60 + "-end]"
+    path = written(tmp_path / "a.json", entry(name, 1.0))
+    result = CliRunner().invoke(app, ["bench-report", str(path)], env={"COLUMNS": "70"})
+    shown = "".join(line.split("│")[1].strip() for line in result.output.splitlines() if line.startswith("│"))
+    assert shown == name

@@ -8,6 +8,7 @@ from lightning.fabric import Fabric
 from torch import nn
 
 import ibp_triton as ibp
+from examples import peers
 
 X, Y = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
 METHOD = ibp.LossIBP(0.1)
@@ -78,3 +79,11 @@ def test_accelerates_mixed_precision_is_asked_for_by_dtype(accelerator):
         METHOD(ibp.Network(prepared), X, Y)
     one.backward(METHOD(ibp.Network(prepared, dtype=torch.bfloat16), X, Y))
     agrees(model, expected(torch.bfloat16))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the packages' own
+@pytest.mark.parametrize("name", ["with_fabric", "with_lightning", "with_accelerate"])
+def test_the_examples_train(name):
+    model = getattr(peers, name)()
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in peers.batches(8))
+    assert right > 0.85 * 8 * 32

@@ -36,13 +36,15 @@ class Dense(Bilinear):
         return not self.input.is_cuda
 
     def param_vjp(self, left: Tensor, d: Tensor, wanted: Names, scale: Any = 1) -> dict[str, Tensor]:
-        """[out, in] and [out]. Scaling d, the smallest operand, is the cheapest place for 1/N."""
+        """[out, in] and [out]. 1/N scales the smaller of d and the result."""
         left, d = left.reshape(-1, left.shape[-1]), d.reshape(-1, d.shape[-1])
         out = {}
         if "weight" in wanted and d.dtype in HALF and d.is_cuda:
             out["weight"] = scale * torch.mm(d.t(), left, out_dtype=torch.float32)
-        elif "weight" in wanted:
+        elif "weight" in wanted and d.shape[0] <= left.shape[1]:
             out["weight"] = (scale * wide(d)).t() @ wide(left)
+        elif "weight" in wanted:
+            out["weight"] = scale * (wide(d).t() @ wide(left))
         if "bias" in wanted:
             out["bias"] = scale * wide(d).sum(0)
         return out

@@ -1,16 +1,17 @@
-"""Ratio tables, bars and a regression check from the JSON that pytest-benchmark writes."""
+"""Ratio tables, bars and a regression check from the JSON of pytest-benchmark or of a suite."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ibp_triton.errors import BenchError
 from ibp_triton.harness import store
@@ -37,6 +38,7 @@ class BenchRow:
 class Change:
     """A benchmark in two files: new over old, and how far apart noise alone may put them."""
 
+    group: str
     name: str
     ratio: float
     allowed: float
@@ -57,14 +59,29 @@ def read(path: Path) -> list[BenchRow]:
         found = json.loads(path.read_text())["benchmarks"]
         return [_row(each) for each in found]
     except FileNotFoundError:
-        raise BenchError(f"{path}: no such file; write one with pytest benchmarks --benchmark-json={path}") from None
+        raise BenchError(f"{path}: no such file; write one with ibp-triton bench SUITE.yaml --json {path}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BenchError(f"{path}: not a file of pytest-benchmark's --benchmark-json ({error!r})") from error
 
 
 def _row(entry: dict[str, Any]) -> BenchRow:
-    stats = entry["stats"]
-    return BenchRow(entry["group"] or "", entry["name"], stats["median"], stats["q1"], stats["q3"], entry["extra_info"])
+    stats, (group, name) = entry["stats"], (readable(entry[key] or "") for key in ("group", "name"))
+    return BenchRow(group, name, stats["median"], stats["q1"], stats["q3"], entry["extra_info"])
+
+
+def readable(name: str) -> str:
+    """A name without what pytest-benchmark puts around a parameter that JSON has no form for."""
+    while (found := _UNSERIALIZABLE.sub(r"\1", name)) != name:
+        name = found
+    return name
+
+
+_UNSERIALIZABLE = re.compile(r"UNSERIALIZABLE\[((?:[^\[\]]|\[[^\[\]]*\])*)\]")
+
+
+def label(text: str) -> Text:
+    """A name is data: rich reads no markup in it, and a line too long is folded, not cut."""
+    return Text(text, overflow="fold")
 
 
 def groups(rows: Iterable[BenchRow]) -> dict[str, list[BenchRow]]:
@@ -89,14 +106,13 @@ def tables(rows: list[BenchRow]) -> list[Table]:
     """A table a group: milliseconds, noise, ratios to the baseline and to our BP, the predicted ratio."""
     result = []
     for group, members in groups(rows).items():
-        table = Table(
-            "benchmark", "ms", "± %", "/ baseline", "/ our BP", "interleaved", "predicted", title=escape(group)
-        )
+        heads = ("benchmark", "ms", "± %", "/ baseline", "/ our BP", "interleaved", "predicted")
+        table = Table(*heads, title=label(group))
         base, bp = baseline(members), our_bp(members)
         for row in members:
             over = [f"{row.median / other.median:.2f}" if other else "–" for other in (base, bp)]
             told = [_told(row, key) for key in ("interleaved_ratio_to_bp", "predicted_ratio")]
-            table.add_row(escape(row.name), f"{1e3 * row.median:.3f}", f"{100 * row.noise:.0f}", *over, *told)
+            table.add_row(label(row.name), f"{1e3 * row.median:.3f}", f"{100 * row.noise:.0f}", *over, *told)
         result.append(table)
     return result
 
@@ -113,16 +129,16 @@ def compare(new: list[BenchRow], old: list[BenchRow]) -> list[Change]:
         other = before.get((row.group, row.name))
         if other is not None:
             allowed = 1 + 3 * (row.noise**2 + other.noise**2) ** 0.5 + 0.0025
-            found.append(Change(row.name, row.median / other.median, allowed))
+            found.append(Change(row.group, row.name, row.median / other.median, allowed))
     return found
 
 
 def comparison_table(changes: list[Change]) -> Table:
     """New over old, the bound, and a word where it is broken."""
-    table = Table("benchmark", "new / old", "allowed", "")
+    table = Table("group", "benchmark", "new / old", "allowed", "")
     for change in sorted(changes, key=lambda c: -c.ratio / c.allowed):
         word = "slower" if change.regression else ""
-        table.add_row(escape(change.name), f"{change.ratio:.3f}", f"{change.allowed:.3f}", word)
+        table.add_row(label(change.group), label(change.name), f"{change.ratio:.3f}", f"{change.allowed:.3f}", word)
     return table
 
 

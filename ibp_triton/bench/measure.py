@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -15,60 +15,80 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+FLUSHED = 256 << 20  # bytes written before each call on CUDA, more than its L2 holds
+
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each round."""
+    """Seconds of each round: of this process's CPU, of the wall clock and, on CUDA, of the device."""
 
     cpu: list[float]
     wall: list[float]
+    device: list[float]
+
+    @property
+    def seconds(self) -> list[float]:
+        """What counts: device time on CUDA, else CPU time, for wall time is at the mercy of whatever else runs."""
+        return self.device or self.cpu
 
     @property
     def median(self) -> float:
-        """Of CPU time on a CPU, of device time on CUDA."""
-        return statistics.median(self.cpu)
+        """Of what counts."""
+        return statistics.median(self.seconds)
 
 
-def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, Times]:
-    """Every candidate once a round, after ``warmup`` rounds off the clock."""
-    times: dict[str, Times] = {name: Times([], []) for name in candidates}
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    cuda: bool = False,
+    tick: Callable[[], Any] = lambda: None,
+) -> dict[str, Times]:
+    """Every candidate once a round, after ``warmup`` rounds off the clock; ``tick`` is called after each round."""
+    times: dict[str, Times] = {name: Times([], [], []) for name in candidates}
+    flush = torch.empty(FLUSHED, dtype=torch.int8, device="cuda") if cuda else None
     for number in range(warmup + rounds):
         for name, run in candidates.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
+            if flush is not None:
+                flush.zero_()
+            found = _timed(run, cuda)
             if number >= warmup:
-                times[name].cpu.append(time.process_time() - cpu)
-                times[name].wall.append(time.perf_counter() - wall)
+                for kept, seconds in zip((times[name].cpu, times[name].wall, times[name].device), found, strict=False):
+                    kept.append(seconds)
+        tick()
     return times
+
+
+def _timed(run: Callable[[], Any], cuda: bool) -> tuple[float, ...]:
+    """Seconds of one call: CPU, wall and, on CUDA, between two events."""
+    if cuda:
+        torch.cuda.synchronize()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    if not cuda:
+        return time.process_time() - cpu, time.perf_counter() - wall
+    stop.record()
+    torch.cuda.synchronize()
+    return time.process_time() - cpu, time.perf_counter() - wall, start.elapsed_time(stop) / 1e3
 
 
 def ratio(a: Times, b: Times) -> float:
     """The median over rounds of a / b: a drift of the machine's speed cancels."""
-    return statistics.median(x / y for x, y in zip(a.cpu, b.cpu, strict=True))
+    return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
 
 
-def device_time(run: Callable[[], Any], rounds: int = 20, flush_bytes: int = 256 << 20) -> list[float]:
+def device_time(run: Callable[[], Any], rounds: int = 20) -> list[float]:
     """Seconds of each call on CUDA: warm-up, L2 flushed before each call, events around it."""
-    flush = torch.empty(flush_bytes, dtype=torch.int8, device="cuda")
-    for _ in range(3):
-        run()
-    seconds = []
-    for _ in range(rounds):
-        flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(stop) / 1e3)
-    return seconds
+    return interleave({"run": run}, rounds, warmup=3, cuda=True)["run"].device
 
 
 class PeakMemory(TorchDispatchMode):
     """The largest number of bytes alive at once in tensors made inside (parameters and inputs not counted)."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
@@ -86,13 +106,14 @@ class PeakMemory(TorchDispatchMode):
 
 def id_of(tensor: torch.Tensor) -> int:
     """What tells a tensor's storage from others."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def peak_memory(run: Callable[[], Any]) -> int:
     """Bytes."""
     run()
-    with PeakMemory() as mode:
+    mode = PeakMemory()
+    with mode:
         kept = run()
     del kept
     return mode.peak
@@ -107,8 +128,15 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": version("triton") if platform.system() == "Linux" else None,
+        "triton": _version("triton"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

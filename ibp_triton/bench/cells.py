@@ -1,0 +1,245 @@
+"""A suite at work, cell by cell: parity first, then all candidates in turn; what is finished is not measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ibp_triton as ibp
+from ibp_triton.bench import bench_json, by_hand, candidates, measure, parity, whole_steps
+from ibp_triton.bench.candidates import TANGENTS, Case
+from ibp_triton.bench.suite import Suite
+from ibp_triton.errors import IBPError
+from ibp_triton.harness import store
+
+TWIN_RATE = 1e-3  # learning rate at which steps of two kinds are held against each other
+Say = Callable[[str], None]
+
+
+@dataclass
+class Candidate:
+    """What is timed: its name in a cell, the call, the method that it is or stands for, its kind."""
+
+    label: str
+    run: Callable[[], Any]
+    kind: str  # gradient, eager, compiled or captured step; baseline
+    method: str
+    off: float | None = None  # parity
+
+
+@dataclass
+class Cell:
+    """A case with its candidates; `refused` says why what is missing is."""
+
+    case: Case
+    suite: Suite
+    members: dict[str, Candidate] = field(default_factory=dict)
+    refused: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, label: str, make: Callable[[], Any], kind: str, method: str, off: float | None = None) -> None:
+        """One candidate; one that can't be made is refused."""
+        try:
+            self.members[label] = Candidate(label, make(), kind, method, off)
+        except (IBPError, RuntimeError) as error:
+            self.refuse(label, f"{type(error).__name__}: {error}", fault=kind != "baseline")
+
+    def refuse(self, label: str, reason: str, fault: bool = True) -> None:
+        """A candidate that is not timed; a fault is one of ours."""
+        self.refused.append(
+            {"cell": self.case.name, "candidate": label, "reason": reason, "fault": "ours" if fault else "baseline"}
+        )
+
+
+def prepare(suite: Suite, case: Case, say: Say) -> Cell:
+    """All candidates of a cell whose gradient has been found right."""
+    cell = Cell(case, suite)
+    if "eager_bp" in suite.baselines:
+        cell.add("eager_bp", lambda: by_hand.autograd(case, ibp.BP()), "baseline", "bp")
+    if "eager_bp_nchw" in suite.baselines:
+        cell.add("eager_bp_nchw", lambda: by_hand.eager_bp_nchw(case), "baseline", "bp")
+    for label in suite.methods:
+        if not suite.skips(case, label):
+            say(f"parity of {label}")
+            _add_method(cell, label)
+    return cell
+
+
+def _add_method(cell: Cell, label: str) -> None:
+    case, method = cell.case, cell.suite.method(label)
+    try:
+        verdict = parity.check(case, method)
+    except Exception as error:  # whatever it is, what else there is to measure is measured
+        cell.refuse(label, f"{type(error).__name__}: {error}")
+        return
+    if verdict.ours is not None:
+        cell.refuse(label, verdict.ours)
+        return
+    wanted = "by_hand" in cell.suite.baselines and not cell.suite.skips(case, label, "by_hand")
+    if wanted and verdict.by_hand is not None:
+        cell.refuse(f"{label} by_hand", verdict.by_hand, fault=False)
+    elif wanted and by_hand.applies(case, method) and method.key != "bp":
+        cell.add(f"{label} by_hand", lambda: by_hand.autograd(case, method), "baseline", label)
+    for kind in cell.suite.step:
+        if kind == "gradient":
+            cell.add(label, lambda: candidates.ours(case, method), kind, label, verdict.off)
+        elif not cell.suite.skips(case, label, kind):
+            _add_step(cell, label, method, kind)
+
+
+def _add_step(cell: Cell, label: str, method: ibp.Method, kind: str) -> None:
+    """A whole step, after a few of them beside eager ones."""
+    case, off = cell.case, 0.0
+    if kind != "eager":
+        try:
+            pair = [whole_steps.ours(case, method, one, TWIN_RATE) for one in (kind, "eager")]
+        except (IBPError, RuntimeError) as error:
+            cell.refuse(f"{label} {kind} step", f"{type(error).__name__}: {error}", fault=False)
+            return
+        off = whole_steps.off_twin(*pair)
+        if off > parity.LARGEST[case.precision]:
+            cell.refuse(f"{label} {kind} step", f"off its eager twin by {off:.2g}")
+            return
+    cell.add(f"{label} {kind} step", lambda: whole_steps.ours(case, method, kind, TWIN_RATE).step, kind, label, off)
+
+
+def measured(cell: Cell, say: Say) -> dict[str, Any]:
+    """Times and memory of every candidate, and what they are to each other, as the JSON of one cell."""
+    suite, runs = cell.suite, {label: one.run for label, one in cell.members.items()}
+    rounds = iter(range(1, suite.warmup + suite.rounds + 1))
+    cuda = torch.device(cell.case.device).type == "cuda"
+
+    def tick() -> None:
+        say(f"round {next(rounds)} of {suite.warmup + suite.rounds}")
+
+    before = _load()
+    times = measure.interleave(runs, suite.rounds, suite.warmup, cuda, tick)
+    seen = [one for one in cell.members.values() if cuda or one.kind != "compiled"]  # which no dispatch mode enters
+    memory = {one.label: peak(one.run, cuda) for one in seen} if suite.memory else {}
+    around = {"load_average": [before, _load()]}
+    facts = {label: _facts(cell, one, times, memory) | around for label, one in cell.members.items()}
+    entries = [
+        bench_json.entry(suite.name, cell.case.name, label, times[label].seconds, facts[label]) for label in runs
+    ]
+    return {"cell": cell.case.name, "benchmarks": entries, "refused": cell.refused}
+
+
+def _load() -> float | None:
+    """Processes that want a CPU, the last minute's mean, this one among them."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def peak(run: Callable[[], Any], cuda: bool) -> int:
+    """Bytes at the most, of what a call makes."""
+    if not cuda:
+        return measure.peak_memory(run)
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - start
+
+
+def _facts(cell: Cell, one: Candidate, times: dict[str, measure.Times], memory: dict[str, int]) -> dict[str, Any]:
+    case, mine = cell.case, times[one.label]
+    found = case.info() | {
+        "batch": case.batch, "backend": case.backend, "device": case.device, "family": case.entry.family,
+        "candidate": one.label, "method": one.method, "step": one.kind, "baseline": one.label == "eager_bp",
+        "clock": "device" if mine.device else "cpu", "cpu_seconds": mine.cpu, "wall_seconds": mine.wall,
+        "wall_median": statistics.median(mine.wall), "parity": one.off,
+    }  # fmt: skip
+    if one.label in memory:
+        found["peak_memory"] = memory[one.label]
+    if one.kind != "baseline":
+        found["predicted_ratio"] = _predicted(case, cell.suite.method(one.method))
+    if one.kind == "baseline" and one.label.endswith("by_hand"):
+        found["by_hand"] = by_hand.title(cell.suite.method(one.method))
+    ratios = dict(_ratios(cell, one, times, memory))
+    found["ratios"], over_bp = ratios, ratios.get(f"{one.label} / bp")
+    return found | ({"interleaved_ratio_to_bp": over_bp["median_of_ratios"]} if over_bp else {})
+
+
+def _ratios(
+    cell: Cell, one: Candidate, times: dict[str, measure.Times], memory: dict[str, int]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """This candidate over others, by the names that targets use."""
+    if one.kind == "baseline":
+        return
+    step = one.kind != "gradient"
+    others = {"eager step": f"{one.method} eager step"} if step else {"by_hand": f"{one.method} by_hand"}
+    if not step:
+        others |= {name: name for name in ("bp", "eager_bp", "eager_bp_nchw")}
+    for name, label in others.items():
+        if label == one.label or label not in times:
+            continue
+        over = {
+            "median_of_ratios": measure.ratio(times[one.label], times[label]),
+            "ratio_of_medians": times[one.label].median / times[label].median,
+        }
+        if name in ("bp", "eager_bp"):
+            over["predicted"] = _predicted(cell.case, cell.suite.method(one.method))
+        yield f"{one.label} / {name}", over
+        if one.label in memory and label in memory:
+            yield f"memory {one.label} / {name}", {"ratio_of_medians": memory[one.label] / memory[label]}
+    if one.label == "bp" and "floor" in cell.suite.baselines:
+        yield "bp / floor", {"ratio_of_medians": times[one.label].median / floor(cell.case)}
+
+
+def floor(case: Case) -> float:
+    """Seconds of BP's multiply-adds at the machine's best rate."""
+    work = ibp.Network(case.model(), backend="torch").multiply_adds(case.shape)
+    return ibp.BP().multiply_adds(work, TANGENTS) / _best_rate(case.dtype or torch.float32)
+
+
+_best_rate = cache(measure.best_rate)
+_predicted = cache(candidates.predicted)
+
+
+def run_cell(suite: Suite, case: Case, folder: Path, say: Say) -> tuple[dict[str, Any], bool]:
+    """The cell's JSON, and whether it was measured now: not if `folder` holds it, finished, of this very code."""
+    path, seal = folder / f"{case.name.replace('/', '_').replace(':', '_')}.json", signature(suite, case)
+    stored = store.find_json(path)
+    if stored is not None and stored.get("signature") == seal and not faults(stored):
+        return stored, False
+    start = time.perf_counter()
+    found = measured(prepare(suite, case, say), say)
+    found |= {"signature": seal, "seconds": time.perf_counter() - start}
+    store.write_json(path, found)
+    return found, True
+
+
+def faults(cell: dict[str, Any]) -> list[dict[str, str]]:
+    """What was refused for a gradient of ours."""
+    return [one for one in cell["refused"] if one["fault"] == "ours"]
+
+
+def signature(suite: Suite, case: Case) -> str:
+    """Of all that a cell's figures come from: its settings, this package's code, the machine."""
+    settings = suite.model_dump(
+        mode="json", exclude={"name", "title", "targets", "output", "networks", *_AXES}, by_alias=True
+    )
+    own = suite.networks[case.network].model_dump(mode="json", by_alias=True)
+    told = [case.name, own, settings, code_digest(), measure.machine()]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+_AXES = ("batch", "precision", "layout", "backend", "device")
+
+
+@cache
+def code_digest() -> str:
+    """SHA-256 of this package's source."""
+    root, found = Path(ibp.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()

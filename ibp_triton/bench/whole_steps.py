@@ -1,0 +1,71 @@
+"""Whole training steps, gradient and SGD with momentum: eager, compiled, captured, and whether they train alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import ibp_triton as ibp
+from ibp_triton.bench.candidates import METHODS, Case, network_of
+from ibp_triton.bench.parity import apart
+from ibp_triton.errors import BenchError
+
+CHECKED = 4  # steps
+State = dict[str, Tensor]
+STEPS: dict[str, type[ibp.EagerStep]] = {
+    "eager": ibp.EagerStep,
+    "compiled": ibp.CompiledStep,
+    "captured": ibp.CapturedStep,
+}
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A step that updates ``parameters`` and ``momenta`` in place and returns the objective, 0-d."""
+
+    step: Callable[[], Tensor]
+    parameters: State
+    momenta: State
+
+
+def momenta(model: torch.nn.Module, optimizer: torch.optim.SGD) -> State:
+    """The optimizer's buffers by parameter name."""
+    return {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
+
+
+def optimizer_of(model: torch.nn.Module, rate: float = 0.1) -> torch.optim.SGD:
+    """As the harness trains, momenta from 0."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, dampening=0.9, foreach=False)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def ours(case: Case, method: str | ibp.Method, kind: str, rate: float = 0.1) -> Trainee:
+    """The library's step of a kind of ``STEPS``.
+
+    Raises:
+        BenchError: for a compiled step that would not be used.
+    """
+    chosen = METHODS[method] if isinstance(method, str) else method
+    model, (x, labels, tau) = case.model(), case.data()
+    batch = (x, labels, tau if chosen.needs_tangents else None)
+    optimizer = optimizer_of(model, rate)
+    step = STEPS[kind](network_of(case, model), chosen, optimizer)
+    if isinstance(step, ibp.CompiledStep) and not step.prepare(*batch):
+        raise BenchError(f"{case.name}: the compiled step of {chosen} is not used; its warning says why")
+    return Trainee(lambda: step(*batch).loss, dict(model.named_parameters()), momenta(model, optimizer))
+
+
+def off_twin(found: Trainee, expected: Trainee) -> float:
+    """How far parameters and momenta are apart after each of a few steps, relative to the largest entry of each."""
+    worst = 0.0
+    for _ in range(CHECKED):
+        found.step()
+        expected.step()
+        for a, b in ((found.parameters, expected.parameters), (found.momenta, expected.momenta)):
+            worst = max(worst, *(apart({n: a[n].detach()}, {n: b[n].detach()}) for n in b if b[n].any()))
+    return worst

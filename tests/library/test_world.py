@@ -1,0 +1,130 @@
+"""Data parallelism: two processes with their own samples are one process with all of them.
+
+Slow where two cores are busy: each of some two hundred sums waits for the other process.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import nn
+
+import ibp_triton as ibp
+from tests.library.comparing import error, example
+
+WEIGHT = torch.tensor([0.3, 2.0, 1.1]).double()
+CRITERIA = {
+    "plain": None,
+    "weighted": nn.CrossEntropyLoss(WEIGHT, label_smoothing=0.1),
+    "ignored": nn.CrossEntropyLoss(),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "squares": nn.MSELoss(),
+}
+SPLITS = ((5, 2), (7, 0), (0, 7), (1, 6))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 3)).double()
+
+
+def batch(name):
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(7, 1, 8, 8, generator=generator).double(), torch.tensor([0, 2, 1, 2, 0, 1, 1])
+    if name == "ignored":
+        y[2:4] = -100
+    return x, torch.softmax(x.flatten(1)[:, :3], 1) if name == "squares" else y, x.flip(-1)[None].repeat(2, 1, 1, 1, 1)
+
+
+def cases():
+    for name, criterion in CRITERIA.items():
+        for key in ibp.METHODS:
+            if key == "trades":  # it draws numbers, each process its own
+                continue
+            if name not in ("plain", "weighted") and key not in ("loss_ibp", "tbp"):
+                continue
+            method = example(key).at(criterion=criterion)
+            method = method.at(projections="all") if key == "jacobian" else method
+            modes = ("paper", "exact") if hasattr(method, "semantics") else (None,)
+            for mode in modes:
+                yield name, method if mode is None else method.at(semantics=mode)
+
+
+def shard(split, rank, *tensors):
+    start, stop = sum(split[:rank]), sum(split[: rank + 1])
+    return [t[start:stop] if t.dim() < 5 else t[:, start:stop] for t in tensors]
+
+
+def _worker(rank, store, out):
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
+    wrapped, found = ibp.Network(network(), process_group=dist.group.WORLD), []
+    for number, (name, method) in enumerate(cases()):
+        x, y, tangents = shard(SPLITS[number % 4], rank, *batch(name))
+        parts = method.parts(wrapped, x, y, tangents if method.needs_tangents else None)
+        wrapped.model.zero_grad()
+        parts.loss.backward()
+        gradients = {n: p.grad.clone() for n, p in wrapped.model.named_parameters()}
+        found.append((parts.loss.detach(), parts.data_loss, parts.penalty, gradients))
+    model = network()
+    step = ibp.EagerStep(
+        ibp.Network(model, process_group=dist.group.WORLD), ibp.LossIBP(0.3), _sgd(model), clip_norm=0.1
+    )
+    for split in SPLITS:
+        x, y, _ = shard(split, rank, *batch("plain"))
+        step(x, y)
+    torch.save((found, model.state_dict()), f"{out}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What two processes find: gradients of every case and split, and a model after a few steps."""
+    folder = tmp_path_factory.mktemp("world")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_worker, args=(rank, folder / "store", folder / "out")) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    return [torch.load(f"{folder / 'out'}.{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_method_and_criterion_agrees_with_one_process(results, rank):
+    found = iter(results[rank][0])
+    for name, method in cases():
+        model = network()
+        x, y, tangents = batch(name)
+        expected = method.parts(model, x, y, tangents if method.needs_tangents else None)
+        expected.loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters()}
+        loss, data_loss, penalty, own = next(found)
+        assert error(own, gradients) < 1e-12, (name, method)
+        assert torch.allclose(loss, expected.loss.detach(), rtol=1e-12, atol=0)
+        assert torch.allclose(data_loss, expected.data_loss, rtol=1e-12, atol=0)
+        assert (penalty is None) == (expected.penalty is None)
+        assert penalty is None or torch.allclose(penalty, expected.penalty, rtol=1e-12, atol=0)
+
+
+def test_steps_keep_the_processes_together(results):
+    model, x, y = network(), *batch("plain")[:2]
+    step = ibp.EagerStep(model, ibp.LossIBP(0.3), _sgd(model), clip_norm=0.1)
+    for _ in SPLITS:
+        step(x, y)
+    for name, value in model.state_dict().items():
+        assert torch.equal(results[0][1][name], results[1][1][name])
+        assert torch.allclose(results[0][1][name], value, rtol=1e-11, atol=1e-14)
+
+
+def test_one_process_takes_no_empty_batch():
+    with pytest.raises(ValueError, match="N >= 1"):
+        ibp.BP()(network(), torch.zeros(0, 1, 8, 8).double(), torch.zeros(0, dtype=torch.int64))
+    assert copy.deepcopy(ibp.Network(network())).world is None
