@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import changes
-from tests.mutants.__main__ import selections
+from tests.mutants.__main__ import equivalents, selections
 
 SOURCE = '''
 """Text of 1 and 2."""
@@ -20,7 +20,7 @@ def f(x: Literal[1, 2] = 1) -> Tensor | None:
     assert x > 0
     if not x and x < 2:
         raise ValueError(f"{x + 1}")
-    g(x)
+    g(zip(x, strict=True))
     return x * -2 if True else "a" % x
 '''
 
@@ -51,3 +51,10 @@ def test_every_fault_is_another_program_and_has_tests() -> None:
         every = list(changes.mutants(path))
         for mutant in random.Random(0).sample(every, min(10, len(every))):
             assert ast.dump(ast.parse(mutant.text)) != ast.dump(ast.parse((changes.ROOT / path).read_bytes()))
+
+
+def test_what_is_called_equivalent_can_be_made_and_has_a_reason() -> None:
+    entries = equivalents()
+    possible = {(path, mutant.change) for path in {path for path, _ in entries} for mutant in changes.mutants(path)}
+    assert entries.keys() <= possible
+    assert all(reason.strip() for reason in entries.values())

@@ -170,7 +170,8 @@ def check(call: Call, leads: tuple[tuple[int, ...], ...] = ((), (1,), (5,)), out
         t = tuple(random_like(p, lead) for p in points)
         pull = torch.func.vjp(everything, *values)[1]
         expected = each_vector(lambda d, pull=pull: pull(d), lead, d)
-        for wanted in (names, along, [n for n in names if n not in along]):
+        others = [n for n in names if n not in along]
+        for wanted in (names, along, others, *([n] for n in others)):
             if lead and isinstance(layer, Bilinear):
                 wanted = along  # its weight gradient is one for all tangents, of a left side that has as many
             found = call.collected(layer.vjp(pieces(d), call.aliases(wanted)) if wanted else {})
@@ -191,11 +192,12 @@ def check(call: Call, leads: tuple[tuple[int, ...], ...] = ((), (1,), (5,)), out
         bent = each_vector(bend, lead, t, d)
         bent = tuple(b.sum(0) if lead else b for b in bent)
         others = call.names("parametric")
-        found = call.collected(layer.curvature(pieces(d), tangents, call.aliases(along)))
-        found |= call.collected(layer.tangent_param_vjp(tangents, pieces(d), others) if others else {})
-        for name in (*along, *others):
-            wants = bent[names.index(name)]
-            agree(found.get(name, torch.zeros_like(wants)), wants)
+        for own in (layer, call.layer()[0]):  # after other sweeps and before any
+            found = call.collected(own.tangent_param_vjp(tangents, pieces(d), others) if others else {})
+            found |= call.collected(own.curvature(pieces(d), tangents, call.aliases(along)))
+            for name in (*along, *others):
+                wants = bent[names.index(name)]
+                agree(found.get(name, torch.zeros_like(wants)), wants)
         agree(layer.jvp(tangents), pushed)
     for was, now in zip(before, values, strict=True):
         assert torch.equal(was, now)
@@ -214,6 +216,7 @@ def half_agrees(make: Any, dtype: torch.dtype, tolerance: float = 0.03) -> None:
     wide_t = {n: part.double() for n, part in t.items()}
     pairs = [
         (two.vjp(d, along), one.vjp(d.double(), along)),
+        (two.vjp(d, others), one.vjp(d.double(), others)),
         ({"": two.jvp(t)}, {"": one.jvp(wide_t)}),
         (two.curvature(d, t, along), one.curvature(d.double(), wide_t, along)),
         (two.tangent_param_vjp(t, d, others), one.tangent_param_vjp(wide_t, d.double(), others)),

@@ -372,6 +372,12 @@ def test_hardsigmoid_which_torch_cannot_differentiate_twice():
     check(Body(lambda m, x: x * F.hardsigmoid(3 * m.one(x))), by_hand=False)
 
 
+def test_attention_by_a_kernel_without_a_second_derivative():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(6, 2, add_zero_attn=True, batch_first=True)  # which has no rule of its own
+    check(Body(lambda m, x: m.inner[0](x, x, x, need_weights=False)[0], attention), by_hand=False)
+
+
 def test_what_has_no_second_derivative_is_named():
     torch.manual_seed(0)
     network = ibp.Network(Body(lambda m, x: torch.cdist(x, m.matrix, p=3.0)).double())
@@ -477,6 +483,13 @@ UNSEEN = {
 def test_unseen_code_is_a_leaf_of_autograds(name):
     torch.manual_seed(0)
     check(Body(UNSEEN[name]), judged=False)
+
+
+def test_nan_passes_through_unseen_code():
+    x, labels, _ = batch()
+    x[0, 0, 0] = torch.nan
+    _, found = EXACT.gradients(ibp.Network(Body(two_values).double()), x, labels)
+    assert found["one.weight"].isnan().any()
 
 
 def test_a_scripted_module_is_a_leaf_too():

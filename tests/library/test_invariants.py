@@ -90,6 +90,8 @@ def test_terms_merge_and_tangents_collapse(name):
     both = weight_gradients([Term(1, trace, d), Term(0.3, trace, d, t)], n)
     alone = weight_gradients([Term(1, trace, d)], n), weight_gradients([Term(1, trace, d, t)], n)
     assert error(both, {k: alone[0][k] + 0.3 * alone[1][k] for k in both}) < 1e-13
+    often = weight_gradients([3 * (0.5 * (2 * Term(1, trace, d)))], n)
+    assert error(often, {k: 3 * part for k, part in alone[0].items()}) < 1e-13
     together = linear_sweep(trace, tau, to_output=True)
     seeds = psi(together[trace.graph.output], 2)
     e = reverse(trace, seeds, to_input=False)

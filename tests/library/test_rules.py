@@ -1,5 +1,7 @@
 """Every rule of its own against torch.func, over a table of settings."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import nn
 
 import ibp_triton as ibp
 from ibp_triton.backends.torch.generic import Generic
+from ibp_triton.backends.torch.rules import _RULES
 
 MAP, ROW, LINE = (2, 4, 7, 6), (3, 5), (2, 4, 9)
 SETTINGS = {
@@ -36,6 +39,7 @@ SETTINGS = {
     "adaptive avg-pool": (nn.AdaptiveAvgPool2d((3, 2)), MAP),
     "relu": (nn.ReLU(), MAP),
     "leaky relu": (nn.LeakyReLU(0.2), MAP),
+    "leaky relu, falling": (nn.LeakyReLU(-0.2), MAP),
     "sigmoid": (nn.Sigmoid(), MAP),
     "tanh": (nn.Tanh(), ROW),
     "softplus": (nn.Softplus(2, 1), MAP),
@@ -118,3 +122,39 @@ def test_pooling_keeps_the_first_maximum_of_a_tie_and_relu_is_flat_at_zero():
     assert pool.index.flatten().tolist() == [0, 1, 4, 5]
     relu = trace.layers[-1]
     assert not relu.jvp({"input": torch.ones(1, 1, 2, 2, dtype=torch.float64)}).any()
+
+
+def defaults(function):
+    """Of a function's arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def torchs_defaults(function):
+    """All that a torch function has for each of its arguments, in Python or in the overloads of its operator."""
+    name = function.__name__
+    try:
+        return {n: [value] for n, value in defaults(vars(F).get(f"_{name}", function)).items()}
+    except ValueError:
+        operator, found = getattr(torch.ops.aten, name, None), {}
+    schemas = [getattr(operator, key)._schema for key in operator.overloads()] if operator else []
+    for argument in (argument for schema in schemas for argument in schema.arguments if argument.has_default_value()):
+        found.setdefault(argument.name, []).append(argument.default_value)
+    return found
+
+
+def single(value):
+    """The number given for each axis; no axis is none."""
+    return (value[0] if value else None) if isinstance(value, (list, tuple)) else value
+
+
+def test_what_a_call_leaves_out_is_torchs_default():
+    compared = 0
+    for function, rules in _RULES.items():
+        torchs = torchs_defaults(function) if hasattr(function, "__name__") else {}
+        for rule in rules:
+            for name, value in defaults(rule.forward).items():
+                known = [single(one) for one in torchs.get(name, [])]
+                compared += len(known)
+                assert not known or single(value) in known, (function, name)
+    assert compared > 100

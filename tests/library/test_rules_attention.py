@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ibp_triton.backends.torch.multihead import MultiHeadAttention
-from tests.library.layers import Call, check, half_agrees, random_like
+from ibp_triton.layer import Pieces
+from tests.library.layers import Call, check, floating, half_agrees, random_like
 
 
 def numbers(*shape, seed=0, cast=lambda x: x):
@@ -79,7 +82,7 @@ CASES = {
     "attention to constants": lambda **k: sdpa(kinds={"key": "constant", "value": "parametric"}, **k),
     "attention, three axes, batch 1": lambda **k: sdpa((1, 4, 5), (1, 6, 5), (1, 6, 7), **k),
 }
-SHARP = ("log softmax", "log softmax along 1")
+NOT_COUNTED = ("matmul by a column", "matmul of vectors")  # by torch, whose counter knows products of matrices
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -142,6 +145,9 @@ HEADS = {
     "cross, without biases": lambda: multi_head(CROSS, nn.MultiheadAttention(6, 3, bias=False), need_weights=False),
     "cross, weights of each head": lambda: multi_head(CROSS, nn.MultiheadAttention(6, 3), average_attn_weights=False),
     "cross, learned queries": lambda: multi_head(CROSS, nn.MultiheadAttention(6, 2), {"query": "parametric"}),
+    "cross, weights that stand still": lambda: multi_head(
+        CROSS, nn.MultiheadAttention(6, 2), {"query": "constant", "key": "constant"}
+    ),
     "cross, other widths": lambda: multi_head(
         ((4, 2, 6), (5, 2, 3), (5, 2, 7)), nn.MultiheadAttention(6, 2, kdim=3, vdim=7)
     ),
@@ -149,6 +155,9 @@ HEADS = {
     "unbatched": lambda: multi_head(((4, 6), None, None), nn.MultiheadAttention(6, 2)),
     "unbatched, weights of each head": lambda: multi_head(
         ((4, 6), None, None), nn.MultiheadAttention(6, 2), average_attn_weights=False
+    ),
+    "unbatched, padded": lambda: multi_head(
+        ((4, 6), None, None), nn.MultiheadAttention(6, 2), key_padding_mask=torch.tensor([False, True, False, False])
     ),
     "masked": lambda: multi_head(
         SELF,
@@ -166,6 +175,35 @@ HEADS = {
 def test_multi_head_attention_agrees_with_torch(name):
     torch.manual_seed(3)
     check(HEADS[name](), leads=((), (1,), (3,)))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES | HEADS if name not in NOT_COUNTED])
+def test_multiply_adds_are_torchs(name):
+    call = (CASES | HEADS)[name]()
+    layer, _ = call.layer()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        call.function(*call.args, **call.kwargs)
+    assert 2 * layer.multiply_adds() == counter.get_total_flops()
+
+
+def test_what_multi_head_attention_keeps_of_one_derivative_does_not_answer_for_another():
+    """It is linear: the derivatives of the output and of the weights add up."""
+    layer, (output, weights) = HEADS["self, with weights"]().layer()
+    parts = random_like(output, ()), random_like(weights, ())
+    alone = [layer.vjp(Pieces({i: part}), ["query"])["query"] for i, part in enumerate(parts)]
+    for both in (Pieces(enumerate(parts)), Pieces({1: parts[1], 0: parts[0]})):
+        torch.testing.assert_close(layer.vjp(both, ["query"])["query"], alone[0] + alone[1])
+        torch.testing.assert_close(layer.vjp(Pieces({0: parts[0]}), ["query"])["query"], alone[0])
+
+
+@pytest.mark.parametrize("name", ["self", "unbatched, weights of each head"])
+def test_many_derivatives_meet_one_tangent_as_their_sum(name):
+    call = HEADS[name]()
+    layer, value = call.layer()
+    d, t = random_like(floating(value), (3,)), {n: random_like(call.operands[n], ()) for n in call.names("active")}
+    found = layer.curvature(Pieces(d), t, ["query"])["query"]
+    expected = layer.curvature(Pieces({i: part.sum(0) for i, part in d.items()}), t, ["query"])["query"]
+    torch.testing.assert_close(found, expected)
 
 
 def test_multi_head_attention_draws_its_dropout_as_torch_does():

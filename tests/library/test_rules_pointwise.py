@@ -15,7 +15,7 @@ T = torch.Tensor
 
 def numbers(*shape, seed=0, cast=lambda x: x, positive=False):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*shape, generator=generator, dtype=torch.float64) * 2
+    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2
     return cast(x.abs() + 0.5 if positive else x)
 
 
@@ -63,6 +63,8 @@ CASES = {name: (lambda name=name, **k: unary(name, **k)) for name in UNARY} | {
     "gelu": lambda **k: one(F.gelu, **k),
     "prelu": lambda **k: two(F.prelu, right=(4,), kinds={"weight": "parametric"}, **k),
     "prelu, one slope": lambda **k: two(F.prelu, right=(1,), kinds={"weight": "parametric"}, **k),
+    "prelu, a number": lambda **k: two(F.prelu, right=(), kinds={"weight": "parametric"}, **k),
+    "prelu of a line": lambda **k: two(F.prelu, left=(4,), right=(1,), kinds={"weight": "parametric"}, **k),
     "prelu of rows": lambda **k: two(F.prelu, left=(2, 4), right=(4,), kinds={"weight": "parametric"}, **k),
     "multiply": lambda **k: two(torch.mul, **k),
     "multiply by a parameter": lambda **k: two(T.mul, kinds=PARAMETRIC, **k),
@@ -102,7 +104,8 @@ def test_channels_last_tangents_stay_so():
     x = numbers(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     for function in (F.mish, F.gelu, F.relu, F.relu6):
         layer, value = Call(function, (x,)).layer()
-        t = random_like(x, (2,))
+        t, plain = random_like(x, (2,)), Call(function, (x.contiguous(),)).layer()[0]
+        torch.testing.assert_close(layer.jvp({"input": t}), plain.jvp({"input": t.contiguous()}))
         for found in (layer.jvp({"input": t}), layer.vjp(t, ["input"])["input"]):
             assert all(part.is_contiguous(memory_format=torch.channels_last) for part in found)
         assert value.is_contiguous(memory_format=torch.channels_last)
@@ -140,7 +143,7 @@ def test_it_runs_under_vmap(name):
 
 KINKS = {
     **{name: (getattr(torch, name, None) or getattr(F, name), (), {}) for name in ("abs", "relu6", "selu")},
-    **{name: (getattr(F, name), (), {}) for name in ("hardsigmoid", "hardswish", "elu", "leaky_relu")},
+    **{name: (getattr(F, name), (), {}) for name in ("hardsigmoid", "hardswish", "elu", "celu", "leaky_relu", "relu")},
     "hardtanh": (F.hardtanh, (-0.5, 0.5), {}),
     "clamp": (torch.clamp, (-0.5, 0.5), {}),
     "clamp_min": (torch.clamp_min, (0.5,), {}),
@@ -150,14 +153,19 @@ KINKS = {
 
 
 @pytest.mark.parametrize("name", KINKS)
-def test_at_a_kink_the_slope_is_the_one_that_torch_takes(name):
+def test_at_a_kink_both_slopes_are_those_that_torch_takes(name):
     function, args, kinds = KINKS[name]
     x = torch.tensor([-6, -3, -0.5, 0, 0.5, 3, 6], dtype=torch.float64)
     leaf = x.clone().requires_grad_()
-    function(leaf, *args).sum().backward()
+    (slope,) = torch.autograd.grad(function(leaf, *args).sum(), leaf, create_graph=True)
     layer, y = Call(function, (x, *args), {}, kinds).layer()
-    torch.testing.assert_close(layer.vjp(torch.ones_like(y), ["input"])["input"], leaf.grad)
-    torch.testing.assert_close(layer.jvp({"input": torch.ones_like(x)}), leaf.grad)
+    one = torch.ones_like(y)
+    torch.testing.assert_close(layer.vjp(one, ["input"])["input"], slope.detach())
+    torch.testing.assert_close(layer.jvp({"input": one}), slope.detach())
+    if name != "hardsigmoid":  # which torch cannot differentiate twice
+        (bend,) = torch.autograd.grad(slope.sum(), leaf, materialize_grads=True) if slope.requires_grad else (0 * x,)
+        found = layer.curvature(one, {"input": one}, ["input"])
+        torch.testing.assert_close(found.get("input", torch.zeros_like(x)), bend)
 
 
 def test_dropout_multiplies_by_the_mask_it_drew():
@@ -169,9 +177,23 @@ def test_dropout_multiplies_by_the_mask_it_drew():
     torch.testing.assert_close(y, x * mask)
     torch.testing.assert_close(layer.vjp(x, ["input"])["input"], x * mask)
     torch.testing.assert_close(layer.jvp({"input": x.expand(3, 40)}), (x * mask).expand(3, 40))
-    layer, y = Call(F.dropout, (x, 0.25, False)).layer()
-    assert torch.equal(y, x)
-    assert torch.equal(layer.vjp(x, ["input"])["input"], x)
+    for args, kept in (((0.25, False), 1), ((0,), 1), ((1,), 0)):
+        layer, y = Call(F.dropout, (x, *args)).layer()
+        assert torch.equal(y, kept * x)
+        assert torch.equal(layer.vjp(x, ["input"])["input"], kept * x)
+
+
+@pytest.mark.parametrize("function", [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d])
+def test_dropout_draws_the_mask_that_torch_draws(function):
+    axes = int(function.__name__[-2]) + 2 if function is not F.dropout else 3
+    x = numbers(6, 4, 3, 2, 2)[(..., *[0] * (5 - axes))]
+    torch.manual_seed(2)
+    layer, y = Call(function, (x, 0.4)).layer()
+    torch.manual_seed(2)
+    expected = function(x, 0.4)
+    assert 0 < int((expected == 0).sum()) < x.numel()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(layer.jvp({"input": x}), expected)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

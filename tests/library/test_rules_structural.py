@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.library.layers import Call, check, half_agrees
+from ibp_triton.backends.torch.written import Written, geometry, seen
+from ibp_triton.graph import Node
+from tests.library.layers import Call, agree, check, each_vector, half_agrees
 
 T = torch.Tensor
 PLACES = torch.tensor([[0, 1, 2, 0], [0, 0, 2, 1]])
@@ -55,6 +57,13 @@ CONVS = {
 MAP = (2, 4, 6, 7)
 LAST = {"shape": MAP, "layout": torch.channels_last}
 MOVES = {
+    "add": lambda: Call(operator.add, (numbers(3, 4), numbers(4, seed=1))),
+    "add a multiple": lambda: Call(torch.add, (numbers(4), numbers(3, 1, seed=1)), {"alpha": 0.3}),
+    "add a parameter": lambda: Call(T.add, (numbers(3, 4), numbers(4, seed=1)), {}, {"other": "parametric"}),
+    "subtract": lambda: Call(operator.sub, (numbers(3, 4), numbers(4, seed=1))),
+    "subtract a multiple": lambda: Call(T.sub, (numbers(4), numbers(3, 1, seed=1)), {"alpha": 0.3}),
+    "subtract a number": lambda: one(torch.sub, 2),
+    "subtract from": lambda: Call(torch.rsub, (numbers(3, 4), numbers(4, seed=1)), {"alpha": 0.3}),
     "permute": lambda: one(T.permute, 2, 0, 1),
     "permute by a list": lambda: one(torch.permute, (0, -1, 1)),
     "permute, named": lambda: one(T.permute, dims=(2, 1, 0)),
@@ -125,6 +134,13 @@ MOVES = {
     "scatter_add of a part": lambda: Call(
         T.scatter_add, (numbers(3, 4), 1, PLACES[:, :3], numbers(3, 5, seed=1)), reference=added_in_part
     ),
+    "max_pool2d, channels last": lambda: one(F.max_pool2d, 3, 2, **LAST),
+    "max_pool2d, channels last, one channel": lambda: one(
+        F.max_pool2d, 2, shape=(2, 1, 6, 7), layout=torch.channels_last
+    ),
+    "max_pool2d, channels last, two channels": lambda: one(
+        F.max_pool2d, (3, 2), shape=(2, 2, 4, 4), layout=torch.channels_last
+    ),
     "max_pool3d": lambda: one(F.max_pool3d, 2, 1, shape=(2, 2, 3, 4, 3)),
     "repeat_interleave": lambda: one(torch.repeat_interleave, 3, dim=1),
     "repeat_interleave, flat": lambda: one(T.repeat_interleave, 2),
@@ -140,6 +156,9 @@ MOVES = {
     "split evenly": lambda: one(torch.split, 2),
     "tensor_split": lambda: one(torch.tensor_split, 2, -1),
     "unbind": lambda: one(T.unbind, 1),
+    "concatenate with an empty vector": lambda: Call(
+        torch.cat, ([numbers(3, 4), numbers(0), numbers(3, 2, seed=1)],), {"dim": 1}
+    ),
     "stack": lambda: Call(torch.stack, ([numbers(3, 4), numbers(3, 4, seed=1)],), {"dim": -1}),
     "stack in front": lambda: Call(torch.stack, ([numbers(3, 4), numbers(3, 4, seed=1)],)),
     "avg_pool2d": lambda: one(F.avg_pool2d, 3, 2, 1, True, False, **LAST),
@@ -147,6 +166,8 @@ MOVES = {
     "avg_pool3d": lambda: one(F.avg_pool3d, 2, shape=(2, 2, 4, 4, 3)),
     "adaptive_avg_pool2d": lambda: one(F.adaptive_avg_pool2d, (3, 2), **LAST),
     "adaptive_avg_pool2d to one": lambda: one(F.adaptive_avg_pool2d, 1, shape=MAP),
+    "adaptive_avg_pool2d to a row": lambda: one(F.adaptive_avg_pool2d, (1, 2), shape=MAP),
+    "adaptive_avg_pool2d to a column": lambda: one(F.adaptive_avg_pool2d, (2, 1), **LAST),
     "adaptive_avg_pool3d": lambda: one(F.adaptive_avg_pool3d, 2, shape=(2, 2, 4, 4, 3)),
     "interpolate": lambda: one(F.interpolate, scale_factor=2, shape=MAP),
     "interpolate, bilinear": lambda: one(F.interpolate, size=(5, 9), mode="bilinear", align_corners=True, shape=MAP),
@@ -186,6 +207,12 @@ def test_moves_and_reductions_agree_with_torch(name):
     check(call, output=call.reference is None)
 
 
+@pytest.mark.parametrize(("function", "args"), [(torch.amax, (1,)), (T.amin, ((0, 1),)), (torch.max, ()), (T.min, ())])
+def test_an_extreme_that_is_reached_twice_is_shared_as_in_torch(function, args):
+    torch.manual_seed(3)
+    check(Call(function, (torch.tensor([[1.0, 3, 3, -1, -1], [2, 2, 2, 2, 3]], dtype=torch.float64), *args)))
+
+
 def test_casts_return_to_the_dtype_they_came_from():
     layer, value = Call(T.float, (numbers(3),)).layer()
     assert value.dtype == torch.float32
@@ -208,3 +235,28 @@ def test_they_run_under_vmap(name):
     flat = [torch.utils._pytree.tree_leaves(e) for e in (found, *expected)]
     for both_of_them, first, second in zip(*flat, strict=True):
         torch.testing.assert_close(both_of_them, torch.stack([first, second]))
+
+
+@pytest.mark.parametrize("lead", [(), (5,)])
+@pytest.mark.parametrize("view", [lambda a: a, lambda a: a[:, 2], lambda a: a[1:3, 1:], lambda a: a[1].expand(2, 3)])
+def test_a_view_of_a_write_shows_the_new_numbers_and_the_old_ones(view, lead):
+    """``whole[1] = row``, seen through other views of the same memory."""
+    whole, row = numbers(4, 3), numbers(3, seed=1)
+    layer, old = Written(Node(0, "here", "active", Written, rule=Written)), view(whole).clone()
+
+    def written(old, row):
+        rows = torch.arange(4)[:, None] == 1
+        return torch.where(view(rows.expand(4, 3)), view(row.expand(4, 3)), old)
+
+    positions = torch.from_numpy(seen(geometry(view(whole)), geometry(whole[1])))
+    layer.forward(written(old, row), positions, (3,))
+    t = {"old": numbers(*lead, *old.shape, seed=2), "new": numbers(*lead, 3, seed=3)}
+    d = numbers(*lead, *old.shape, seed=4)
+    for names in (("old", "new"), ("new", "old"), ("old",), ("new",)):
+        moved = {n: t[n] if n in names else torch.zeros_like(t[n]) for n in ("old", "new")}
+        agree(layer.jvp({n: t[n] for n in names}), each_vector(written, lead, moved["old"], moved["new"]))
+        pulled = dict(zip(("old", "new"), each_vector(torch.func.vjp(written, old, row)[1], lead, d), strict=True))
+        found = layer.vjp(d, list(names))
+        assert set(found) == set(names)
+        for name in names:
+            agree(found[name], pulled[name])

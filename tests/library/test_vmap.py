@@ -21,6 +21,10 @@ def grid(model, count):
     }
 
 
+def numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("key", PAPER)
 def test_ten_networks_with_ten_strengths_in_one_call(name, key):
@@ -47,6 +51,29 @@ def test_exact_semantics_under_vmap():
 
     def step(p):
         return ibp.PredictionIBP(0.1, 2, "exact").gradients(network, x, labels, parameters=p)[1]
+
+    together = torch.func.vmap(step)(parameters)
+    alone = step({k: v[1] for k, v in parameters.items()})
+    assert all(torch.allclose(together[k][1], alone[k], rtol=1e-9, atol=1e-12) for k in alone)
+
+
+class NoRules(nn.Module):
+    """Functions of one value and of two that have no rule."""
+
+    def forward(self, x):
+        variance, mean = torch.var_mean(x, -1, keepdim=True)
+        return torch.logcumsumexp(x - mean, -1) * variance
+
+
+@pytest.mark.parametrize("method", [ibp.LossIBP(0.3, 2, "exact"), ibp.TangentBP(0.3, 2, "exact")])
+def test_functions_without_a_rule_under_vmap(method):
+    model = nn.Sequential(nn.Linear(6, 5), NoRules(), nn.Linear(5, 3)).double()
+    x, labels = numbers(4, 6), torch.tensor([0, 1, 2, 0])
+    network, parameters = ibp.Network(model), grid(model, 3)
+    tangents = numbers(2, 4, 6) if method.needs_tangents else None
+
+    def step(p):
+        return method.gradients(network, x, labels, tangents, p)[1]
 
     together = torch.func.vmap(step)(parameters)
     alone = step({k: v[1] for k, v in parameters.items()})

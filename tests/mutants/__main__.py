@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import importlib.machinery
 import json
 import os
@@ -12,15 +13,17 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
-import numpy  # noqa: F401 - imported once, before the forks
 import pytest
 import torch
 
 from tests.mutants.changes import ROOT, Mutant, mutants
 
 OUTCOMES, REPORT = ROOT / ".mutants" / "outcomes.jsonl", ROOT / "docs" / "mutants.md"
+EQUIVALENTS, OUTCOME = Path(__file__).with_name("equivalent.txt"), ("killed", "timed out", "survived", "equivalent")
+SLOW = ("numpy", "torch._dynamo", "torch._decomp.decompositions_for_jvp")  # imported once, before the forks
 HEAD = """# Mutants
 
 Written by `make mutants` (tests/mutants): small faults put into the mathematics, one at a time, and whether the
@@ -34,8 +37,8 @@ TESTS = {  # files of tests/library for files of the package, the quickest and n
     "attention multihead products": ("rules_attention", "rules"),
     "activations pointwise binary": ("rules_pointwise", "rules"),
     "selection": ("rules_structural", "rules", "rules_pointwise"),
-    "generic": ("rules", "ledger", "invariants", "any_code"),
-    "written": ("any_code",),
+    "generic": ("rules", "ledger", "invariants", "vmap", "any_code"),
+    "written": ("rules_structural", "any_code"),
 }
 
 
@@ -107,19 +110,36 @@ def digest(tests: list[str]) -> str:
     return hashlib.sha256(b"".join((ROOT / test).read_bytes() for test in tests)).hexdigest()[:16]
 
 
+def equivalents() -> dict[tuple[str, str], str]:
+    """Why a change, by file and changed lines, alters no result; one that stands twice in a file has one reason."""
+    found = {}
+    for entry in EQUIVALENTS.read_text(encoding="utf-8").strip().split("\n\n"):
+        head, _, change = entry.partition("\n")
+        path, _, reason = head.partition(": ")
+        found[path, change] = reason
+    return found
+
+
 def report(sample: list[Mutant], known: dict[str, str], seed: int) -> str:
     """The text of docs/mutants.md."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     done = [mutant for mutant in sample if mutant.key in known]
     for mutant in done:
         counts[mutant.path][known[mutant.key]] += 1
-    survivors = [mutant for mutant in done if known[mutant.key] == "survived"]
-    lines = [f"Seed {seed}: {len(done)} of a sample of {len(sample)} tried, {len(survivors)} survived.", ""]
-    lines += ["| file | killed | timed out | survived |", "| --- | --- | --- | --- |"]
-    kinds = ("killed", "timed out", "survived")
-    lines += [f"| {path} | {' | '.join(str(count[k]) for k in kinds)} |" for path, count in sorted(counts.items())]
-    parts = [f"## {mutant.path}\n\n```diff\n{mutant.diff}\n```\n" for mutant in survivors]
-    return "\n".join([HEAD, *lines, "", *parts])
+    total, reasons = sum(counts.values(), Counter[str]()), equivalents()
+    noticed, wrong = total["killed"] + total["timed out"], len(done) - total["equivalent"]
+    percent = f"{100 * noticed / wrong:.1f} %" if wrong else "none"
+    lines = [f"Seed {seed}: {len(done)} of a sample of {len(sample)} tried. The tests notice {noticed} of the {wrong}"]
+    lines += [f"that are not shown to be equivalent, {percent}.", ""]
+    lines += [f"| file | {' | '.join(OUTCOME)} |", f"| --- |{' --- |' * len(OUTCOME)}"]
+    rows = [*sorted(counts.items()), ("all", total)]
+    lines += [f"| {path} | {' | '.join(str(count[k]) for k in OUTCOME)} |" for path, count in rows]
+    lines += ["", "## Survivors", ""]
+    lines += [f"{m.path}\n\n```diff\n{m.diff}\n```\n" for m in done if known[m.key] == "survived"]
+    lines += ["## Equivalent", "", "They change no result; tests/mutants/equivalent.txt says why.", ""]
+    same = [mutant for mutant in done if known[mutant.key] == "equivalent"]
+    lines += [f"{m.path}: {reasons[m.path, m.change]}\n\n```diff\n{m.diff}\n```\n" for m in same]
+    return "\n".join([HEAD, *lines])
 
 
 def main() -> None:
@@ -129,11 +149,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     asked, tests = parser.parse_args(), selections()
     os.chdir(ROOT)
+    os.environ["TRITON_INTERPRET"] = "1"  # as tests/conftest.py sets it, before triton is imported
+    for name in SLOW:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     every = [mutant for path in sorted(tests) for mutant in mutants(path)]
     sample = sorted(every, key=lambda mutant: mutant.rank(asked.seed))[: asked.count]
     digests = {path: digest(files) for path, files in tests.items()}
     end, known, usual = time.monotonic() + 60 * asked.minutes, read(digests), dict[str, float]()
+    same = equivalents()
+    known |= {mutant.key: "equivalent" for mutant in sample if (mutant.path, mutant.change) in same}
     OUTCOMES.parent.mkdir(exist_ok=True)
     for number, mutant in enumerate(sample, 1):
         if mutant.key in known or time.monotonic() > end:
@@ -148,6 +173,7 @@ def main() -> None:
             file.write(json.dumps(record) + "\n")
         print(f"{number}/{len(sample)} {mutant.path}: {known[mutant.key]}, {seconds:.1f} s", flush=True)
         REPORT.write_text(report(sample, known, asked.seed), encoding="utf-8")
+    REPORT.write_text(report(sample, known, asked.seed), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The mutants of a file: one expression or statement changed.
 
-Operators, numbers, conditions and calls for their effect; no strings, annotations, decorators, assertions or errors.
+Operators, numbers, conditions and calls for their effect; no strings, annotations, decorators, assertions or errors,
+nor the ``strict`` of a zip, which is an assertion.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class Mutant:
         old = (ROOT / self.path).read_text(encoding="utf-8").splitlines()
         return "\n".join(list(difflib.unified_diff(old, self.text.splitlines(), n=0, lineterm=""))[2:])
 
+    @property
+    def change(self) -> str:
+        """The changed lines without where they are."""
+        return "\n".join(line for line in self.diff.splitlines() if not line.startswith("@@"))
+
 
 def mutants(path: str) -> Iterator[Mutant]:
     """Every mutant of a file."""
@@ -68,7 +74,8 @@ def _inside(node: ast.AST) -> Iterator[Any]:
     """The nodes under this one that compute something."""
     for name, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and name not in NOT_COMPUTED and not isinstance(child, KEPT):
+            kept = isinstance(child, KEPT) or (isinstance(child, ast.keyword) and child.arg == "strict")
+            if isinstance(child, ast.AST) and name not in NOT_COMPUTED and not kept:
                 yield child
                 yield from _inside(child)
 

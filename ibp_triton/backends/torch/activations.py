@@ -67,7 +67,7 @@ _SELU, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170
 
 
 def _selu_bend(a: Tensor, y: Tensor) -> Tensor:
-    return torch.where(a > 0, 0.0, y + _SELU * _SELU_ALPHA)
+    return torch.where(a >= 0, 0.0, y + _SELU * _SELU_ALPHA)  # at 0 as torch has it
 
 
 def _selu_slope(a: Tensor, y: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ class ELU(Pointwise):
         return torch.where(self.input > 0, 1.0, (self.output + self.scale) * self.rate)
 
     def bend(self) -> Tensor:
-        """0, or the slope over the scale of a below zero."""
-        return torch.where(self.input > 0, 0.0, (self.output + self.scale) * self.rate**2)
+        """The slope over the scale of a below zero, else 0 as torch has it."""
+        return torch.where(self.input >= 0, 0.0, (self.output + self.scale) * self.rate**2)
 
 
 class CELU(ELU):
@@ -310,8 +310,7 @@ class PReLU(Layer):
     def forward(self, input: Tensor, weight: Tensor) -> Tensor:
         """The same shape."""
         self.input, self.weight = input, weight
-        spatial = [1] * (input.dim() - 2) if weight.numel() > 1 or weight.dim() else []
-        self.slopes = weight.reshape(-1, *spatial) if input.dim() > 1 else weight
+        self.slopes = weight.reshape(-1, *[1] * (input.dim() - 2))
         return F.prelu(input, weight)
 
     @cached_property
@@ -340,4 +339,4 @@ class PReLU(Layer):
 
     def _sums(self, v: Tensor) -> Tensor:
         found = sum_to(v, self.slopes, self.input.dim())
-        return found.reshape(*found.shape[: v.dim() - self.input.dim()], *self.weight.shape)
+        return found.reshape([*found.shape[: v.dim() - self.input.dim()], *self.weight.shape])

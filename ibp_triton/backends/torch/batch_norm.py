@@ -37,7 +37,7 @@ class BatchNorm(Normalisation):
         running_var: Tensor | None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
-        training: bool = True,
+        training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
@@ -258,7 +258,7 @@ class InstanceNormEval(BatchNormEval):
         running_var: Tensor,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
-        use_input_stats: bool = False,
+        use_input_stats: bool = True,
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
