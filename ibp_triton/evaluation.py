@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from ibp_triton.attacks import Bounds, fgsm, gaussian_noise, input_gradient, pgd, random_signs
 from ibp_triton.errors import InputError, MethodError
-from ibp_triton.randomness import RandomState
+from ibp_triton.recording.snapshot import Snapshot
 
 CLEAN = "clean"
 ATTACKS: dict[str, Sequence[float]] = {
@@ -51,14 +53,20 @@ class ErrorRate:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """McNemar's exact test of two models on the same examples under the same attack."""
+class Mcnemar:
+    """What McNemar's exact test found of two models on the same examples."""
 
-    attack: str
-    size: float
     gained: int  # examples that only the second model gets right
     lost: int  # examples that only the first gets right
     p: float  # two-sided
+
+
+@dataclass(frozen=True)
+class Comparison(Mcnemar):
+    """The test of two models under the same attack."""
+
+    attack: str
+    size: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +121,8 @@ class Robustness:
         first, second = both
         if any(first[key].shape != second[key].shape for key in first.keys() & second.keys()):
             raise InputError("the two models were measured on different examples")
-        return [_mcnemar(key, first[key], second[key]) for key in first if key in second]
+        tests = {key: mcnemar(right, second[key]) for key, right in first.items() if key in second}
+        return [Comparison(test.gained, test.lost, test.p, *key) for key, test in tests.items()]
 
     def _single(self) -> Iterator[dict[tuple[str, float], Tensor]]:
         for name in self.models:
@@ -148,11 +157,16 @@ class Robustness:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """One line a row with header, full precision; written to ``path`` too if that is given."""
-        lines = ["model,attack,size,errors,examples,error_percent,low_percent,high_percent"]
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ["model", "attack", "size", "errors", "examples", "error_percent", "low_percent", "high_percent"]
+        )
         for row in self.rows:
-            numbers = (row.size, row.errors, row.examples, row.error, *row.interval)
-            lines.append(",".join([_quoted(row.model), row.attack, *map(repr, numbers)]))
-        return _written("\n".join(lines) + "\n", path)
+            writer.writerow(
+                [csv_cell(row.model), row.attack, row.size, row.errors, row.examples, row.error, *row.interval]
+            )
+        return _written(file.getvalue(), path)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """A Markdown table, error in per cent with its 95 % interval."""
@@ -364,38 +378,33 @@ def _perturbed(
 @contextmanager
 def _as_before(models: Iterable[nn.Module], place: torch.device) -> Iterator[None]:
     """Inside, eval mode; afterwards modes, gradients, buffers and generators are what they were."""
-    every = [m for model in models for m in model.modules()]
-    modes = [m.training for m in every]
-    buffers = [(b, b.detach().clone()) for model in models for b in model.buffers()]
+    modes = [(m, m.training) for model in models for m in model.modules()]
     gradients = [(p, p.grad) for model in models for p in model.parameters()]
-    random = RandomState.now([torch.empty(0, device=place)])
-    for m in every:
+    before = [Snapshot.of(model, torch.empty(0, device=place)) for model in models]
+    for m, _ in modes:
         m.training = False
     try:
         yield
     finally:
-        for m, mode in zip(every, modes, strict=True):
+        for m, mode in modes:
             m.training = mode
-        with torch.no_grad():
-            for buffer, numbers in buffers:
-                buffer.copy_(numbers)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        random.restore()
+        for snapshot in before:
+            snapshot.restore()
 
 
-def _mcnemar(key: tuple[str, float], first: Tensor, second: Tensor) -> Comparison:
-    """Exact and two-sided: the binomial test of gained against lost, without a library."""
+def mcnemar(first: Tensor, second: Tensor) -> Mcnemar:
+    """McNemar's exact test of two outcomes (True: right) on the same examples, booleans of one shape."""
     gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
     n, k = gained + lost, min(gained, lost)
     logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
-    p = 1.0 if n == 0 else min(1.0, 2 * sum(math.exp(log) for log in logs))
-    return Comparison(*key, gained, lost, p)
+    return Mcnemar(gained, lost, 1.0 if n == 0 else min(1.0, 2 * sum(math.exp(log) for log in logs)))
 
 
 def _clearly_more(harmed: Tensor, other: Tensor) -> bool:
     """Whether the first outcomes have more errors than the second, beyond chance (p < 0.05, paired)."""
-    test = _mcnemar(("", 0.0), harmed, other)
+    test = mcnemar(harmed, other)
     return test.gained > test.lost and test.p < 0.05
 
 
@@ -405,10 +414,9 @@ def _written(text: str, path: str | Path | None) -> str:
     return text
 
 
-def _quoted(text: str) -> str:
-    """A CSV cell; one that a spreadsheet would take for a formula is made text."""
-    text = "'" + text if text[:1] in ("=", "+", "-", "@") else text
-    return '"' + text.replace('"', '""') + '"' if re.search(r'[",\n]', text) else text
+def csv_cell(label: str) -> str:
+    """A label that no spreadsheet takes for a formula."""
+    return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) else label
 
 
 def _latex(text: str) -> str:

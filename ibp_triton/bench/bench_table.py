@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ibp_triton.bench.suite import Suite
+from ibp_triton.evaluation import csv_cell
 
 Cells = list[dict[str, Any]]  # the JSON of each cell
 COLUMNS = (
@@ -100,7 +101,8 @@ def table_csv(cells: Cells) -> str:
     for entry in entries:
         info, stats = entry["extra_info"], entry["stats"]
         ratios = {f"/ {name.partition(' / ')[2]}": figure(over) for name, over in _timed(info).items()}
-        writer.writerow([*(info.get(c, stats.get(c, "")) for c in COLUMNS), *(ratios.get(h, "") for h in heads)])
+        values = [info.get(c, stats.get(c, "")) for c in COLUMNS] + [ratios.get(h, "") for h in heads]
+        writer.writerow([csv_cell(value) if isinstance(value, str) else value for value in values])
     return file.getvalue()
 
 

@@ -242,7 +242,7 @@ def _run_in(folder: Path) -> Run:
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")]) -> None:
     """Write report.html, tables.md, results.csv, curves.csv and figures from what is finished so far."""
-    from ibp_triton.harness.report import write_report  # matplotlib and scipy double the time to start
+    from ibp_triton.harness.report import write_report  # matplotlib doubles the time to start
 
     if not (directory / PLAN).exists():
         raise ConfigError(f"{directory}: no {PLAN}; give the folder that `ibp-triton run` writes to, like runs/NAME")

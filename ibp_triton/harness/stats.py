@@ -1,34 +1,12 @@
-"""Paired comparisons: McNemar's exact test, and bootstrap bands over seeds and examples."""
+"""Bootstrap bands over seeds and examples."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
 from torch import Tensor
 
 Band = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Mcnemar:
-    """`gained`: examples only the second method gets right, `lost`: only the first; two-sided exact p."""
-
-    gained: int
-    lost: int
-    p: float
-
-
-def mcnemar(first: Tensor, second: Tensor) -> Mcnemar:
-    """McNemar's exact test of two methods' outcomes (True: right) of one shape, seeds paired and pooled.
-
-    Pooling treats the same example under two seeds as two trials, which is generous: p is then a lower bound.
-    """
-    gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
-    p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return Mcnemar(gained, lost, p)
 
 
 def band(right: Tensor, resamples: int = 500, share: float = 0.95) -> Band:

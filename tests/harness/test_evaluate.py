@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import ibp_triton as ibp
 from ibp_triton.errors import DamageError
+from ibp_triton.evaluation import mcnemar
 from ibp_triton.harness import data, evaluate, grid, loading, models, stats, store
 from ibp_triton.harness.config import Evaluate, Span
 from ibp_triton.harness.train import train
@@ -136,10 +137,10 @@ def test_spans_include_both_ends_without_rounding_dust() -> None:
 def test_mcnemar_is_the_exact_binomial_of_discordant_pairs() -> None:
     first = torch.tensor([True] * 8 + [False] * 4)
     second = torch.tensor([True] * 7 + [False] + [True] * 3 + [False])
-    found = stats.mcnemar(first, second)
+    found = mcnemar(first, second)
     assert (found.gained, found.lost) == (3, 1)
     assert found.p == pytest.approx(2 * (1 + 4) / 16)
-    assert stats.mcnemar(first, first).p == 1.0
+    assert mcnemar(first, first).p == 1.0
 
 
 def test_band_covers_the_error_and_narrows_with_examples() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 from typing import Any
 
+from ibp_triton.evaluation import csv_cell
 from ibp_triton.harness.report.gather import Findings
 from ibp_triton.harness.rows import kinds
 
@@ -16,7 +17,7 @@ def curves_csv(findings: Findings) -> str:
     for name, curves in findings.curves.items():
         for row, curve in curves:
             values = row.values(findings.fields)
-            head = [name, cell(row.variant), cell(row.label), *values, len(findings.outcomes(row, name))]
+            head = [name, csv_cell(row.variant), csv_cell(row.label), *values, len(findings.outcomes(row, name))]
             columns = zip(curve.levels, curve.mean, curve.low, curve.high, strict=True)
             writer.writerows([*head, *(f"{value:.6g}" for value in line)] for line in columns)
     return buffer.getvalue()
@@ -33,15 +34,15 @@ def results_csv(findings: Findings) -> str:
         result = findings.results.get(run.name)
         if result:
             method = run.method
-            head = [cell(run.variant), cell(run.row), method.key, *(getattr(method, name, "") for name in names)]
+            head = [
+                csv_cell(run.variant),
+                csv_cell(run.row),
+                method.key,
+                *(getattr(method, name, "") for name in names),
+            ]
             changed = " ".join(findings.changed.get(run.name, []))
             writer.writerow([*head, run.seeds.order, run.name, *(result.get(key) for key in keys), changed])
     return buffer.getvalue()
-
-
-def cell(label: str) -> str:
-    """A label that no spreadsheet takes for a formula."""
-    return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) else label
 
 
 def _csv(columns: list[str]) -> tuple[io.StringIO, Any]:

@@ -12,6 +12,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from ibp_triton.evaluation import Mcnemar, mcnemar
 from ibp_triton.harness import evaluate, grid, provenance, stats, store, summary
 from ibp_triton.harness.config import Experiment, Seeds
 from ibp_triton.harness.grid import Run
@@ -166,18 +167,21 @@ class Findings:
         levels = evaluate.levels_of(self.experiment.evaluate, name)
         return Curve(title(row), levels, mean, low.tolist(), high.tolist())
 
-    def against_base(self, row: ResultRow) -> stats.Mcnemar | None:
+    def against_base(self, row: ResultRow) -> Mcnemar | None:
         """`paired` with BP; None for BP itself and where it is missing."""
         base = self.base(row)
         return None if base is None or base is row else self.paired(base, row)
 
-    def paired(self, base: ResultRow, row: ResultRow) -> stats.Mcnemar | None:
-        """McNemar's test of the clean outcomes of `row` against `base`, on the seeds both have stored; None if none."""
+    def paired(self, base: ResultRow, row: ResultRow) -> Mcnemar | None:
+        """McNemar's test of the clean outcomes of `row` against `base`, on the seeds both have stored; None if none.
+
+        Pooling treats the same example under two seeds as two trials, which is generous: p is then a lower bound.
+        """
         first, second = self.outcomes(base, evaluate.CLEAN), self.outcomes(row, evaluate.CLEAN)
         common = [seeds for seeds in first if seeds in second]
         if not common:
             return None
-        return stats.mcnemar(*(torch.stack([part[seeds] for seeds in common]) for part in (first, second)))
+        return mcnemar(*(torch.stack([part[seeds] for seeds in common]) for part in (first, second)))
 
     def maskings(self, row: ResultRow) -> list[store.Record]:
         """Stored gradient-masking checks of the row's runs."""
