@@ -125,10 +125,10 @@ class CompiledStep(EagerStep):
         y = criterion_for(self.method.criterion).targets(y, x)
         key = self._key(x, y, tangents, extra)
         if key not in self._seen:  # a batch that comes once, such as an epoch's last, is not worth the time
-            self._saw(key)
+            self._seen = _with(self._seen, key, None, SEEN)
             return super()._add_gradients(x, y, tangents, extra)
         if key not in self._made:
-            self._made = {**dict(list(self._made.items())[1 - KEPT :]), key: self._compiled(x, y, tangents, extra)}
+            self._made = _with(self._made, key, self._compiled(x, y, tangents, extra), KEPT)
         found = self._made[key]
         if found is None:
             return super()._add_gradients(x, y, tangents, extra)
@@ -141,9 +141,6 @@ class CompiledStep(EagerStep):
             parameter.grad = g if parameter.grad is None else parameter.grad + g
         return parts
 
-    def _saw(self, key: Any) -> None:
-        self._seen = {**dict(list(self._seen.items())[-SEEN:]), key: None}
-
     def prepare(
         self, x: Tensor, y: Any, tangents: Tensor | None = None, extra: Mapping[str, Any] | None = None
     ) -> bool:
@@ -154,7 +151,7 @@ class CompiledStep(EagerStep):
         y = criterion_for(self.method.criterion).targets(y, x)
         key, before = self._key(x, y, tangents, extra), Snapshot.of(self.network.model, x)
         gradients = [(p, p.grad) for p in self.network.model.parameters()]
-        self._saw(key)
+        self._seen = _with(self._seen, key, None, SEEN)
         found = self._made[key] = self._compiled(x, y, tangents, extra)
         if found is not None:
             for p, _ in gradients:
@@ -171,7 +168,7 @@ class CompiledStep(EagerStep):
         try:
             return _Compiled(self.network, self.method, x, y, tangents, extra)
         except Exception as error:  # of torch's compilers or of the C++ compiler, whatever its type: training goes on
-            self._say(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            self._say(_in_short(error))
             return None
         finally:
             before.restore()
@@ -183,7 +180,7 @@ class CompiledStep(EagerStep):
             parts, gradients = found(self.method, x, y, tangents, extra)
         except Exception as error:
             self._made[key] = None
-            self._say(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            self._say(_in_short(error))
             before.restore()
             return super()._add_gradients(x, y, tangents, extra)
         buffers = _buffers(self.network)
@@ -291,7 +288,7 @@ class CapturedStep(EagerStep):
     def _on_device(self, batch: Any) -> Parts:
         kind = self._key(*batch)
         if self._seen.get(kind, 0) < WARM_UP:
-            self._seen = {**dict(list(self._seen.items())[-SEEN:]), kind: self._seen.get(kind, 0) + 1}
+            self._seen = _with(self._seen, kind, self._seen.get(kind, 0) + 1, SEEN)
             with _side_stream(self._device):
                 return super().__call__(*batch)
         self._refuse_host_state()
@@ -300,7 +297,7 @@ class CapturedStep(EagerStep):
         if found is None:
             found = _Captured(self, batch)
             self.captures += 1
-            self._made = {**dict(list(self._made.items())[1 - KEPT :]), held: found}
+            self._made = _with(self._made, held, found, KEPT)
         return found(batch)
 
     def eager(self, batch: Any) -> Parts:
@@ -311,13 +308,16 @@ class CapturedStep(EagerStep):
         """The addresses and numbers that a capture freezes."""
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         numbers = tuple(_plain(v) for g in groups for _, v in sorted(g.items()))
-        states = tuple(t.data_ptr() for t in tree_leaves(list(self.optimizer.state.values())) if isinstance(t, Tensor))
+        states = tuple(t.data_ptr() for t in self._state())
         places = tuple(p.data_ptr() for p in self.network.model.parameters())
         return self.method, numbers, states, places, tuple(b.data_ptr() for b in self.network.model.buffers()), _flags()
 
+    def _state(self) -> list[Tensor]:
+        """The optimizer's."""
+        return [t for t in tree_leaves(list(self.optimizer.state.values())) if isinstance(t, Tensor)]
+
     def _refuse_host_state(self) -> None:
-        found = [t for t in tree_leaves(list(self.optimizer.state.values())) if isinstance(t, Tensor)]
-        if any(t.device.type != self._device.type for t in found):
+        if any(t.device.type != self._device.type for t in self._state()):
             raise MethodError(
                 f"CapturedStep: {type(self.optimizer).__name__} keeps part of its state on the CPU, where a CUDA graph "
                 "can't move it: use capturable=True, another optimizer, or EagerStep"
@@ -343,6 +343,16 @@ class _Captured:
             parameter.grad = gradient
         self._graph.replay()
         return Parts(*(None if part is None else part.clone() for part in self._parts))  # type: ignore[arg-type]
+
+
+def _with(kept: dict[Any, Any], key: Any, value: Any, most: int) -> dict[Any, Any]:
+    """The latest entries, at most so many, and this one."""
+    return {**dict(list(kept.items())[1 - most :]), key: value}
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _buffers(network: Network) -> Gradients:
@@ -396,7 +406,7 @@ def _tensors(method: Method, x: Tensor) -> dict[str, Tensor]:
 def _kind(a: Any) -> Any:
     if isinstance(a, Tensor):
         return tuple(a.shape), a.dtype, a.device, a.stride()
-    return type(a), a if isinstance(a, (int, float, str, bool, type(None))) else id(a)
+    return type(a), _plain(a)
 
 
 def _settings(module: Any) -> tuple[Any, ...]:
