@@ -26,5 +26,5 @@ def main(steps: int = 50) -> float:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    print(main())
+    print(f"{main()}\n", end="")  # in one write: lines of several processes do not mix
     dist.destroy_process_group()

@@ -49,8 +49,8 @@ def test_the_table_is_that_of_the_library(
     assert "40 examples" in capsys.readouterr().out
     torch.manual_seed(0)
     model = build((1, 8, 8), 3)
-    arrays = np.load(data)
-    x, y = torch.from_numpy(arrays["x_test"])[:, None] / 255, torch.from_numpy(arrays["y_test"])
+    with np.load(data) as arrays:
+        x, y = torch.from_numpy(arrays["x_test"])[:, None] / 255, torch.from_numpy(arrays["y_test"])
     expected = ibp.robustness(model, (x, y), {"fgsm": [2 / 255, 8 / 255], "gaussian": [0.1]}, mean=0.5, std=0.25)
     assert out.read_text(encoding="utf-8") == expected.to_csv()
 
