@@ -54,8 +54,9 @@ class Recording(TorchDispatchMode):
                 tensor.copy_(numbers)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for value, argument in zip(args, func._schema.arguments, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+        unsaid = (3, 4) if func is torch.ops.aten.native_batch_norm.default and args[5] else ()  # running statistics
+        for place, (value, argument) in enumerate(zip(args, func._schema.arguments, strict=False)):
+            if place in unsaid or (argument.alias_info is not None and argument.alias_info.is_write):
                 self.before += [(t, t.detach().clone()) for t in tree_leaves(value)]
         out = func(*args, **(kwargs or {}))
         if func not in (torch.ops.aten.detach.default,) and not func.is_view:

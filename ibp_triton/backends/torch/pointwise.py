@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibp_triton.layer import Layer, Names, Tangents, without
+from ibp_triton.steady import dropout_mask
 
 
 class Pointwise(Layer):
@@ -238,15 +239,8 @@ class Dropout(Pointwise):
         if not training or p == 0:
             self.mask = None
             return input
-        mask = self._empty(input).bernoulli_(1 - p)
-        self.mask = mask.div_(1 - p) if p < 1 else mask
+        self.mask = dropout_mask(input, p, self.masked_axes)
         return input * self.mask
-
-    def _empty(self, input: Tensor) -> Tensor:
-        """Numbers are drawn as torch draws them for a contiguous input, whatever the layout."""
-        if self.masked_axes is None:
-            return input.new_empty(input.shape)
-        return input.new_empty([*input.shape[: self.masked_axes], *[1] * (input.dim() - self.masked_axes)])
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """d · mask."""
