@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import ClassVar
 
@@ -66,11 +67,7 @@ class ReLU(Pointwise):
         return self._masked(t["input"])
 
     def _masked(self, t: Tensor) -> Tensor:
-        order = storage_order(t, self.output)
-        if order is None:
-            return torch.ops.aten.threshold_backward(t, self.output, 0)  # type: ignore[no-any-return]
-        masked = torch.ops.aten.threshold_backward(t.permute(0, *(1 + i for i in order)), self.output.permute(order), 0)
-        return masked.permute(0, *(1 + order.index(i) for i in range(len(order))))  # type: ignore[no-any-return]
+        return meeting(lambda d, y: torch.ops.aten.threshold_backward(d, y, 0), t, self.output)
 
 
 def storage_order(t: Tensor, value: Tensor) -> list[int] | None:
@@ -85,10 +82,15 @@ def storage_order(t: Tensor, value: Tensor) -> list[int] | None:
 
 def times(t: Tensor, value: Tensor) -> Tensor:
     """t · value for t [T, *S] or [*S] and value [*S], in t's memory format."""
+    return meeting(torch.mul, t, value)
+
+
+def meeting(function: Callable[[Tensor, Tensor], Tensor], t: Tensor, value: Tensor) -> Tensor:
+    """An elementwise function of t [T, *S] or [*S] and value [*S], in t's memory format."""
     order = storage_order(t, value)
     if order is None:
-        return t * value
-    moved = t.permute(0, *(1 + i for i in order)) * value.permute(order)
+        return function(t, value)
+    moved = function(t.permute(0, *(1 + i for i in order)), value.permute(order))
     return moved.permute(0, *(1 + order.index(i) for i in range(len(order))))
 
 
