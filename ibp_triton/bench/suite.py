@@ -15,8 +15,9 @@ import ibp_triton as ibp
 from ibp_triton.bench.candidates import METHODS, MORE, NETWORKS, Case, Entry
 from ibp_triton.errors import ConfigError
 from ibp_triton.harness import loading, models
-from ibp_triton.harness.config import Count, Positive, Precision, Strict
+from ibp_triton.harness.config import Precision
 from ibp_triton.harness.rows import MethodRow, kinds, once
+from ibp_triton.harness.schedule import Count, Positive, Strict
 
 Layout = Literal["channels_last", "contiguous"]
 StepKind = Literal["gradient", "eager", "compiled", "captured"]

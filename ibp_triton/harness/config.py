@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from ibp_triton.harness.rows import MethodRow, once
-
-
-class Strict(BaseModel):
-    """Base of every section: no unknown keys, no silent conversion, immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
-
+from ibp_triton.harness.rows import MethodRow, faulty, numbers, once, scheduled
+from ibp_triton.harness.schedule import CONSTANT, RATE, Count, NonNegative, Positive, Schedule, Strict
 
 SourceName = Literal["mnist", "fashion_mnist", "cifar10", "mnist5k", "image_folder", "arrays", "synthetic"]
 NetworkName = Literal["paper_mnist", "paper_cifar10"]
@@ -25,9 +20,6 @@ Init = Literal["normal", "uniform", "uniform-0.01", "torch"]
 Precision = Literal["fp32", "bf16"]
 Preset = Literal["paper", "toolbox-2015", "toolbox-2016"]
 PublishedTable = Literal["table1_mnist", "table1_cifar10"]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
 
 
 class Data(Strict):
@@ -68,7 +60,7 @@ class NetworkChoice(Strict):
     pads: list[Annotated[int, Field(ge=0)]] | None = None
     hidden: Count = 256
     target: str | None = Field(default=None, alias="import")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _one_of_two(self) -> NetworkChoice:
@@ -111,6 +103,11 @@ class Training(Strict):
     test_every: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
     compile: bool = False
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first epoch, where no schedule says otherwise."""
+        return self.learning_rate
 
     @model_validator(mode="after")
     def _device(self) -> Training:
@@ -164,9 +161,9 @@ class Evaluate(Strict):
     `pgd_step_size` is in units of ε; `masking` is the ε of the gradient-masking check; `examples` takes the first ones.
     """
 
-    adversarial: Levels = []
-    gaussian: Levels = []
-    pgd: Levels = []
+    adversarial: Levels = Field(default=[])
+    gaussian: Levels = Field(default=[])
+    pgd: Levels = Field(default=[])
     pgd_steps: Count = 10
     pgd_step_size: Positive = 0.25
     masking: NonNegative | None = None
@@ -198,6 +195,7 @@ class Experiment(Strict):
 
     `runs` is the folder of the run folders (output/runs if absent); experiments that share it share their runs.
     `compare` names the table of the paper to print beside, `track_cosine` logs both semantics' penalty gradients.
+    `schedule` changes the learning rate, and fields of every method that has them, from epoch to epoch.
     """
 
     name: Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
@@ -208,8 +206,9 @@ class Experiment(Strict):
     training: Training = Training()
     tangents: Tangents = Tangents()
     methods: Annotated[dict[str, SerializeAsAny[MethodRow]], Field(min_length=1)]
-    seeds: Annotated[list[int | Seeds], Field(min_length=1)] = [0]
-    variants: dict[str, dict[str, Any]] = {}
+    schedule: Schedule = CONSTANT
+    seeds: list[int | Seeds] = Field(default=[0], min_length=1)
+    variants: dict[str, dict[str, Any]] = Field(default={})
     select: Literal["validation", "test"] = "validation"
     evaluate: Evaluate = Evaluate()
     compare: PublishedTable | None = None
@@ -229,6 +228,36 @@ class Experiment(Strict):
     def _distinct(cls, seeds: list[int | Seeds]) -> list[int | Seeds]:
         list(once(seed if isinstance(seed, Seeds) else Seeds.of(seed) for seed in seeds))
         return seeds
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> Experiment:
+        """Each name is of a number, and that number in its range in every epoch."""
+        faults = []
+        for name in self.schedule.root:
+            try:
+                self._check_schedule(name)
+            except (TypeError, ValueError) as error:
+                faults.append(faulty(str(error), "schedule", name))
+        if faults:
+            raise ValidationError.from_exception_data("Experiment", faults)
+        return self
+
+    def _check_schedule(self, name: str) -> None:
+        training, own = self.training, [point for row in self.methods.values() for point in row.points]
+        if name == RATE:
+            rates = [self.schedule.value(name, training.rate, e, training.epochs) for e in range(training.epochs)]
+            if min(rates) <= 0:
+                raise ValueError(f"{min(rates):g} in epoch {rates.index(min(rates)) + 1}; it must be positive")
+            return
+        having = {getattr(point, name): point for point in own if name in numbers(point)}
+        if not having:
+            known = [RATE, *dict.fromkeys(number for point in own for number in numbers(point))]
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            meant = f"did you mean {close[0]}?" if close else f"numbers there are: {', '.join(known)}"
+            raise ValueError(f"no number of the training or of one of the methods; {meant}")
+        for point in having.values():
+            for epoch in range(training.epochs):
+                scheduled(point, self.schedule, epoch, training.epochs)
 
     @model_validator(mode="after")
     def _choice(self) -> Experiment:

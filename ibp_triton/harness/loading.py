@@ -18,6 +18,7 @@ from ibp_triton.harness.config import Evaluate, Experiment
 
 LIMIT = 10 << 20  # bytes of a YAML file
 CHAIN = 20  # files that extend each other
+Lines = dict[tuple[str, ...], int]
 COMMON = ("name", "title", "select", "evaluate", "compare", "workers", "output", "runs", "variants", "extends")
 
 
@@ -56,11 +57,18 @@ class ExperimentFile:
 
 def load(path: Path, overrides: Iterable[str] = ()) -> ExperimentFile:
     """Read, override ("a.b=c"), fill the preset and validate, variants too; raises ConfigError."""
-    tree = read_tree(path)
-    apply(tree, overrides)
-    plan = ExperimentFile(validate(tree, str(path)), tree, str(path))
+    tree, given = read_tree(path), list(overrides)
+    apply(tree, given)
+    plan = ExperimentFile(validate(tree, str(path), _lines(path, given)), tree, str(path))
     plan.variants()
     return plan
+
+
+def _lines(path: Path, overrides: list[str]) -> Lines:
+    """Where the keys of a file stand, 0 for those that something overrides."""
+    given = [tuple(text.partition("=")[0].strip().split(".")) for text in overrides]
+    found = yamltext.lines(_content(path)) | dict.fromkeys(given, 0)
+    return {keys: 0 if any(keys[: len(g)] == g for g in given) else line for keys, line in found.items()}
 
 
 def evaluation(path: Path, overrides: Iterable[str]) -> Evaluate:
@@ -140,18 +148,34 @@ def override(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
         _named_network(tree)
 
 
-def validate(tree: dict[str, Any], where: str) -> Experiment:
-    """The tree with its preset as an Experiment; raises ConfigError with one line for each fault."""
+def validate(tree: dict[str, Any], where: str, lines: Lines | None = None) -> Experiment:
+    """The tree with its preset as an Experiment; raises ConfigError with one line for each fault.
+
+    `lines`: where its keys stand in the file `where`, as far as that is known.
+    """
     filled = presets.fill(tree)
     try:
         return Experiment.model_validate(filled)
     except ValidationError as error:
-        raise ConfigError(faults(error, where)) from error
+        raise ConfigError(faults(error, where, lines=lines)) from error
 
 
-def faults(error: ValidationError, where: str, model: type[BaseModel] = Experiment) -> str:
-    """One line for each fault: the file, the key and the cure."""
-    return "\n".join(dict.fromkeys(_explain(fault, where, model) for fault in error.errors()))
+def faults(error: ValidationError, where: str, model: type[BaseModel] = Experiment, lines: Lines | None = None) -> str:
+    """One line for each fault: the file, its line where that is known, the key and the cure."""
+    every = error.errors()
+    places = [where + _line_of([str(part) for part in fault["loc"]], lines or {}) for fault in every]
+    return "\n".join(dict.fromkeys(_explain(*pair, model) for pair in zip(every, places, strict=True)))
+
+
+def _line_of(path: list[str], lines: Lines) -> str:
+    """The line of the last key on a path that the file has; a list may stand where the file has one entry alone."""
+    keys: tuple[str, ...] = ()
+    for part in path:
+        if (*keys, part) in lines:
+            keys = (*keys, part)
+        elif not part.isdigit():
+            break
+    return f": line {lines[keys]}" if lines.get(keys) else ""
 
 
 def _named_network(tree: dict[str, Any]) -> dict[str, Any]:
@@ -192,5 +216,5 @@ def _keys_at(path: list[str], model: type[BaseModel]) -> Iterable[str]:
 
 def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return _section(annotation.model_fields["root"].annotation) if "root" in annotation.model_fields else annotation
     return next((found for part in get_args(annotation) if (found := _section(part))), None)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import ibp_triton as ibp
+from ibp_triton.harness.schedule import Schedule
 from ibp_triton.methods import PAPER
 
 MOST = 100_000  # combinations of a row's values
@@ -128,11 +129,34 @@ def _read_each(key: str, given: dict[str, Any]) -> dict[str, Any]:
         try:
             read[name] = _kind(key, name).read_all(value)
         except ValueError as error:
-            told = PydanticCustomError("field", "{text}", {"text": str(error)})
-            faults.append(InitErrorDetails(type=told, loc=(name,), input={}))
+            faults.append(faulty(str(error), name))
     if faults:
         raise ValidationError.from_exception_data("MethodRow", faults)
     return read
+
+
+def faulty(text: str, *keys: str) -> InitErrorDetails:
+    """A fault of a ValidationError, at a key below what is validated."""
+    return InitErrorDetails(type=PydanticCustomError("field", "{text}", {"text": text}), loc=keys, input={})
+
+
+def numbers(method: ibp.Method) -> dict[str, float]:
+    """The fields of a method that hold numbers."""
+    found = {name: getattr(method, name) for name in kinds(method.key)}
+    return {
+        name: value for name, value in found.items() if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def scheduled(method: ibp.Method, schedule: Schedule, epoch: int, epochs: int) -> ibp.Method:
+    """The method with the numbers that the schedule gives it in an epoch (from 0); whole numbers stay whole.
+
+    Raises:
+        TypeError, ValueError: for a number out of the field's range.
+    """
+    own = {name: value for name, value in numbers(method).items() if name in schedule.root}
+    values = {name: schedule.value(name, value, epoch, epochs) for name, value in own.items()}
+    return method.at(**{name: round(value) if isinstance(own[name], int) else value for name, value in values.items()})
 
 
 def _kind(key: str, name: str) -> FieldKind:

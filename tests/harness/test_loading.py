@@ -22,7 +22,10 @@ def refusal(path: Path, *overrides: str) -> str:
 def test_unknown_key_names_file_key_path_and_nearest_key(tree: Tree, write: Write) -> None:
     tree["training"]["epoch"] = 3
     path = write(tree)
-    assert refusal(path) == f"{path}: training.epoch: unknown key; did you mean epochs?"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if text.strip() == "epoch: 3")
+    assert refusal(path) == f"{path}: line {line}: training.epoch: unknown key; did you mean epochs?"
+    assert refusal(path, "training.epoch=4") == f"{path}: training.epoch: unknown key; did you mean epochs?"
 
 
 @pytest.mark.parametrize(
