@@ -8,8 +8,19 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from ibp_triton.harness.optimizers import Choice
+from ibp_triton.harness.optimizers import read as read_optimizer
 from ibp_triton.harness.rows import MethodRow, faulty, numbers, once, scheduled
 from ibp_triton.harness.schedule import CONSTANT, RATE, Count, NonNegative, Positive, Schedule, Strict
 
@@ -82,10 +93,15 @@ class Augment(Strict):
     angle: NonNegative = 18.0
 
 
+DESCENT = ("learning_rate", "momentum", "dampening", "weight_decay")  # of training: the options of the paper's SGD
+
+
 class Training(Strict):
     """Stochastic gradient descent as in section 5 of the paper; `learning_rate` decays by `decay` an epoch.
 
-    `compile` trains by one compiled graph a step, on the CPU, after comparing it with the eager step.
+    `optimizer` is another class of torch.optim with its own options, `lr` among them, in the place of `learning_rate`,
+    `momentum`, `dampening` and `weight_decay`, which are the options of the paper's descent. `compile` trains by one
+    compiled graph a step, on the CPU, after comparing it with the eager step.
     """
 
     epochs: Count = 80
@@ -95,6 +111,7 @@ class Training(Strict):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     dampening: Annotated[float, Field(ge=0, le=1)] = 0.9
     weight_decay: NonNegative = 0.0
+    optimizer: Annotated[Choice, BeforeValidator(read_optimizer, json_schema_input_type=str | Choice)] | None = None
     beta_decay: bool = True
     at_gradient: Literal["mean", "sum"] = "mean"
     augment: Augment | None = None
@@ -107,7 +124,22 @@ class Training(Strict):
     @property
     def rate(self) -> float:
         """The learning rate of the first epoch, where no schedule says otherwise."""
-        return self.learning_rate
+        return self.learning_rate if self.optimizer is None else float(next(iter(self.optimizer.values()))["lr"])
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> Training:
+        twice = [name for name in DESCENT if name in self.model_fields_set]
+        if self.optimizer and twice:
+            (name,) = self.optimizer
+            raise ValueError(f"{', '.join(twice)} beside optimizer; give {name}'s own options there, such as lr")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _plain(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what does not count: runs from before there was `optimizer` keep their names."""
+        unused = ("optimizer",) if self.optimizer is None else DESCENT
+        found: dict[str, Any] = plainly(self)
+        return {name: value for name, value in found.items() if name not in unused}
 
     @model_validator(mode="after")
     def _device(self) -> Training:

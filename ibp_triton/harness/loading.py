@@ -192,7 +192,8 @@ def _explain(fault: Any, where: str, model: type[BaseModel] = Experiment) -> str
     if fault["type"] == "missing":
         return f"{where}: {dotted}: this key is missing"
     message = str(fault["msg"]).removeprefix("Value error, ")
-    got = "" if isinstance(fault["input"], dict | list) else f", got {fault['input']!r}"
+    told = isinstance(fault["input"], dict | list) or repr(fault["input"]) in message
+    got = "" if told else f", got {fault['input']!r}"
     return f"{where}: {dotted}: {message}{got}"
 
 

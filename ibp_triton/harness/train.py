@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, models, provenance, store
+from ibp_triton.harness import data, models, optimizers, provenance, store
 from ibp_triton.harness.batches import Batches
 from ibp_triton.harness.data import Dataset
 from ibp_triton.harness.grid import Run
@@ -35,7 +36,7 @@ class State:
     """What a checkpoint holds: model, optimizer and the metrics of the epochs done."""
 
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     metrics: list[store.Record]
 
 
@@ -77,9 +78,11 @@ def start(run: Run, dataset: Dataset, device: torch.device) -> State:
     return State(model, _optimizer(run, model), [])
 
 
-def _optimizer(run: Run, model: nn.Module) -> torch.optim.SGD:
+def _optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     training = run.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if training.optimizer is not None:
+        return optimizers.make(training.optimizer, trained)
     optimizer = torch.optim.SGD(
         trained,
         lr=training.learning_rate,
@@ -185,13 +188,16 @@ def save(run: Run, folder: Path, state: State) -> None:
         assert good is not None, "save or restore has left it"
         store.write_tensors(folder / store.LAST_GOOD, _model_part(good[0]))
     metadata = {"epochs": str(len(state.metrics)), "run": run.name, "metrics": store.metrics_text(state.metrics)}
-    store.write_tensors(folder / store.RESUME, _tensors(state), metadata, folder / store.PREVIOUS)
+    store.write_tensors(folder / store.RESUME, _tensors(run, state), metadata, folder / store.PREVIOUS)
     store.write_metrics(folder, state.metrics)
 
 
-def _tensors(state: State) -> dict[str, Tensor]:
-    momenta = {f"momentum/{number}": tensor for number, tensor in enumerate(_buffers(state.optimizer))}
-    return {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()} | momenta
+def _tensors(run: Run, state: State) -> dict[str, Tensor]:
+    if run.training.optimizer is None:
+        own = {f"momentum/{number}": tensor for number, tensor in enumerate(_buffers(state.optimizer))}
+    else:
+        own = optimizers.tensors(state.optimizer)
+    return {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()} | own
 
 
 def _model_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -233,14 +239,22 @@ def _adopt(run: Run, path: Path, state: State) -> str | None:
     records = _records(metadata, path.parent)
     if records is None:
         return "without the records of its epochs"
-    wanted = _tensors(state)
-    if {n: (t.shape, t.dtype) for n, t in tensors.items()} != {n: (t.shape, t.dtype) for n, t in wanted.items()}:
+    if _kinds(tensors) != _kinds(_tensors(run, state)):
         return "of another network"
     state.model.load_state_dict(_model_part(tensors))
-    for number, buffer in enumerate(_buffers(state.optimizer)):
-        buffer.copy_(tensors[f"momentum/{number}"])
+    if run.training.optimizer is not None:
+        optimizers.load(state.optimizer, tensors)
+    else:
+        for number, buffer in enumerate(_buffers(state.optimizer)):
+            buffer.copy_(tensors[f"momentum/{number}"])
     state.metrics = records
     return None
+
+
+def _kinds(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Shapes and dtypes; not of an optimizer's state, which begins with its first step."""
+    own = (optimizers.STATE, optimizers.NUMBER)
+    return {name: (t.shape, t.dtype) for name, t in tensors.items() if not name.startswith(own)}
 
 
 def _records(metadata: dict[str, str], folder: Path) -> list[store.Record] | None:
@@ -252,7 +266,7 @@ def _records(metadata: dict[str, str], folder: Path) -> list[store.Record] | Non
     return records if len(records) == epochs else None
 
 
-def _buffers(optimizer: torch.optim.SGD) -> list[Tensor]:
+def _buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [entry["momentum_buffer"] for entry in optimizer.state.values() if "momentum_buffer" in entry]
 
 
