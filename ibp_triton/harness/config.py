@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args
 
@@ -222,6 +223,36 @@ class Seeds(Strict):
         return str(self.order) if len(numbers) == 1 else str(self.model_dump())
 
 
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+MOST_SEEDS = 10_000  # in a range
+
+
+def _seeds_of(given: Any) -> Any:
+    """The list with each "0..9" in it written out, both ends included; raises ValueError."""
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, list):
+        return given
+    return [seed for one in given for seed in (_range(one) if isinstance(one, str) else [one])]
+
+
+def _range(text: str) -> list[int]:
+    found = _RANGE.fullmatch(text.replace(" ", ""))
+    if found is None:
+        raise ValueError(f"{text!r} is no range of seeds; write its first and its last, such as 0..9")
+    first, last = map(int, found.groups())
+    if first > last:
+        raise ValueError(f"{text!r} holds no seed, for it runs backwards; write {last}..{first}")
+    if last - first >= MOST_SEEDS:
+        raise ValueError(f"{text!r} holds {last - first + 1} seeds, more than {MOST_SEEDS}; shorten it")
+    return list(range(first, last + 1))
+
+
+SeedList = Annotated[
+    list[int | Seeds], BeforeValidator(_seeds_of, json_schema_input_type=str | list[int | str | Seeds])
+]
+
+
 class Experiment(Strict):
     """A whole YAML file, its preset filled in; `variants` maps a label to dotted overrides of this file.
 
@@ -239,7 +270,7 @@ class Experiment(Strict):
     tangents: Tangents = Tangents()
     methods: Annotated[dict[str, SerializeAsAny[MethodRow]], Field(min_length=1)]
     schedule: Schedule = CONSTANT
-    seeds: list[int | Seeds] = Field(default=[0], min_length=1)
+    seeds: SeedList = Field(default=[0], min_length=1)
     variants: dict[str, dict[str, Any]] = Field(default={})
     select: Literal["validation", "test"] = "validation"
     evaluate: Evaluate = Evaluate()

@@ -71,7 +71,9 @@ def _meant(name: str, known: Iterable[str], others: str) -> str:
 
 
 def _made(name: str, options: Mapping[str, Any], parameters: list[Any]) -> torch.optim.Optimizer:
-    plain = {option: tuple(value) if isinstance(value, list) else value for option, value in options.items()}
+    plain: dict[str, Any] = {
+        option: tuple(value) if isinstance(value, list) else value for option, value in options.items()
+    }
     return _class(name)(parameters, **plain)
 
 

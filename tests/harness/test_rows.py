@@ -129,7 +129,7 @@ def test_a_row_has_a_line_for_each_fault_and_a_limit(tree: Tree, write: Write) -
     path = write({**tree, "methods": {"trades": {"lam": "a", "steps": "b"}}, "select": "test"})
     with pytest.raises(ConfigError) as caught:
         loading.load(path)
-    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
+    assert [line.split(": ")[2] for line in str(caught.value).splitlines()] == [
         "methods.trades.lam",
         "methods.trades.steps",
     ]
