@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ import ibp_triton as ibp
 from ibp_triton.bench import bench_command
 from ibp_triton.errors import ConfigError, IBPError, LaunchError
 from ibp_triton.evaluation import Robustness
-from ibp_triton.harness import estimates, foreign, grid, loading, provenance, shipped, store, summary
+from ibp_triton.harness import estimates, foreign, grid, loading, provenance, schema, shipped, store, summary
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import with_board
 from ibp_triton.harness.doctor import doctor
@@ -44,12 +45,14 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
 ONLY = "method=…, row=…, variant=…, seed=… or a field of a method, such as beta=…"
 SHOWN = 200  # runs of a dry run
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
 ACCEPT = "keep stored runs although their data or imported code have changed since"
 
 
 app.command()(kernels)
 app.command()(doctor)
 app.command("list")(shipped.show)
+app.command("schema")(schema.show)
 app.command()(bench_command.bench)
 app.command("bench-report")(bench_command.report)
 
@@ -87,6 +90,8 @@ def run(
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="log every epoch for TensorBoard")] = False,
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
+    quiet: QUIET = False,
+    as_json: Annotated[bool, typer.Option("--json", help="a dry run's list for programs")] = False,
 ) -> None:
     """Train every run of an experiment that is not finished yet, then print the comparison."""
     plan = loading.load(shipped.find(config), override or [])
@@ -95,13 +100,15 @@ def run(
     job = Job(chosen, root, data_dir, plan.experiment.evaluate, accept_changed)
     count = workers or plan.experiment.workers
     if dry_run:
-        return _list(job, count)
+        return _list(job, count, as_json)
+    if as_json:
+        raise ConfigError("--json is of a dry run's list; add --dry-run, or read the results with ibp-triton report")
     store.write_bytes(output_of(plan) / PLAN, plan.text().encode())
-    _train(job, count, output_of(plan), tensorboard)
+    _train(job, count, output_of(plan), tensorboard, quiet)
 
 
-def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
-    console = Console(emoji=False)
+def _train(job: Job, workers: int, folder: Path, tensorboard: bool, quiet: bool) -> None:
+    console = Console(emoji=False, quiet=quiet)
     left = remaining(job)
     untested = sum(share == 0.0 for share in left.values())
     done = f"{len(job.runs) - len(left) + untested} finished before"
@@ -131,9 +138,11 @@ def _state(left: float | None) -> str:
     return {0.0: "to evaluate", 1.0: "to do"}.get(left, f"{1 - left:.0%} done")
 
 
-def _list(job: Job, workers: int) -> None:
-    """The first runs with their cost, and the time that all of them need."""
+def _list(job: Job, workers: int, as_json: bool) -> None:
+    """The first runs with their cost, and the time that all of them need; all of them as JSON."""
     console, left = Console(emoji=False), remaining(job)
+    if as_json:
+        return typer.echo(json.dumps([_facts(each, left.get(each.name)) for each in job.runs], indent=2))
     table = Table("run", "epochs", "examples", "× BP", "estimate", "state")
     for each in job.runs[:SHOWN]:
         seconds = estimates.seconds(each)
@@ -154,6 +163,13 @@ def _list(job: Job, workers: int) -> None:
     console.print(f"{len(job.runs)} runs, about {time} left with {workers} worker(s) on this machine", highlight=False)
 
 
+def _facts(run: Run, left: float | None) -> store.Record:
+    """A run of a dry run, for programs."""
+    about = {"run": run.name, "label": run.label, "method": run.method.key, "seed": run.seeds.order}
+    cost = {"examples": estimates.examples(run), "ratio": estimates.ratio(run), "seconds": estimates.seconds(run)}
+    return {**about, "epochs": run.training.epochs, **cost, "state": _state(left)}
+
+
 @app.command()
 def evaluate(
     run_dir: Annotated[str, typer.Argument(help="folder of a finished run, or package.module:build of any model")],
@@ -170,6 +186,7 @@ def evaluate(
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
     device: Annotated[str, typer.Option(help="device to compute on, as torch names it: cpu, cuda:0")] = "cpu",
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
+    quiet: QUIET = False,
 ) -> None:
     """Measure the robustness of a finished run's checkpoint, as its experiment or --config says, or of any model.
 
@@ -188,18 +205,20 @@ def evaluate(
             folder=data_dir,
             count=count,
             attacks=attack,
+            progress=not quiet,
             **options,  # type: ignore[arg-type]
         )
-        _show_robustness(table, csv)
+        _show_robustness(table, csv, Console(emoji=False, quiet=quiet))
         return
-    _evaluate_run(Path(run_dir), config, override or [], data_dir, device, accept_changed)
+    found = _evaluate_run(Path(run_dir), config, override or [], data_dir, device, accept_changed)
+    if not quiet:
+        _show_curves(Path(run_dir), *found)
 
 
-def _show_robustness(found: Robustness, csv: Path | None) -> None:
+def _show_robustness(found: Robustness, csv: Path | None, console: Console) -> None:
     table = Table("attack", "size", "error %", "95 %", title=f"{found.rows[0].examples} examples")
     for row in found.rows:
         table.add_row(row.attack, f"{row.size:.4g}", f"{row.error:.2f}", "{:.2f} – {:.2f}".format(*row.interval))
-    console = Console(emoji=False)
     console.print(table)
     for sign in found.masking():
         console.print(f"gradient masking? {sign}", highlight=False, markup=False)
@@ -210,7 +229,8 @@ def _show_robustness(found: Robustness, csv: Path | None) -> None:
 
 def _evaluate_run(
     run_dir: Path, config: Path | None, override: list[str], data_dir: str | None, device: str, accept_changed: bool
-) -> None:
+) -> tuple[store.Record, str]:
+    """The summary of an evaluation, and the stem of the files that have it."""
     root = run_dir.resolve().parent
     choice = loading.evaluation(config or root.parent / PLAN, override)
     check_device(device, "--device")
@@ -220,10 +240,13 @@ def _evaluate_run(
         if not mine:
             raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")
         found = measure.evaluate(trained.on(device), run_dir, choice, data_dir)
+    return found, measure.file_stem(choice)
+
+
+def _show_curves(folder: Path, found: store.Record, stem: str) -> None:
     Console(emoji=False).print(curve_table(found))
-    Console(emoji=False, markup=False).print(
-        f"written to {run_dir / measure.file_stem(choice)}.json and .safetensors", highlight=False
-    )
+    text = f"written to {folder / stem}.json and .safetensors"
+    Console(emoji=False, markup=False).print(text, highlight=False)
 
 
 def _run_in(folder: Path) -> Run:
@@ -240,7 +263,9 @@ def _run_in(folder: Path) -> Run:
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")], quiet: QUIET = False
+) -> None:
     """Write report.html, tables.md, results.csv, curves.csv and figures from what is finished so far."""
     from ibp_triton.harness.report import write_report  # matplotlib doubles the time to start
 
@@ -248,8 +273,9 @@ def report(directory: Annotated[Path, typer.Argument(help="folder of an experime
         raise ConfigError(f"{directory}: no {PLAN}; give the folder that `ibp-triton run` writes to, like runs/NAME")
     plan = loading.load(directory / PLAN)
     root = Path(plan.experiment.runs) if plan.experiment.runs else directory / "runs"
+    console = Console(emoji=False, markup=False, quiet=quiet)
     for path in write_report(plan, root, directory):
-        Console(emoji=False, markup=False).print(str(path), highlight=False, soft_wrap=True)
+        console.print(str(path), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

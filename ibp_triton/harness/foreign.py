@@ -34,6 +34,7 @@ def evaluate(
     std: str | None = None,
     norm: str = "linf",
     device: str = "cpu",
+    progress: bool = True,
 ) -> Robustness:
     """Errors of the model that `build(input_shape, classes)` makes, with the weights of a checkpoint, on a test set.
 
@@ -48,6 +49,7 @@ def evaluate(
         std: likewise.
         norm: "linf" or "l2".
         device: to compute on.
+        progress: whether to show how far it is.
 
     Raises:
         ConfigError: for options or files that do not fit.
@@ -62,7 +64,7 @@ def evaluate(
     test = loaded.test
     return robustness(
         model.to(device), (test.images, test.labels), chosen or None, mean=centre, std=scale, norm=norm, device=device,
-        progress=True,
+        progress=progress,
     )  # fmt: skip
 
 

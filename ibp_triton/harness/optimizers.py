@@ -41,7 +41,7 @@ def read(given: Any) -> Choice:
     if own is None:
         raise ValueError(f"{name}: expected its options, such as {{lr: 0.001}}, got {options!r:.80}")
     cls = _class(name)
-    known = [option for option in inspect.signature(cls).parameters if option != "params"]
+    known = _options(cls)
     for option in own:
         if option not in known:
             raise ValueError(f"{name} takes no {option}; {_meant(option, known, 'its options')}")
@@ -62,6 +62,21 @@ def _class(name: str) -> type[torch.optim.Optimizer]:
         raise ValueError(f"{name!r} is no optimizer of torch.optim; {_meant(name, names(), 'there are')}")
     cls: type[torch.optim.Optimizer] = getattr(torch.optim, name)
     return cls
+
+
+def _options(cls: type[torch.optim.Optimizer]) -> list[str]:
+    return [option for option in inspect.signature(cls).parameters if option != "params"]
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of what `read` takes."""
+    every = {
+        name: {"type": ["object", "null"], "properties": {option: {} for option in _options(_class(name))}}
+        for name in names()
+    }
+    closed = {name: {**one, "additionalProperties": False} for name, one in every.items()}
+    one_of_them = {"type": "object", "properties": closed, "additionalProperties": False}
+    return {"anyOf": [{"enum": list(every)}, {**one_of_them, "minProperties": 1, "maxProperties": 1}]}
 
 
 def _meant(name: str, known: Iterable[str], others: str) -> str:

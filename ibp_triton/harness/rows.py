@@ -37,6 +37,10 @@ class FieldKind:
         except ValidationError:
             raise ValueError(f"expected {self._words}, or a list of such values, got {value!r:.80}") from None
 
+    def schema(self) -> dict[str, Any]:
+        """The JSON Schema of one value."""
+        return self._adapter.json_schema()
+
     def read_all(self, value: Any) -> Any:
         """A value or a list of values, none of them twice; raises ValueError."""
         if not isinstance(value, list):

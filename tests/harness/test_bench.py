@@ -122,6 +122,9 @@ def test_compare_exits_1_beyond_the_noise(out: Path, tmp_path: Path, factor: flo
     result = bench(out.parent / "tiny.yaml", "--compare", str(tmp_path / "old.json"))
     assert result.exit_code == code, result.output
     assert ("slower" in result.output) == bool(code)
+    quiet = bench(out.parent / "tiny.yaml", "--compare", str(tmp_path / "old.json"), "--quiet")
+    assert quiet.exit_code == code
+    assert ("slower" in quiet.output) == bool(quiet.output) == bool(code)
 
 
 def test_a_wrong_gradient_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
