@@ -163,8 +163,8 @@ def _network_row(label: str, row: Any) -> Any:
 def _method_row(label: str, row: Any) -> Any:
     known = {**METHODS, **MORE}
     if row is None and label in known:
-        key = known[label].key
-        return {"method": key, **{name: getattr(known[label], name) for name in kinds(key)}}
+        own = known[label]
+        return {"method": own.key, **{name: getattr(own, name) for name in kinds(type(own))}}
     if not isinstance(row, dict | None):
         return row
     if row is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,7 +24,7 @@ import ibp_triton as ibp
 from ibp_triton.bench import bench_command
 from ibp_triton.errors import ConfigError, IBPError, LaunchError
 from ibp_triton.evaluation import Robustness
-from ibp_triton.harness import estimates, foreign, grid, loading, provenance, schema, shipped, store, summary
+from ibp_triton.harness import estimates, foreign, grid, loading, plugins, provenance, schema, shipped, store, summary
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import with_board
 from ibp_triton.harness.doctor import doctor
@@ -156,7 +157,7 @@ def _list(job: Job, workers: int, as_json: bool) -> None:
     states = Counter(_state(left.get(each.name)) for each in job.runs)
     if len(states) > 1:
         console.print(", ".join(f"{count} {state}" for state, count in states.items()), highlight=False)
-    for module, file in provenance.imported().items():
+    for module, file in plugins.imported().items():
         console.print(f"imported {module} ({file}) for these figures", highlight=False, markup=False, soft_wrap=True)
     work = [(left.get(each.name) or 0.0) * (estimates.seconds(each) or 0.0) for each in job.runs]
     time = timedelta(seconds=round(estimates.makespan(work, workers)))
@@ -258,7 +259,8 @@ def _run_in(folder: Path) -> Run:
     try:
         return replace(Run.from_config(stored), folder=folder.resolve().name)
     except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
+        told = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else error
+        reason = str(told).partition("\n")[0]
         raise ConfigError(f"{folder / store.CONFIG}: not the {store.CONFIG} of a run ({reason}); {cure}") from error
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     SerializeAsAny,
@@ -20,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from ibp_triton.harness import plugins
 from ibp_triton.harness.optimizers import Choice
 from ibp_triton.harness.optimizers import read as read_optimizer
 from ibp_triton.harness.rows import MethodRow, faulty, numbers, once, scheduled
@@ -34,6 +36,28 @@ Preset = Literal["paper", "toolbox-2015", "toolbox-2016"]
 PublishedTable = Literal["table1_mnist", "table1_cifar10"]
 
 
+def data_sources() -> list[str]:
+    """What `data.source` may name: the package's sources and those that installed packages offer."""
+    return [*get_args(SourceName), *plugins.offered("sources")]
+
+
+def networks() -> list[str]:
+    """What `network.name` may name: the paper's two and those that installed packages offer."""
+    return [*get_args(NetworkName), *plugins.offered("networks")]
+
+
+def _source(name: str) -> str:
+    if name not in get_args(SourceName) and plugins.target_of("sources", name) is None:
+        raise ValueError(f"{name!r} is no source; choose one of {', '.join(data_sources())}, or package.module:load")
+    return name
+
+
+def _network(name: str) -> str:
+    if name not in networks():
+        raise ValueError(f"{name!r} is no network; choose one of {', '.join(networks())}, or import: package.mod:build")
+    return name
+
+
 class Data(Strict):
     """Where the images come from and how they are split; pixels are in [0, 1] before the mean is subtracted.
 
@@ -41,7 +65,7 @@ class Data(Strict):
     `holdout` examples become the test set, stratified, in sources that have none. `crop` is the side of a centre crop.
     """
 
-    source: SourceName
+    source: Annotated[str, AfterValidator(_source)]
     dir: str | None = None
     path: str | None = None
     subset: Count | None = None
@@ -62,9 +86,9 @@ class Data(Strict):
 
 
 class NetworkChoice(Strict):
-    """A network of the paper with its open choices, or `import: package.module:build` with `options`."""
+    """A network of the paper with its open choices; `import: package.module:build` or an entry point with `options`."""
 
-    name: NetworkName | None = None
+    name: Annotated[str, AfterValidator(_network)] | None = None
     pool: Pool = "ceil"
     init: Init = "normal"
     widths: list[Count] | None = None
@@ -77,7 +101,7 @@ class NetworkChoice(Strict):
     @model_validator(mode="after")
     def _one_of_two(self) -> NetworkChoice:
         if (self.name is None) == (self.target is None):
-            names = ", ".join(get_args(NetworkName))
+            names = ", ".join(networks())
             raise ValueError(f"give either name ({names}) or import (package.module:build)")
         return self
 

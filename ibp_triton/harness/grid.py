@@ -162,7 +162,7 @@ def runs(plan: ExperimentFile) -> list[Run]:
 def select(every: Iterable[Run], only: Iterable[str]) -> list[Run]:
     """Runs that match all of "method=loss_ibp", "row=…", "variant=…", "seed=0", "beta=0.03" (any field of a method)."""
     chosen = list(every)
-    names = (*FILTERS, *dict.fromkeys(name for run in chosen for name in kinds(run.method.key)))
+    names = (*FILTERS, *dict.fromkeys(name for run in chosen for name in kinds(type(run.method))))
     for text in only:
         name, _, value = text.partition("=")
         if name not in names:
@@ -191,7 +191,7 @@ def _field(run: Run, name: str) -> str:
         return labels[name]
     if name == "parameter":
         return run.strength
-    return shown(getattr(run.method, name)) if name in kinds(run.method.key) else ""
+    return shown(getattr(run.method, name)) if name in kinds(type(run.method)) else ""
 
 
 def _known(chosen: list[Run], name: str) -> str:

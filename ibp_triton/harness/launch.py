@@ -82,7 +82,7 @@ def check_changes(job: Job) -> None:
 
 
 def _named(run: Run, kind: str) -> str:
-    return str(run.data.path if kind == "data" else run.network.target)
+    return str(run.data.path if kind == "data" else provenance.targets(run)[kind])
 
 
 def download(job: Job) -> None:

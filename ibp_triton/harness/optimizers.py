@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton.errors import DamageError, NetworkError
+from ibp_triton.harness import plugins
 
 Choice = dict[str, dict[str, Any]]  # {class name: options}
 UNFIT = {"LBFGS": "it needs a closure", "SparseAdam": "it needs sparse gradients"}
@@ -45,6 +46,8 @@ def read(given: Any) -> Choice:
     for option in own:
         if option not in known:
             raise ValueError(f"{name} takes no {option}; {_meant(option, known, 'its options')}")
+    if "lr" not in known:
+        raise ValueError(f"{name} takes no lr, which a training needs; take another one")
     own.setdefault("lr", inspect.signature(cls).parameters["lr"].default)
     try:
         _made(name, own, [torch.zeros(2, 2, requires_grad=True)])
@@ -58,9 +61,13 @@ def read(given: Any) -> Choice:
 def _class(name: str) -> type[torch.optim.Optimizer]:
     if name in UNFIT:
         raise ValueError(f"{name} can't train here: {UNFIT[name]}; take another one")
-    if name not in names():
-        raise ValueError(f"{name!r} is no optimizer of torch.optim; {_meant(name, names(), 'there are')}")
-    cls: type[torch.optim.Optimizer] = getattr(torch.optim, name)
+    target = None if name in names() else plugins.target_of("optimizers", name)
+    if name not in names() and target is None:
+        every = [*names(), *plugins.offered("optimizers")]
+        raise ValueError(f"{name!r} is no optimizer of torch.optim; {_meant(name, every, 'there are')}")
+    cls: type[torch.optim.Optimizer] = getattr(torch.optim, name) if target is None else plugins.load(target)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ValueError(f"{target} is no class derived from torch.optim.Optimizer")
     return cls
 
 
@@ -72,11 +79,13 @@ def schema() -> dict[str, Any]:
     """The JSON Schema of what `read` takes."""
     every = {
         name: {"type": ["object", "null"], "properties": {option: {} for option in _options(_class(name))}}
-        for name in names()
+        for name in (*names(), *plugins.offered("optimizers"))
     }
     closed = {name: {**one, "additionalProperties": False} for name, one in every.items()}
-    one_of_them = {"type": "object", "properties": closed, "additionalProperties": False}
-    return {"anyOf": [{"enum": list(every)}, {**one_of_them, "minProperties": 1, "maxProperties": 1}]}
+    imported = {plugins.TARGET.pattern: {"type": ["object", "null"]}}
+    named = {"properties": closed, "patternProperties": imported, "additionalProperties": False}
+    one = {"type": "object", **named, "minProperties": 1, "maxProperties": 1}
+    return {"anyOf": [{"enum": list(every)}, plugins.SCHEMA, one]}
 
 
 def _meant(name: str, known: Iterable[str], others: str) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
-import ibp_triton as ibp
 from ibp_triton.bench import candidates
 from ibp_triton.bench.suite import Suite
-from ibp_triton.harness import optimizers, rows
-from ibp_triton.harness.config import Experiment, NetworkName
+from ibp_triton.harness import optimizers, plugins, rows
+from ibp_triton.harness.config import Experiment, data_sources, networks
 from ibp_triton.harness.loading import COMMON
 from ibp_triton.harness.schedule import RATE
 
@@ -30,7 +29,9 @@ def experiment() -> Tree:
     found = Experiment.model_json_schema(by_alias=True)
     keys, parts = found["properties"], found["$defs"]
     keys["methods"] = {**_rows(parts, empty={}), "minProperties": 1}
-    keys["network"] = {"anyOf": [{"enum": list(get_args(NetworkName))}, {"$ref": "#/$defs/NetworkChoice"}]}
+    keys["network"] = {"anyOf": [{"enum": networks()}, {"$ref": "#/$defs/NetworkChoice"}]}
+    parts["NetworkChoice"]["properties"]["name"] = {"enum": [*networks(), None]}
+    parts["Data"]["properties"]["source"] = {"anyOf": [{"enum": data_sources()}, plugins.SCHEMA]}
     parts["NetworkChoice"]["oneOf"] = [{"required": ["name"]}, {"required": ["import"]}]
     parts["Training"]["properties"]["optimizer"] = optimizers.schema()
     parts["Schedule"]["propertyNames"] = {"enum": [RATE, *_numbers()]}
@@ -67,22 +68,22 @@ def _finished(found: Tree) -> Tree:
 def _rows(parts: Tree, empty: Tree) -> Tree:
     """Of `methods`: a row has the fields of the method it names or is called as; `empty` ones may be null."""
     parts.pop("MethodRow", None)
-    for key in ibp.METHODS:
+    for key in rows.methods():
         parts[f"row {key}"] = _row(key)
     named: Tree = {
         "type": "object",
         "required": ["method"],
-        "properties": {"method": {"enum": list(ibp.METHODS)}},
+        "properties": {"method": {"anyOf": [{"enum": rows.methods()}, plugins.SCHEMA]}},
         "allOf": [
             {"if": {"properties": {"method": {"const": key}}}, "then": {"$ref": f"#/$defs/row {key}"}}
-            for key in ibp.METHODS
+            for key in rows.methods()
         ],
     }
     parts["named row"] = named
     has_name = {"type": "object", "required": ["method"]}
     labels = {
         key: {"if": has_name, "then": {"$ref": "#/$defs/named row"}, "else": {"$ref": f"#/$defs/row {key}"}}
-        for key in ibp.METHODS
+        for key in rows.methods()
     }
     alone = {label: null for label, null in empty.items() if label not in labels}
     others = {label: {"anyOf": [null, {"$ref": "#/$defs/named row"}]} for label, null in alone.items()}
@@ -94,9 +95,10 @@ def _rows(parts: Tree, empty: Tree) -> Tree:
 
 
 def _row(key: str) -> Tree:
-    kinds = rows.kinds(key)
+    cls = rows.method_class(key)
+    kinds = rows.kinds(cls)
     fields = {name: {"anyOf": [one, {"type": "array", "items": one}]} for name, one in _plain(kinds).items()}
-    about = (ibp.METHODS[key].__doc__ or "").strip()
+    about = (cls.__doc__ or "").strip()
     return {
         "type": ["object", "null"],
         "description": about,
@@ -111,7 +113,11 @@ def _plain(kinds: dict[str, rows.FieldKind]) -> dict[str, Tree]:
 
 def _numbers() -> list[str]:
     """The fields of methods that may hold a number."""
-    found = ((name, json.dumps(one)) for key in ibp.METHODS for name, one in _plain(rows.kinds(key)).items())
+    found = (
+        (name, json.dumps(one))
+        for key in rows.methods()
+        for name, one in _plain(rows.kinds(rows.method_class(key))).items()
+    )
     return list(dict.fromkeys(name for name, text in found if '"number"' in text or '"integer"' in text))
 
 

@@ -27,7 +27,7 @@ def results_csv(findings: Findings) -> str:
     """One line for each finished run."""
     keys = ["test_error", "validation_error", "final_loss", "diverged", "seconds_per_epoch", "predicted_ratio"]
     keys += ["train_examples", "test_examples", "epochs", "diverged_step", "last_good_epoch"]
-    names = list(dict.fromkeys(name for run in findings.runs for name in kinds(run.method.key)))
+    names = list(dict.fromkeys(name for run in findings.runs for name in kinds(type(run.method))))
     heads = ["variant", "row", "method", *names, "seed", "run"]
     buffer, writer = _csv([*heads, *keys, "changed"])
     for run in findings.runs:
