@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -26,7 +26,8 @@ from ibp_triton.errors import ConfigError, IBPError, LaunchError
 from ibp_triton.evaluation import Robustness
 from ibp_triton.harness import estimates, foreign, grid, loading, plugins, provenance, schema, shipped, store, summary
 from ibp_triton.harness import evaluate as measure
-from ibp_triton.harness.board import with_board
+from ibp_triton.harness.board import Log
+from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.doctor import doctor
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
@@ -47,6 +48,7 @@ PLAN = "experiment.yaml"
 ONLY = "method=…, row=…, variant=…, seed=… or a field of a method, such as beta=…"
 SHOWN = 200  # runs of a dry run
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
+BOARD = "tensorboard, wandb, trackio or package.module:Page, then =PLACE: a folder or a project"
 ACCEPT = "keep stored runs although their data or imported code have changed since"
 
 
@@ -89,7 +91,8 @@ def run(
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
     only: Annotated[list[str] | None, typer.Option(help=ONLY)] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="log every epoch for TensorBoard")] = False,
+    log: Annotated[list[str] | None, typer.Option(help=f"also log to {BOARD}")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="the same as --log tensorboard")] = False,
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
     quiet: QUIET = False,
     as_json: Annotated[bool, typer.Option("--json", help="a dry run's list for programs")] = False,
@@ -105,11 +108,12 @@ def run(
     if as_json:
         raise ConfigError("--json is of a dry run's list; add --dry-run, or read the results with ibp-triton report")
     store.write_bytes(output_of(plan) / PLAN, plan.text().encode())
-    _train(job, count, output_of(plan), tensorboard, quiet)
+    _train(job, count, output_of(plan), [*(log or []), *(["tensorboard"] if tensorboard else [])], quiet)
 
 
-def _train(job: Job, workers: int, folder: Path, tensorboard: bool, quiet: bool) -> None:
+def _train(job: Job, workers: int, folder: Path, boards: list[str], quiet: bool) -> None:
     console = Console(emoji=False, quiet=quiet)
+    log = Log(boards, job.root, job.evaluate, job.data_dir, _saying(console))
     left = remaining(job)
     untested = sum(share == 0.0 for share in left.values())
     done = f"{len(job.runs) - len(left) + untested} finished before"
@@ -119,10 +123,14 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool, quiet: bool)
     try:
         download(job)
         with Progress(console, job.runs, left, workers) as progress:
-            failures = launch(job, workers, with_board(progress, job.root) if tensorboard else progress)
+            failures = launch(job, workers, log.listening(job.runs, progress))
+        for each in job.runs if boards else ():
+            log.finished(each)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; finished runs and epochs are stored, the same command goes on")
         raise typer.Exit(130) from None
+    finally:
+        log.close()
     console.print(result_table(summary.rows(job.runs, job.root)))
     others = len(remaining(job)) - len(failures)
     if others:
@@ -131,6 +139,35 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool, quiet: bool)
     if failures:
         shown = [*failures[:10], *([f"… and {len(failures) - 10} more"] if len(failures) > 10 else [])]
         raise LaunchError(f"some runs failed; their folders in {job.root} hold {ERROR}:\n" + "\n".join(shown))
+
+
+def _saying(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def log(
+    directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME, or of one of its runs")],
+    boards: Annotated[list[str], typer.Argument(help=BOARD)],
+    data_dir: Annotated[str | None, typer.Option(help="folder of the data files, for sample images")] = None,
+    quiet: QUIET = False,
+) -> None:
+    """Log finished runs: every epoch, errors and robustness, sample images."""
+    is_run = not (directory / PLAN).exists()
+    folder = directory.resolve().parent.parent if is_run else directory
+    plan = loading.load(folder / PLAN) if (folder / PLAN).exists() else None
+    if is_run:
+        runs, root = [_run_in(directory)], directory.resolve().parent
+    else:
+        assert plan is not None
+        root = Path(plan.experiment.runs) if plan.experiment.runs else folder / "runs"
+        runs = provenance.settle(grid.runs(plan), root)
+    console = Console(emoji=False, quiet=quiet)
+    logging = Log(boards, root, plan.experiment.evaluate if plan else Evaluate(), data_dir, _saying(console))
+    finished = [each for each in {each.name: each for each in runs}.values() if store.result(root / each.name)]
+    for each in finished:
+        logging.finished(each, again=True)
+    console.print(f"{len(finished)} of {len(runs)} runs are finished and logged", highlight=False)
 
 
 def _state(left: float | None) -> str:

@@ -16,14 +16,13 @@ from typing import Any
 from ibp_triton.errors import ConfigError
 from ibp_triton.harness import store
 
-GROUPS = ("methods", "networks", "sources", "optimizers")  # of entry points, after "ibp_triton."
 TARGET = re.compile(r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
 SCHEMA = {"type": "string", "pattern": TARGET.pattern}
 _IN_USE: dict[str, str | None] = {}  # by module: its digest when this process imported it
 
 
 def offered(group: str) -> dict[str, str]:
-    """What installed packages offer of a group: name → package.module:attribute."""
+    """What installed packages offer of a group of entry points, such as ibp_triton.methods: name → module:attribute."""
     return {point.name: point.value.replace(" ", "") for point in _points(group, tuple(sys.path))}
 
 

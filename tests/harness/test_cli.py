@@ -152,16 +152,6 @@ def test_a_dry_run_lists_runs_for_programs(
     assert "--json is of a dry run's list; add --dry-run" in capsys.readouterr().err.replace("\n", " ")
 
 
-def test_tensorboard_logs_every_epoch(
-    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("tensorboard")
-    assert ibp_triton(monkeypatch, "run", str(write(tree)), "--only", "method=bp", "--tensorboard") == 0
-    files = list((tmp_path / "out" / "runs").glob("bp-*/tensorboard/events*"))
-    assert len(files) == 4
-    assert all(path.stat().st_size > 100 for path in files)
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
