@@ -133,6 +133,8 @@ class Log:
 
     def listening(self, runs: Iterable[Run], listen: Listener) -> Listener:
         """A listener of `launch` that logs epochs as they come and runs as they end, and then calls `listen`."""
+        if not self._boards:
+            return listen
         known = {run.name: run for run in runs}
 
         def hear(event: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ def _train(job: Job, workers: int, folder: Path, boards: list[str], quiet: bool)
     check_changes(job)
     try:
         download(job)
-        with Progress(console, job.runs, left, workers) as progress:
+        with Progress(console, job.runs, left, workers, job.evaluate) as progress:
             failures = launch(job, workers, log.listening(job.runs, progress))
         for each in job.runs if boards else ():
             log.finished(each)
@@ -180,10 +180,10 @@ def _list(job: Job, workers: int, as_json: bool) -> None:
     """The first runs with their cost, and the time that all of them need; all of them as JSON."""
     console, left = Console(emoji=False), remaining(job)
     if as_json:
-        return typer.echo(json.dumps([_facts(each, left.get(each.name)) for each in job.runs], indent=2))
+        return typer.echo(json.dumps([_facts(each, left.get(each.name), job) for each in job.runs], indent=2))
     table = Table("run", "epochs", "examples", "× BP", "estimate", "state")
     for each in job.runs[:SHOWN]:
-        seconds = estimates.seconds(each)
+        seconds = _seconds(each, job)
         size = str(estimates.examples(each) or "all")
         shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
         epochs, ratio = str(each.training.epochs), f"{estimates.ratio(each):.2f}"
@@ -196,15 +196,27 @@ def _list(job: Job, workers: int, as_json: bool) -> None:
         console.print(", ".join(f"{count} {state}" for state, count in states.items()), highlight=False)
     for module, file in plugins.imported().items():
         console.print(f"imported {module} ({file}) for these figures", highlight=False, markup=False, soft_wrap=True)
-    work = [(left.get(each.name) or 0.0) * (estimates.seconds(each) or 0.0) for each in job.runs]
+    work = [_work_left(each, left[each.name], job) for each in job.runs if each.name in left]
     time = timedelta(seconds=round(estimates.makespan(work, workers)))
     console.print(f"{len(job.runs)} runs, about {time} left with {workers} worker(s) on this machine", highlight=False)
 
 
-def _facts(run: Run, left: float | None) -> store.Record:
+def _seconds(run: Run, job: Job) -> float | None:
+    """Of training and evaluation."""
+    training = estimates.seconds(run)
+    return None if training is None else training + estimates.evaluation_seconds(run, job.evaluate)
+
+
+def _work_left(run: Run, share: float, job: Job) -> float:
+    """Seconds of a run that has this share of its training, and its evaluation, before it."""
+    training = estimates.seconds(run)
+    return 0.0 if training is None else share * training + estimates.evaluation_seconds(run, job.evaluate)
+
+
+def _facts(run: Run, left: float | None, job: Job) -> store.Record:
     """A run of a dry run, for programs."""
     about = {"run": run.name, "label": run.label, "method": run.method.key, "seed": run.seeds.order}
-    cost = {"examples": estimates.examples(run), "ratio": estimates.ratio(run), "seconds": estimates.seconds(run)}
+    cost = {"examples": estimates.examples(run), "ratio": estimates.ratio(run), "seconds": _seconds(run, job)}
     return {**about, "epochs": run.training.epochs, **cost, "state": _state(left)}
 
 

@@ -93,6 +93,15 @@ def examples_of(data: Data) -> int | None:
     return count(data) if count else None
 
 
+def tests_of(data: Data) -> int | None:
+    """Test examples of a run, where they are known without its files."""
+    if data.test:
+        return data.test
+    if data.source in remotes.PUBLIC:
+        return 10_000
+    return data.holdout if data.source in ("mnist5k", "synthetic") else None
+
+
 def hold_out(every: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
     """Split off `count` examples, the same share of each class, by a fixed seed; raises DataError if too many."""
     total = len(every.labels)
