@@ -41,9 +41,7 @@ def bench(
     chosen = _chosen(plan, only or [])
     console = Console(emoji=False, markup=False, highlight=False, soft_wrap=True, quiet=quiet and not dry_run)
     if dry_run:
-        for case in chosen:
-            console.print(f"{case.name}: {', '.join(label for label in plan.methods if not plan.skips(case, label))}")
-        return
+        return _list(plan, chosen, json_file, console)
     old = bench_report.read(compare) if compare else None
     folder = output or Path(plan.output or f"runs/bench/{plan.name}")
     commit = bench_json.commit_info()
@@ -61,6 +59,18 @@ def bench(
         )
     if slower:
         raise typer.Exit(1)
+
+
+def _list(plan: Suite, chosen: list[Case], json_file: Path | None, console: Console) -> None:
+    """The cells with the methods measured in each, as lines or as JSON."""
+    cells_of = {case.name: [label for label in plan.methods if not plan.skips(case, label)] for case in chosen}
+    if json_file is None:
+        for name, labels in cells_of.items():
+            console.print(f"{name}: {', '.join(labels)}")
+    elif str(json_file) == "-":
+        typer.echo(json.dumps(cells_of, indent=1))
+    else:
+        store.write_bytes(json_file, (json.dumps(cells_of, indent=1) + "\n").encode())
 
 
 def find(config: Path) -> Path:

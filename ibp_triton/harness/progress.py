@@ -155,7 +155,7 @@ def result_table(rows: Sequence[ResultRow]) -> Table:
     for heading in ("× bp", "predicted"):
         table.add_column(heading, no_wrap=True)
     for row in rows:
-        cells = [escape(row.label), *row.values(names), row.seeds, error_text(row.mean, row.sd)]
+        cells = [escape(row.label), *map(escape, row.values(names)), row.seeds, error_text(row.mean, row.sd)]
         ratios = [f"{row.seconds:.2f}", "" if row.measured is None else f"{row.measured:.2f}", f"{row.predicted:.2f}"]
         table.add_row(*([escape(row.variant)] if named else []), *cells, *ratios)
     return table

@@ -244,6 +244,15 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     assert case.shape == [4, 1, 16, 16]
 
 
+def test_a_dry_run_lists_cells_for_programs(tmp_path: Path) -> None:
+    path = written(tmp_path, skip=["5 at"], batch=[4, 5])
+    shown = bench(path, "--dry-run", "--json", "-", "--quiet")
+    cells_of = {CELL: ["bp", "loss_ibp", "at"], CELL.replace("-4-", "-5-"): ["bp", "loss_ibp"]}
+    assert json.loads(shown.output) == cells_of
+    assert bench(path, "--dry-run", "--json", str(tmp_path / "cells.json")).output == ""
+    assert json.loads((tmp_path / "cells.json").read_text(encoding="utf-8")) == cells_of
+
+
 def test_names_of_suites_and_cells(tmp_path: Path) -> None:
     assert shipped.listing()["benchmarks"].keys() == {path.stem for path in SHIPPED}
     shown = CliRunner().invoke(app, ["bench", "modern", "--dry-run", "--only", "vit_96"])

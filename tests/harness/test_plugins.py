@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import ibp_triton as ibp
@@ -35,6 +36,7 @@ class Louder(ibp.LossIBP):
     """
     key, title = "louder", "Louder"
     factor: int = 2
+    mood: str = "calm"
 
     def recipe(self, s):
         return ibp.LossIBP(self.beta * self.factor, self.norm, self.semantics).recipe(s)
@@ -125,7 +127,7 @@ def test_they_train_evaluate_and_report(tree: Tree, write: Write, tmp_path: Path
     assert "louder" in (tmp_path / "out" / "results.csv").read_text(encoding="utf-8")
     config = json.loads((folder / store.CONFIG).read_text(encoding="utf-8"))
     stored = {"key": "louder", "import": f"{name}.parts:Louder", "beta": 0.03, "norm": 1.0, "semantics": "paper"}
-    assert config["method"] == {**stored, "factor": 2}
+    assert config["method"] == {**stored, "factor": 2, "mood": "calm"}
     assert set(config["digests"]) == {"code", "method", "source", "optimizer"}
     assert grid.Run.from_config(config).method == runs["louder"].method
     assert grid.Run.from_config(config).name == runs["louder"].name
@@ -192,6 +194,28 @@ def test_a_run_whose_package_is_gone_says_what_is_missing(tree: Tree, write: Wri
     assert isinstance(result.exception, ConfigError)
     assert f"(cannot import {name}.parts:Louder (ModuleNotFoundError" in str(result.exception)
     assert "install its package" in str(result.exception)
+
+
+def test_any_model_is_evaluated_on_a_source_from_elsewhere(tmp_path: Path, name: str) -> None:
+    model = plugins.load(f"{name}:build")((1, 8, 8), 3)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    options = ["--checkpoint", str(tmp_path / "a.pt"), "--data", "tiny_data", "--attack", "fgsm=0.1"]
+    result = CliRunner().invoke(app, ["evaluate", f"{name}:build", *options])
+    assert result.exit_code == 0, result.exception
+    assert "12 examples" in result.output
+
+
+def test_text_of_a_foreign_method_is_data(tree: Tree, write: Write, tmp_path: Path, name: str) -> None:
+    labels = ["=1+1", "[/x]"]
+    tree |= {"methods": {"loud": {"method": "louder", "beta": 0.03, "mood": labels}}, "select": "test", "seeds": [0]}
+    path = write(tree)
+    result = CliRunner().invoke(app, ["run", str(path)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.exception
+    rows_shown = [line for line in result.output.splitlines() if line.startswith("│ loud")]
+    assert [label in row for label, row in zip(labels, rows_shown, strict=True)] == [True, True]
+    assert CliRunner().invoke(app, ["report", str(tmp_path / "out")]).exit_code == 0
+    for file in ("results.csv", "curves.csv"):
+        assert ",=1+1" not in (tmp_path / "out" / file).read_text(encoding="utf-8")
 
 
 def test_they_are_listed_and_in_the_schema(name: str) -> None:
