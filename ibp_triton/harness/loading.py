@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -29,6 +29,7 @@ class ExperimentFile:
     experiment: Experiment
     tree: dict[str, Any]
     where: str
+    lines: Lines = field(default_factory=dict)  # where keys stand in the file, as far as that is known
 
     def variants(self) -> list[tuple[str, Experiment]]:
         """The experiment once for each variant, its overrides applied; once, nameless, where there is none."""
@@ -42,13 +43,15 @@ class ExperimentFile:
 
     def _variant(self, label: str, overrides: dict[str, Any]) -> Experiment:
         tree = {key: value for key, value in self.tree.items() if key != "variants"}
-        where = f"{self.where}: variants.{label}"
+        where, lines = f"{self.where}: variants.{label}", Lines()
         for dotted, value in overrides.items():
             key = dotted.partition(".")[0]
             if key in COMMON:
                 raise ConfigError(f"{where}: {dotted}: {key} is one for the whole experiment; set it beside variants:")
             override(tree, dotted, value, where)
-        return validate(tree, where)
+            keys, line = tuple(dotted.split(".")), self.lines.get(("variants", label, dotted), 0)
+            lines |= {keys[:length]: line for length in range(1, len(keys) + 1)}
+        return validate(tree, where, lines)
 
     def text(self) -> str:
         """YAML that `load` reads back to the same plan."""
@@ -59,7 +62,8 @@ def load(path: Path, overrides: Iterable[str] = ()) -> ExperimentFile:
     """Read, override ("a.b=c"), fill the preset and validate, variants too; raises ConfigError."""
     tree, given = read_tree(path), list(overrides)
     apply(tree, given)
-    plan = ExperimentFile(validate(tree, str(path), _lines(path, given)), tree, str(path))
+    lines = _lines(path, given)
+    plan = ExperimentFile(validate(tree, str(path), lines), tree, str(path), lines)
     plan.variants()
     return plan
 
@@ -163,18 +167,18 @@ def validate(tree: dict[str, Any], where: str, lines: Lines | None = None) -> Ex
 def faults(error: ValidationError, where: str, model: type[BaseModel] = Experiment, lines: Lines | None = None) -> str:
     """One line for each fault: the file, its line where that is known, the key and the cure."""
     every = error.errors()
-    places = [where + _line_of([str(part) for part in fault["loc"]], lines or {}) for fault in every]
+    places = [where + _line_of(fault["type"], [str(part) for part in fault["loc"]], lines or {}) for fault in every]
     return "\n".join(dict.fromkeys(_explain(*pair, model) for pair in zip(every, places, strict=True)))
 
 
-def _line_of(path: list[str], lines: Lines) -> str:
-    """The line of the last key on a path that the file has; a list may stand where the file has one entry alone."""
+def _line_of(kind: str, path: list[str], lines: Lines) -> str:
+    """The line of a key where the file itself has it, of the section that lacks one; a list may stand as one entry."""
     keys: tuple[str, ...] = ()
     for part in path:
         if (*keys, part) in lines:
             keys = (*keys, part)
-        elif not part.isdigit():
-            break
+        elif kind != "missing" and not part.isdigit() and not _is_type_tag(part):
+            return ""  # it stands in a file that this one extends
     return f": line {lines[keys]}" if lines.get(keys) else ""
 
 
