@@ -253,6 +253,17 @@ def test_preparing_trains_nothing(recorded):
     same(model, twin)
 
 
+def test_preparing_again_compiles_nothing_until_the_method_is_another(monkeypatch):
+    made = []
+    monkeypatch.setattr(steps, "compiled", lambda graph: made.append(graph) or graph)
+    step = ibp.CompiledStep(network(), ibp.LossIBP(0.3), sgd(network()))
+    x, y, _ = next(batches(step.method))
+    for method, count in ((step.method, 1), (ibp.LossIBP(0.1), 1), (ibp.LossIBP(0.1, norm=2), 2)):
+        step.method = method
+        assert step.prepare(x, y)
+        assert len(made) == count
+
+
 def test_a_compiled_step_looks_at_its_labels(recorded):
     model, method = network(), ibp.LossIBP(0.3)
     step, *_ = trained(ibp.CompiledStep, method, model, data=list(batches(method, [6] * 6)))
