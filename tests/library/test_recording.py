@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ibp_triton as ibp
+from ibp_triton.backends.torch import generic
 from tests.library.comparing import error, oracle, ours, variants
 from tests.library.networks import build, evaluating, partly_branching, vgg
 
@@ -304,3 +305,33 @@ def test_what_network_refuses_names_the_cure():
         ibp.Network(model, backend="cuda")
     with pytest.raises(ValueError, match="floating-point"):
         ibp.Network(model, dtype=torch.int8)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells, self.head = nn.GRU(6, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.cells(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("semantics", ["paper", "exact"])
+def test_a_layer_taken_whole_gives_tangent_and_gradient_by_one_walk(semantics, monkeypatch):
+    """Of a recurrent layer each walk with a graph costs more than all of backpropagation."""
+    torch.manual_seed(0)
+    model, x, labels = Recurrent().double(), torch.randn(3, 7, 6, dtype=torch.float64), torch.tensor([0, 3, 1])
+    network, method, walks = ibp.Network(model), ibp.LossIBP(0.3, 2, semantics), []
+    plain = generic._grad
+
+    def counted(*args, create_graph=False):
+        walks.append(create_graph)
+        return plain(*args, create_graph=create_graph)
+
+    expected = oracle(method, model, x, labels)[1]
+    monkeypatch.setattr(generic, "_grad", counted)
+    for _ in range(2):
+        walks.clear()
+        assert error(method.gradients(network, x, labels)[1], expected) < 1e-10
+    assert walks.count(True) == 1
+    assert walks.count(False) == 1  # the reverse sweep; the check of torch's second derivative came with the first step

@@ -11,7 +11,8 @@ are never a forward-mode tangent differentiated in reverse, which torch 2.13 get
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ from ibp_triton.recording.arguments import rebuilt
 from ibp_triton.steady import Steady
 
 _UPDATE_STATISTICS = (*(torch.nn.functional.batch_norm, torch.nn.functional.instance_norm), torch.batch_norm)
+
+
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """What a derivative d and tangents t of one function give: J t, and ∇⟨Jᵀd, t⟩ by operands, absent where zero."""
+
+    d: Any
+    tangents: tuple[Tensor, ...]
+    pushed: Any
+    bent: dict[str, Tensor]
 
 
 class Generic(Layer):
@@ -46,6 +57,7 @@ class Generic(Layer):
         before = RandomState.now(self.inputs)
         self.random: RandomState | None = None
         self.bendable: Any = None  # the output with a graph that has second derivatives, and the leaves of that
+        self.meeting: Meeting | None = None
         if self.wrapped:
             with Steady(), sdpa_kernel(SDPBackend.MATH):  # of the attention kernels the one with batching rules
                 self.output = self.node.function(*args, **kwargs)
@@ -117,6 +129,11 @@ class Generic(Layer):
         """Forward-mode autograd, one tangent after the other; reverse mode twice where f has no forward mode."""
         names = sorted(t)
         tangents = [t[name] for name in names]
+        if len(self.slots) > 1 and self._can_meet(names, tangents):
+            try:
+                return self._met(names, tangents, self._last[0]).pushed
+            except (NotImplementedError, RuntimeError):
+                pass  # no second derivative: forward mode may do without
         function, values = self._of(names)
         batched = tangents[0].dim() > values[0].dim()
         rows = list(zip(*(tangent.unbind(0) for tangent in tangents), strict=True)) if batched else [tuple(tangents)]
@@ -131,6 +148,50 @@ class Generic(Layer):
                 raise self._lacking(error) from error
         found = [Pieces(one) if isinstance(one, dict) else one for one in pushed]
         return _stack(found) if batched else found[0]
+
+    def _can_meet(self, names: list[str], tangents: Sequence[Tensor]) -> bool:
+        """Whether these are tangents of one vector, and a reverse sweep of one vector has passed."""
+        one = all(t.dim() == self.inputs[int(name)].dim() for name, t in zip(names, tangents, strict=True))
+        return one and not self.wrapped and getattr(self, "_last", None) is not None
+
+    def _met(self, names: list[str], tangents: Sequence[Tensor], d: Any) -> Meeting:
+        """By one walk back over the graph of Jᵀd, for both who ask for it."""
+        if self.meeting is not None and self.meeting.d is d and _same(self.meeting.tangents, tangents):
+            return self.meeting
+        outputs = {i: y for i, y in enumerate(_tensors(self.graphed)) if y.requires_grad}
+        known = {0: d} if isinstance(self.graphed, Tensor) else _ranks(self.graphed, d)
+        with torch.enable_grad():
+            seeds = [
+                (torch.zeros_like(y) if known.get(i) is None else known[i].detach()).requires_grad_()
+                for i, y in outputs.items()
+            ]
+            pulled = _grad(list(outputs.values()), [self.sources[int(n)] for n in names], seeds, create_graph=True)
+            if self.unseen:
+                _refuse_cut(pulled)
+            moving = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p.requires_grad]
+            found: Sequence[Tensor | None] = [None] * (len(seeds) + len(self.sources))
+            if moving:
+                sides = [list(side) for side in zip(*moving, strict=True)]
+                found = torch.autograd.grad(
+                    sides[0], [*seeds, *self.sources], sides[1], retain_graph=True, allow_unused=True
+                )
+        pushed = [torch.zeros_like(y) if p is None else p for p, y in zip(found, seeds, strict=False)]
+        self._check(outputs, names, tangents, pushed)
+        bent = {str(i): part for i, part in enumerate(found[len(seeds) :]) if part is not None}
+        parts = dict(zip(outputs, pushed, strict=True))
+        whole = parts[0] if isinstance(self.graphed, Tensor) else _positions(self.graphed, parts)
+        self.meeting = Meeting(d, tuple(tangents), whole, bent)
+        return self.meeting
+
+    def _check(self, outputs: dict[int, Tensor], names: list[str], tangents: Any, pushed: list[Tensor]) -> None:
+        """⟨J t, J t⟩ = ⟨t, Jᵀ J t⟩, once for each node: that torch's second derivative of it is right."""
+        if self.node.proven:
+            return
+        back = _grad(list(outputs.values()), [self.sources[int(name)] for name in names], pushed)
+        there, here = _inner(pushed, pushed), _inner(tangents, back)
+        if not torch.allclose(there, here, rtol=1e-2, equal_nan=True):
+            raise RuntimeError(f"torch has no right derivative of {self.node.label} forward ({there:g} ≠ {here:g})")
+        self.node.proven = True
 
     def _lacking(self, error: Exception) -> RuntimeError:
         return RuntimeError(
@@ -151,10 +212,7 @@ class Generic(Layer):
             found = [torch.zeros_like(y) for y in outputs.values()]
             if moving:
                 found = _grad([p for p, _ in moving], seeds, [t for _, t in moving])
-        back = _grad(list(outputs.values()), sources, found)
-        there, here = _inner(found, found), _inner(tangents, back)
-        if not torch.allclose(there, here, rtol=1e-2, equal_nan=True):
-            raise RuntimeError(f"torch has no right derivative of {self.node.label} forward ({there:g} ≠ {here:g})")
+        self._check(outputs, names, tangents, found)
         parts = dict(zip(outputs, found, strict=True))
         return parts[0] if isinstance(self.graphed, Tensor) else _positions(self.graphed, parts)
 
@@ -171,6 +229,11 @@ class Generic(Layer):
         along, names = sorted(t), sorted(wanted)
         if self.wrapped:
             return self._functional_bend(t, d, along, names)
+        tangents = [t[name] for name in along]
+        if self._can_meet(along, tangents) and not _batched(d, self.output):
+            with suppress(NotImplementedError, RuntimeError):  # what is wrong is said below
+                found = self._met(along, tangents, d).bent
+                return {name: found[name] for name in names if name in found}
         batched = t[along[0]].dim() > self.inputs[int(along[0])].dim()
         rows = zip(*(t[name].unbind(0) for name in along), strict=True) if batched else [tuple(t[n] for n in along)]
         total: dict[str, Tensor] = {}
@@ -279,7 +342,8 @@ class Leaf(Generic):
 
     def forward(self, output: Tensor, *inputs: Tensor) -> Tensor:
         """The output as it is."""
-        self.graphed, self.sources, self.wrapped, self.bendable = output, list(inputs), False, None
+        self.graphed, self.sources, self.wrapped = output, list(inputs), False
+        self.bendable = self.meeting = None
         self.output, self.inputs = output.detach(), [x.detach() for x in inputs]
         return output.detach()
 
@@ -287,6 +351,8 @@ class Leaf(Generic):
         """Reverse mode twice: a function with a backward of its own has no other."""
         names = sorted(t)
         try:
+            if self._can_meet(names, [t[name] for name in names]):
+                return self._met(names, [t[name] for name in names], self._last[0]).pushed
             if t[names[0]].dim() == self.inputs[int(names[0])].dim():
                 return self._pushed_by_reverse(names, [t[name] for name in names])
             rows = zip(*(t[name].unbind(0) for name in names), strict=True)
@@ -394,6 +460,16 @@ def _positions(output: Any, parts: dict[int, Tensor]) -> dict[int, Tensor]:
     """The parts by their position in the output, from their position among its differentiable tensors."""
     places = [i for i, y in enumerate(output) if _differentiable(y)]
     return Pieces({places[i]: part for i, part in parts.items()})
+
+
+def _ranks(output: Any, d: Any) -> dict[int, Tensor]:
+    """The parts of a tuple's derivative by their position among the differentiable tensors."""
+    places = [i for i, y in enumerate(output) if _differentiable(y)]
+    return {rank: d[i] for rank, i in enumerate(places) if d.get(i) is not None}
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(one is other for one, other in zip(a, b, strict=True))
 
 
 def _paired(graphed: Any, d: Any) -> tuple[list[Tensor], list[Tensor]]:
