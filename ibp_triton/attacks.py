@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ibp_triton.errors import MethodError
+from ibp_triton.errors import InputError, MethodError
 
 Classifier = Callable[[Tensor], Tensor]
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, x, y) → x', pixels to logits and to pixels
 Bounds = tuple[float, float] | None
 NORMS = ("linf", "l2")
 
@@ -118,6 +120,48 @@ def random_signs(x: Tensor, epsilon: float, generator: torch.Generator | None = 
 def gaussian_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
     """x + σ n with n ~ N(0, 1) for each element, drawn on the generator's device; same shape."""
     return x + sigma * _drawn(torch.randn, x, generator)
+
+
+def from_torchattacks(kind: Callable[..., Any], sizes: Sequence[float], **options: Any) -> dict[float, Attack]:
+    """An attack of the package torchattacks, AutoAttack among them, for ``robustness``: {ε: (model, x, y) → x'}.
+
+    A seed of 0 and the model's number of classes stand in where the attack asks for them and the options do not say:
+    torchattacks itself takes the clock and ten. AutoAttack and APGDT need four classes or more.
+
+    Args:
+        kind: the attack's class, such as torchattacks.AutoAttack; one with a size ``eps``.
+        sizes: ε, in pixel units; images have pixels from 0 to 1, to which torchattacks clips.
+        options: of the class, such as norm="L2", steps=20; lengths of steps (``alpha``) in pixel units.
+
+    Raises:
+        MethodError (a ValueError): for an attack without a size, such as DeepFool.
+        InputError (a ValueError): on call, for images outside 0 … 1.
+    """
+    accepted = inspect.signature(kind).parameters
+    if "eps" not in accepted:
+        raise MethodError(
+            f"{getattr(kind, '__name__', kind)} has no size eps: give robustness the function itself, such as "
+            "{0.0: lambda model, x, y: attack(model)(x, y)}, under the size that the table shall show"
+        )
+
+    def of_size(epsilon: float) -> Attack:
+        def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            if float(x.min()) < 0 or float(x.max()) > 1:
+                raise InputError(
+                    "torchattacks needs pixels from 0 to 1: scale the images, and give the rest to mean= and std="
+                )
+            chosen = dict(options)
+            if "seed" in accepted:
+                chosen.setdefault("seed", 0)
+            if "n_classes" in accepted and "n_classes" not in chosen:
+                with torch.no_grad():
+                    chosen["n_classes"] = model(x[:1]).shape[1]
+            star: Tensor = kind(model, eps=epsilon, **chosen)(x, y)
+            return star
+
+        return attack
+
+    return {float(size): of_size(float(size)) for size in sizes}
 
 
 def _drawn(draw: Any, x: Tensor, generator: torch.Generator | None) -> Tensor:
