@@ -4,6 +4,8 @@ VENV ?= .venv
 RUN = . $(VENV)/bin/activate &&
 STAMP = $(VENV)/.complete
 CPUS ?= 2
+VERSIONS = 3.10 3.11 3.12 3.13
+EXTRAS = --extra all --extra dev --extra zoo --extra docs
 # A test reads a checkpoint with it. It asks for a torchvision, tied to one torch, which that test does without.
 PEER = torchattacks==3.5.1
 # They ask for a torch of their own, and do with this one.
@@ -11,7 +13,7 @@ TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightni
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test wheel zoo lint format bench bench-ratios bench-modern bench-modern-full mutants clean
+.PHONY: setup quickstart test wheel zoo docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full mutants clean
 
 setup: $(STAMP)
 
@@ -52,6 +54,21 @@ $(VENV)/zoo/.complete: $(STAMP)
 	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/zoo/packages.txt -c constraints.txt
 	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt
 	touch $@
+
+# What the constraints say is a whole for each version of Python: an index of packages is asked, nothing is installed.
+resolve: setup
+	printf '%s\n' $(TIED) > $(VENV)/tied.txt
+	for version in $(VERSIONS); do $(RUN) uv pip compile --quiet --python-version $$version --only-binary :all: \
+		pyproject.toml $(VENV)/tied.txt $(EXTRAS) -c constraints.txt > $(VENV)/resolved-$$version.txt || exit 1; \
+		echo "Python $$version: $$(grep -c '^[a-z]' $(VENV)/resolved-$$version.txt) packages"; done
+
+# The constraints anew, one file for all versions, which keeps what it can of the old one. CUDA's come with torch.
+constraints: setup
+	printf '%s\n' $(TIED) > $(VENV)/tied.txt
+	cp constraints.txt $(VENV)/constraints.txt
+	$(RUN) uv pip compile --quiet --universal --python-version $(firstword $(VERSIONS)) --no-annotate --no-header \
+		pyproject.toml $(VENV)/tied.txt $(EXTRAS) -o $(VENV)/constraints.txt > /dev/null
+	grep -v '^nvidia-\|^cuda-' $(VENV)/constraints.txt > constraints.txt
 
 lint: setup
 	$(RUN) ruff check .

@@ -202,7 +202,8 @@ def _uniform(x: Tensor, norm: str, generator: torch.Generator | None) -> Tensor:
     if norm == "linf":
         return 2 * _drawn(torch.rand, x, generator) - 1
     direction = _drawn(torch.randn, x, generator)
-    radius = _drawn(torch.rand, x[(slice(None), *[slice(1)] * (x.dim() - 1))], generator) ** (1 / x[0].numel())
+    one_each = x.flatten(1)[:, :1].reshape(-1, *[1] * (x.dim() - 1))
+    radius = _drawn(torch.rand, one_each, generator) ** (1 / x[0].numel())
     return radius * direction / _lengths(direction)
 
 
