@@ -33,10 +33,11 @@ test: setup
 	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled -n $(CPUS); fi
 	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
 
-# The wheel in an environment of its own, away from the checkout: a small part of the quickstart.
+# The source archive, a wheel built from it, and that in an environment of its own, away from the checkout: a small part of
+# the quickstart.
 wheel: setup
 	rm -rf dist $(VENV)/wheel
-	$(RUN) python -m build --wheel --quiet --outdir dist
+	$(RUN) python -m build --quiet --outdir dist
 	$(PYTHON) -m venv $(VENV)/wheel
 	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[harness,demo]" -c constraints.txt
 	cd $(VENV)/wheel && OMP_NUM_THREADS=1 bin/ibp-triton run quickstart --only method=loss_ibp --set training.epochs=1 --set seeds=[0]

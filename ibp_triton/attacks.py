@@ -113,12 +113,30 @@ def pgd(
 
 
 def random_signs(x: Tensor, epsilon: float, generator: torch.Generator | None = None) -> Tensor:
-    """x ± ε, each sign by a fair coin drawn on the generator's device; same shape."""
+    """x ± ε, each sign by a fair coin.
+
+    Args:
+        x: [N, ...].
+        epsilon: ε in x's units.
+        generator: the random numbers' source; they are drawn on its device.
+
+    Returns:
+        x' of x's shape.
+    """
     return x + epsilon * (2 * (_drawn(torch.rand, x, generator) < 0.5).to(x.dtype) - 1)
 
 
 def gaussian_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
-    """x + σ n with n ~ N(0, 1) for each element, drawn on the generator's device; same shape."""
+    """x + σ n with n ~ N(0, 1) for each element.
+
+    Args:
+        x: [N, ...].
+        sigma: σ in x's units.
+        generator: the random numbers' source; they are drawn on its device.
+
+    Returns:
+        x' of x's shape.
+    """
     return x + sigma * _drawn(torch.randn, x, generator)
 
 
@@ -132,6 +150,9 @@ def from_torchattacks(kind: Callable[..., Any], sizes: Sequence[float], **option
         kind: the attack's class, such as torchattacks.AutoAttack; one with a size ``eps``.
         sizes: ε, in pixel units; images have pixels from 0 to 1, to which torchattacks clips.
         options: of the class, such as norm="L2", steps=20; lengths of steps (``alpha``) in pixel units.
+
+    Returns:
+        {ε: attack}, for ``attacks={"a name": …}``.
 
     Raises:
         MethodError (a ValueError): for an attack without a size, such as DeepFool.

@@ -95,7 +95,12 @@ class Robustness:
         return list(dict.fromkeys(name for name, _, _ in self.outcomes))
 
     def error(self, attack: str = CLEAN, size: float = 0.0, model: str | None = None) -> float:
-        """In per cent; the first model's by default.
+        """Error in per cent.
+
+        Args:
+            attack: its name; "clean" for the examples as they are.
+            size: ε or σ in pixel units, as it was measured.
+            model: its name; the first by default.
 
         Raises:
             InputError (a ValueError): for what was not measured.
@@ -108,6 +113,9 @@ class Robustness:
 
     def compare(self, other: Robustness | None = None) -> list[Comparison]:
         """Paired tests of the two models, or of this result's one and another's, wherever both were measured.
+
+        Args:
+            other: the result of another model on the same examples, where this one has one model.
 
         Raises:
             InputError (a ValueError): where there are not two models, or they saw different examples.
@@ -170,13 +178,13 @@ class Robustness:
         return _written(file.getvalue(), path)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
-        """A Markdown table, error in per cent with its 95 % interval."""
+        """A Markdown table, error in per cent with its 95 % interval; written to ``path`` too if that is given."""
         head = ["| model | attack | size | error % | 95 % |", "| --- | --- | --- | --- | --- |"]
         rows = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in self._cells()]
         return _written("\n".join([*head, *rows]) + "\n", path)
 
     def to_latex(self, path: str | Path | None = None) -> str:
-        """A LaTeX tabular, error in per cent with its 95 % interval."""
+        """A LaTeX tabular, error in per cent with its 95 % interval; written to ``path`` too if that is given."""
         rows = [" & ".join(_latex(cell) for cell in cells) + r" \\" for cells in self._cells()]
         head = [r"\begin{tabular}{llrrr}", r"\hline", r"model & attack & size & error \% & 95 \% \\", r"\hline"]
         return _written("\n".join([*head, *rows, r"\hline", r"\end{tabular}"]) + "\n", path)
