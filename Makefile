@@ -29,7 +29,7 @@ quickstart: setup
 
 # tests/compiled needs Triton's CPU compiler in a process of its own.
 test: setup
-	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled --ignore=tests/zoo -n $(CPUS)
+	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled --ignore=tests/zoo --ignore=tests/site -n $(CPUS)
 	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled -n $(CPUS); fi
 	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
 
@@ -47,13 +47,20 @@ wheel: setup
 zoo: $(VENV)/zoo/.complete
 	. $(VENV)/zoo/bin/activate && $(TEST_ENV) python -m pytest tests/zoo -n $(CPUS)
 
-$(VENV)/zoo/.complete: $(STAMP)
-	$(VENV)/bin/python -m venv $(VENV)/zoo
+# The pages of docs/ with the two notebooks executed (minutes; NOTEBOOK_EPOCHS=1 shortens it) into site/, which needs no network.
+docs: $(VENV)/docs/.complete
+	rm -rf site
+	. $(VENV)/docs/bin/activate && PYTHONPATH=. OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+	$(RUN) pytest tests/site
+
+# An environment beside that of the tests, which sees its packages and has those of an extra.
+$(VENV)/%/.complete: $(STAMP)
+	$(VENV)/bin/python -m venv $(@D)
 	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
-		"$$($(VENV)/zoo/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
-	$(VENV)/bin/python -m tests.zoo.packages > $(VENV)/zoo/packages.txt
-	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/zoo/packages.txt -c constraints.txt
-	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt
+		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(VENV)/bin/python -m tests.zoo.packages $* > $(@D)/packages.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/packages.txt -c constraints.txt
+	if [ $* = zoo ]; then $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt; fi
 	touch $@
 
 # What the constraints say is a whole for each version of Python: an index of packages is asked, nothing is installed.
@@ -93,4 +100,4 @@ mutants: setup
 	$(RUN) $(TEST_ENV) python -m tests.mutants
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache
