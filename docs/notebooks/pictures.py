@@ -65,10 +65,11 @@ names = ["image", "shift x", "shift y", "scale x", "scale y", "rotation"]
 show([[x_test[n], *tangents[:, n]] for n in range(4)], names)
 
 # %% [markdown]
-# Added to the image they move it: here the rotation's tangent, five steps to either side. The picture turns, to first order.
+# Added to the image they move it: here the rotation's tangent, three units to either side (a unit is a
+# radian over half the image's width, 1/14). The picture turns, to first order.
 
 # %%
-steps = torch.linspace(-0.4, 0.4, 7)
+steps = torch.linspace(-3, 3, 7)
 show([[(x_test[n] + s * tangents[4, n]).clamp(0, 1) for s in steps] for n in range(2)], [f"{s:+.2f}" for s in steps])
 
 # %% [markdown]

@@ -15,8 +15,8 @@ class TangentBP(Method):
 
     Args:
         beta: β ≥ 0, a number or a 0-d tensor: what a sample's penalty counts, for each tangent, beside its own loss.
-            J τ_j is how the logits change for a unit of the transformation (a pixel of shift, a radian), so that β has
-            no unit of x; tangents k times as long ask for β / k^r.
+            J τ_j is how the logits change for a unit of the transformation, such as a pixel of shift, so that β has no
+            unit of x; tangents k times as long ask for β / k^r.
         norm: r ≥ 1, over the M numbers of J τ_j.
         semantics: "paper" or "exact"; they differ only for layers that are curved in their input, where the paper's
             leaves out the change of J with the layer's input.
