@@ -50,7 +50,7 @@ zoo: $(VENV)/zoo/.complete
 # The pages of docs/ with the two notebooks executed (minutes; NOTEBOOK_EPOCHS=1 shortens it) into site/, which needs no network.
 docs: $(VENV)/docs/.complete
 	rm -rf site
-	. $(VENV)/docs/bin/activate && PYTHONPATH=. OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+	. $(VENV)/docs/bin/activate && PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 	$(RUN) pytest tests/site
 
 # An environment beside that of the tests, which sees its packages and has those of an extra.
@@ -100,4 +100,4 @@ mutants: setup
 	$(RUN) $(TEST_ENV) python -m tests.mutants
 
 clean:
-	rm -rf $(VENV) build dist site .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
