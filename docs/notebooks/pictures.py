@@ -99,8 +99,8 @@ models = {"bp": trained(ibp.BP()), "loss_ibp": trained(ibp.LossIBP(0.03, semanti
 # %% [markdown]
 # ## The gradient that is penalised
 #
-# What the loss of each network reacts to. The penalised network's gradient is smaller (the figure is its sum of absolute
-# values), and what is left of it lies on the strokes.
+# What the loss of each network reacts to. The penalised network's gradient is smaller: the figures are means of the sum of
+# its absolute values. Each picture has its own scale of colours.
 
 # %%
 leaf = x_test[:6].clone().requires_grad_()
