@@ -13,7 +13,7 @@ TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightni
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test wheel zoo docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full mutants clean
+.PHONY: setup quickstart test wheel zoo boards docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full mutants clean
 
 setup: $(STAMP)
 
@@ -61,6 +61,17 @@ $(VENV)/%/.complete: $(STAMP)
 	$(VENV)/bin/python -m tests.zoo.packages $* > $(@D)/packages.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/packages.txt -c constraints.txt
 	if [ $* = zoo ]; then $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt; fi
+	touch $@
+
+# Runs on W&B and trackio by the real packages, offline, in an environment of their own.
+boards: $(VENV)/boards/.complete
+	. $(VENV)/boards/bin/activate && $(TEST_ENV) python -m pytest tests/harness/test_board.py -n $(CPUS)
+
+$(VENV)/boards/.complete: $(STAMP)
+	$(VENV)/bin/python -m venv $(VENV)/boards
+	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
+		"$$($(VENV)/boards/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(VENV)/boards/bin/python -m pip install --quiet --disable-pip-version-check wandb 'trackio>=0.20'
 	touch $@
 
 # What the constraints say is a whole for each version of Python: an index of packages is asked, nothing is installed.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ibp_triton.errors import AutocastError, InputError, InputTypeError, MethodError
+from ibp_triton.errors import AutocastError, InputError, InputTypeError, MethodError, ModelError
 
 SEMANTICS = ("paper", "exact")
 
@@ -111,6 +111,28 @@ def _check_input(x: Any, dtype: torch.dtype | None, own: Mapping[str, Tensor], l
         names = ", ".join(sorted(map(str, dtypes)))
         cast = f"use x.to({first.dtype}) or " if len(dtypes) == 1 else "pass "
         raise InputTypeError(f"x is {x.dtype}, the parameters are {names}; {cast}Network(model, dtype=...)")
+
+
+def refuse_mixed() -> None:
+    """Refuse torch.autocast around what runs now, a model's own or that of a wrapper of its forward.
+
+    Raises:
+        AutocastError: with the cure.
+    """
+    if torch._C._is_any_autocast_enabled():
+        raise AutocastError(
+            "the model computes under torch.autocast (its own, or that of a wrapper of its forward): the methods "
+            "choose the dtype of each sweep themselves. Pass Network(model, dtype=torch.bfloat16), which computes "
+            "in bfloat16 with the parameters as master weights"
+        )
+
+
+def constant_output() -> ModelError:
+    """The error for a model without anything to differentiate."""
+    return ModelError(
+        "the model's output depends neither on x nor on a parameter: it was detached, or computed under "
+        "torch.no_grad or torch.inference_mode, or from integers"
+    )
 
 
 def check_labels(labels: Tensor, logits: Tensor, ignored: int | None = None) -> None:

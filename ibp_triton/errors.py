@@ -13,7 +13,7 @@ IBPError
     ├── NetworkError (ValueError)     network.import names no model that can be trained
     ├── DamageError (ValueError)      a stored file of a run that can't be used
     ├── LaunchError (RuntimeError)    runs that can't begin or go on
-    ├── BoardError (RuntimeError)     TensorBoard asked for where it is not installed
+    ├── BoardError (RuntimeError)     a board asked for whose package is not installed
     └── BenchError (ValueError)       a benchmark file that can't be compared
 """
 
@@ -73,7 +73,7 @@ class LaunchError(ExperimentError, RuntimeError):
 
 
 class BoardError(ExperimentError, RuntimeError):
-    """TensorBoard was asked for and is not installed."""
+    """A board was asked for whose package is not installed."""
 
 
 class BenchError(ExperimentError, ValueError):

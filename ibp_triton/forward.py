@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton.backends import Backend
-from ibp_triton.errors import InputTypeError
+from ibp_triton.errors import IBPError, InputTypeError
 from ibp_triton.graph import Graph
 from ibp_triton.head import Head
 from ibp_triton.layer import Layer
@@ -106,18 +106,15 @@ class Recordings:
                 with recorder:
                     logits = self.interface.pick(self.interface.call(settings.model, seen, extra))
         except RuntimeError as error:
-            explained = _explained(error, settings)
-            if explained is None:
-                raise
-            raise explained from error
+            raise explained(error, settings.model, settings.dtype) from error
         return recorder, recorder.graph(recorder.output(logits))
 
 
-def _explained(error: RuntimeError, settings: Settings) -> Exception | None:
-    """torch's complaint about mixed dtypes with the cure; None for any other."""
-    dtypes = {str(p.dtype) for p in settings.model.parameters() if p.is_floating_point()}
-    if settings.dtype is not None or len(dtypes) < 2 or "dtype" not in str(error):
-        return None
+def explained(error: RuntimeError, model: nn.Module, dtype: torch.dtype | None) -> Exception:
+    """torch's complaint about mixed dtypes with the cure; any other error as it is."""
+    dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
+    if isinstance(error, IBPError) or dtype is not None or len(dtypes) < 2 or "dtype" not in str(error):
+        return error
     return InputTypeError(
         f"{error}. The parameters are {', '.join(sorted(dtypes))}, and the model's forward does not cast between them: "
         "pass Network(model, dtype=torch.float32) to compute in one dtype"

@@ -113,9 +113,12 @@ class Bilinear(Layer):
         """
         if self.input.dtype in HALF and not self.widens:
             return list(products)
-        groups: dict[int, list[Product]] = {}
+        groups: dict[tuple[int, int], list[Product]] = {}
+        biased: dict[int, int] = {}
         for product in products:
-            groups.setdefault(id(product.right), []).append(product)
+            right = id(product.right)
+            biased[right] = biased.get(right, 0) + product.bias  # a bias's sum has one coefficient
+            groups.setdefault((right, max(biased[right], 1)), []).append(product)
         return [_merge(group) for group in groups.values()]
 
     @property
@@ -146,13 +149,13 @@ class Bilinear(Layer):
 
 
 def _merge(group: list[Product]) -> Product:
-    first, *rest = group
+    first, *rest = sorted(group, key=lambda product: not product.bias)  # whose coefficient is that of the bias's sum
     left = first.left if not rest else wide(first.left)
     for other in rest:
         factor = over(other.coefficient, first.coefficient)
         push = wide(other.left)
         left = left + factor * push if isinstance(factor, Tensor) else torch.add(left, push, alpha=factor)
-    return Product(first.coefficient, left, first.right, any(product.bias for product in group))
+    return Product(first.coefficient, left, first.right, first.bias)
 
 
 def over(a: Any, b: Any) -> Any:

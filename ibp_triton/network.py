@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 
 from ibp_triton import ledger
 from ibp_triton.backends import Backend, backend_for
+from ibp_triton.checks import constant_output
 from ibp_triton.errors import AutocastError, InputError, MethodError, ModelError
-from ibp_triton.forward import Recordings, Trace
+from ibp_triton.forward import Recordings, Trace, explained
 from ibp_triton.graph import Graph
+from ibp_triton.layer import HALF
 from ibp_triton.operator import number_of
 from ibp_triton.recording.interface import Interface, Pick
+from ibp_triton.recording.memory import level
 from ibp_triton.recording.recorder import Settings
 from ibp_triton.recording.snapshot import Snapshot
+from ibp_triton.tape import Unmixed
 from ibp_triton.world import World
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
@@ -70,6 +75,7 @@ class Network:
         self._recordings: MutableMapping[str, Recordings] = {}  # by backend
         self._shape: tuple[int, ...] | None = None
         self._classes: int | None = None
+        self.reentrant: bool | None = None  # whether autograd refuses the model's checkpoints; None before a first step
         self.number = number_of(self)
 
     def graph(self) -> Graph | None:
@@ -116,6 +122,32 @@ class Network:
         self._classes = trace.logits.shape[-1] if trace.logits.dim() else None
         return trace
 
+    def keeps_to_autograd(self, own: Mapping[str, Tensor]) -> bool:
+        """Whether passes without tangents may run as plain autograd: on torch's backend, in the parameters' own dtype.
+
+        Half precision is left to the sweeps, which add up weight gradients in float32.
+        """
+        if self.reentrant or self.dtype is not None or self.native or any(p.dtype in HALF for p in own.values()):
+            return False
+        return level() is None and not torch.is_inference_mode_enabled() and not _below_autograd()
+
+    def plain_forward(self, x: Tensor, extra: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
+        """The logits at x [N, ...] and ``extra`` inputs with their history, ``parameters`` in place of the model's own.
+
+        The model gets a copy of x, so that it may write to it.
+        """
+        _first_block()
+        self._shape = tuple(x.shape)
+        try:
+            with torch.enable_grad(), Unmixed(), _with(self.model, parameters):
+                logits = self.interface.pick(self.interface.call(self.model, x.clone(), extra))
+        except RuntimeError as error:
+            raise explained(error, self.model, self.dtype) from error
+        if not logits.requires_grad and (x.requires_grad or all(p.requires_grad for p in self.model.parameters())):
+            raise constant_output()
+        self._classes = logits.shape[-1] if logits.dim() else None
+        return logits
+
     def classes(self, x: Tensor, extra: Mapping[str, Any] | None = None) -> int:
         """The number of logits: that of the last batch, else found by a forward pass at x that leaves no trace.
 
@@ -141,7 +173,11 @@ class Network:
         Raises:
             InputError (a ValueError): without a shape before the first batch.
         """
-        return ledger.summary(self._rows(input_shape, extra))
+        table, own = ledger.summary(self._rows(input_shape, extra)), self.parameters()
+        if not self.keeps_to_autograd(own):
+            return table
+        plain = "bp, at, fast_at, pgd_training and trades, which need no tangent, run as plain autograd, at its cost"
+        return f"{table}\n{plain}"
 
     def multiply_adds(
         self, input_shape: Sequence[int] | None = None, extra: Mapping[str, Any] | None = None
@@ -173,6 +209,18 @@ class Network:
     def __repr__(self) -> str:
         dtype = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"Network({type(self.model).__name__}, backend={self.backend!r}{dtype})"
+
+
+def _with(model: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
+    """A context in which the model has these in place of its own."""
+    if not parameters:
+        return nullcontext()
+    return torch.nn.utils.stateless._reparametrize_module(model, dict(parameters), tie_weights=True)
+
+
+def _below_autograd() -> bool:
+    """Whether autograd sees nothing of what runs: inside an operator of torch's."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
 
 
 @cache

@@ -159,7 +159,11 @@ class CompiledStep(EagerStep):
         Returns whether such batches will be trained by the compiled step, whatever came before them.
         """
         y = criterion_for(self.method.criterion).targets(y, x)
-        key, before = self._key(x, y, tangents, extra), Snapshot.of(self.network.model, x)
+        key = self._key(x, y, tangents, extra)
+        found = self._made.get(key)
+        if key in self._made and (found is None or found.checked == CHECKED):
+            return found is not None
+        before = Snapshot.of(self.network.model, x)
         gradients = [(p, p.grad) for p in self.network.model.parameters()]
         self._seen = _with(self._seen, key, None, SEEN)
         found = self._made[key] = self._compiled(x, y, tangents, extra)

@@ -15,8 +15,9 @@ from torch import Tensor
 from ibp_triton.errors import MethodError
 from ibp_triton.forward import Trace
 from ibp_triton.graph import Node
-from ibp_triton.layer import Bilinear, Pieces, Product, wide
+from ibp_triton.layer import Bilinear, Layer, Pieces, Product, wide
 from ibp_triton.seeds import Seed, numbers
+from ibp_triton.tape import Tape, added
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -204,8 +205,8 @@ class Term:
     """
 
     coefficient: Any
-    trace: Trace
-    right: Sweep
+    trace: Any  # a Trace, or a Tape
+    right: Any  # a reverse sweep over it
     tangents: Sweep | None = None
 
     def __rmul__(self, coefficient: Any) -> Term:
@@ -228,13 +229,10 @@ def weight_gradients(terms: Sequence[Term], batch: int) -> dict[str, Tensor]:
     """
     groups: dict[int, list[Term]] = {}
     for term in terms:
-        shared = term.trace if term.trace.graph.computes_parameters else term.trace.graph
-        groups.setdefault(id(shared), []).append(term)
-    total: dict[str, Tensor] = {}
-    for group in groups.values():
-        for name, part in _gradients(group, batch).items():
-            total[name] = total[name] + part if name in total else part
-    return total
+        alone = isinstance(term.trace, Tape) or term.trace.graph.computes_parameters
+        groups.setdefault(id(term.trace if alone else term.trace.graph), []).append(term)
+    traces = [(group[0].trace, group) for group in groups.values()]
+    return added([t.gradients(group) if isinstance(t, Tape) else _gradients(group, batch) for t, group in traces])
 
 
 def _gradients(terms: Sequence[Term], batch: int) -> dict[str, Tensor]:
@@ -295,7 +293,8 @@ def _let_go(term: Term, node: Node, forward: bool) -> None:
 
 def _part(term: Term, node: Node, wanted: list[str]) -> dict[str, Any]:
     """One term's gradient with respect to the operands of a layer that is not bilinear."""
-    layer, right = term.trace.layers[node.index], term.right.at(node.index)
+    layer: Layer | None = term.trace.layers[node.index]
+    right = term.right.at(node.index)
     if layer is None or right is None:
         return {}
     if term.tangents is None:

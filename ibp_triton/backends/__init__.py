@@ -39,8 +39,10 @@ def backend_for(name: str, parameter: Tensor | None, dtype: torch.dtype | None) 
 
     if name == "torch" or parameter is None or (dtype or parameter.dtype) not in KERNEL_DTYPES:
         return TORCH
+    if name == "auto" and not parameter.is_cuda:
+        return TORCH
     installed = find_spec("triton") is not None
-    if name == "auto" and not (parameter.is_cuda and installed):
+    if name == "auto" and not installed:
         return TORCH
     if not installed:
         raise ImportError("backend='triton' needs the package triton: pip install triton, or use backend='torch'")

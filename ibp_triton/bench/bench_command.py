@@ -34,15 +34,14 @@ def bench(
     note: Annotated[str, typer.Option(help="kept with the figures, such as what else ran on the machine")] = "",
     compare: Annotated[Path | None, typer.Option(help="an older file; exit 1 on a regression beyond the noise")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cells, measure nothing")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors and regressions")] = False,
 ) -> None:
     """Methods beside baselines, cell by cell: parity first, then the clock. Stopped, the same command goes on."""
     plan = suite.load(find(config), override or [])
     chosen = _chosen(plan, only or [])
-    console = Console(emoji=False, markup=False, highlight=False, soft_wrap=True)
+    console = Console(emoji=False, markup=False, highlight=False, soft_wrap=True, quiet=quiet and not dry_run)
     if dry_run:
-        for case in chosen:
-            console.print(f"{case.name}: {', '.join(label for label in plan.methods if not plan.skips(case, label))}")
-        return
+        return _list(plan, chosen, json_file, console)
     old = bench_report.read(compare) if compare else None
     folder = output or Path(plan.output or f"runs/bench/{plan.name}")
     commit = bench_json.commit_info()
@@ -51,7 +50,7 @@ def bench(
     console.print(bench_table.markdown(plan, found))
     for path in written:
         console.print(str(path))
-    slower = _compared(old, written[0]) if old is not None else False
+    slower = _compared(old, written[0], quiet) if old is not None else False
     wrong = [fault for cell in found for fault in cells.faults(cell)]
     if wrong:
         raise BenchError(
@@ -60,6 +59,18 @@ def bench(
         )
     if slower:
         raise typer.Exit(1)
+
+
+def _list(plan: Suite, chosen: list[Case], json_file: Path | None, console: Console) -> None:
+    """The cells with the methods measured in each, as lines or as JSON."""
+    cells_of = {case.name: [label for label in plan.methods if not plan.skips(case, label)] for case in chosen}
+    if json_file is None:
+        for name, labels in cells_of.items():
+            console.print(f"{name}: {', '.join(labels)}")
+    elif str(json_file) == "-":
+        typer.echo(json.dumps(cells_of, indent=1))
+    else:
+        store.write_bytes(json_file, (json.dumps(cells_of, indent=1) + "\n").encode())
 
 
 def find(config: Path) -> Path:
@@ -154,11 +165,13 @@ def _write(
     return list(texts)
 
 
-def _compared(old: list[bench_report.BenchRow], new: Path) -> bool:
-    """Print new over old; whether one is slower beyond the noise of both."""
+def _compared(old: list[bench_report.BenchRow], new: Path, quiet: bool) -> bool:
+    """Print new over old, quietly only what is slower; whether one is, beyond the noise of both."""
     changes = bench_report.compare(bench_report.read(new), old)
-    Console(emoji=False).print(bench_report.comparison_table(changes))
-    return any(change.regression for change in changes)
+    slower = [change for change in changes if change.regression]
+    if slower or not quiet:
+        Console(emoji=False).print(bench_report.comparison_table(slower if quiet else changes))
+    return bool(slower)
 
 
 def report(
@@ -172,5 +185,5 @@ def report(
         console.print(table)
     if plot:
         console.print(bench_report.label(str(bench_report.plot(rows, plot))))
-    if compare and _compared(bench_report.read(compare), file):
+    if compare and _compared(bench_report.read(compare), file, quiet=False):
         raise typer.Exit(1)

@@ -15,8 +15,9 @@ import ibp_triton as ibp
 from ibp_triton.bench.candidates import METHODS, MORE, NETWORKS, Case, Entry
 from ibp_triton.errors import ConfigError
 from ibp_triton.harness import loading, models
-from ibp_triton.harness.config import Count, Positive, Precision, Strict
+from ibp_triton.harness.config import Precision
 from ibp_triton.harness.rows import MethodRow, kinds, once
+from ibp_triton.harness.schedule import Count, Positive, Strict
 
 Layout = Literal["channels_last", "contiguous"]
 StepKind = Literal["gradient", "eager", "compiled", "captured"]
@@ -162,8 +163,8 @@ def _network_row(label: str, row: Any) -> Any:
 def _method_row(label: str, row: Any) -> Any:
     known = {**METHODS, **MORE}
     if row is None and label in known:
-        key = known[label].key
-        return {"method": key, **{name: getattr(known[label], name) for name in kinds(key)}}
+        own = known[label]
+        return {"method": own.key, **{name: getattr(own, name) for name in kinds(type(own))}}
     if not isinstance(row, dict | None):
         return row
     if row is None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,9 +24,10 @@ import ibp_triton as ibp
 from ibp_triton.bench import bench_command
 from ibp_triton.errors import ConfigError, IBPError, LaunchError
 from ibp_triton.evaluation import Robustness
-from ibp_triton.harness import estimates, foreign, grid, loading, provenance, shipped, store, summary
+from ibp_triton.harness import estimates, foreign, grid, loading, plugins, provenance, schema, shipped, store, summary
 from ibp_triton.harness import evaluate as measure
-from ibp_triton.harness.board import with_board
+from ibp_triton.harness.board import Log
+from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.doctor import doctor
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
@@ -44,12 +47,15 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 PLAN = "experiment.yaml"
 ONLY = "method=…, row=…, variant=…, seed=… or a field of a method, such as beta=…"
 SHOWN = 200  # runs of a dry run
+QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]
+BOARD = "tensorboard, wandb, trackio or package.module:Page, then =PLACE: a folder or a project"
 ACCEPT = "keep stored runs although their data or imported code have changed since"
 
 
 app.command()(kernels)
 app.command()(doctor)
 app.command("list")(shipped.show)
+app.command("schema")(schema.show)
 app.command()(bench_command.bench)
 app.command("bench-report")(bench_command.report)
 
@@ -85,8 +91,11 @@ def run(
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
     only: Annotated[list[str] | None, typer.Option(help=ONLY)] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="log every epoch for TensorBoard")] = False,
+    log: Annotated[list[str] | None, typer.Option(help=f"also log to {BOARD}")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="the same as --log tensorboard")] = False,
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
+    quiet: QUIET = False,
+    as_json: Annotated[bool, typer.Option("--json", help="a dry run's list for programs")] = False,
 ) -> None:
     """Train every run of an experiment that is not finished yet, then print the comparison."""
     plan = loading.load(shipped.find(config), override or [])
@@ -95,13 +104,16 @@ def run(
     job = Job(chosen, root, data_dir, plan.experiment.evaluate, accept_changed)
     count = workers or plan.experiment.workers
     if dry_run:
-        return _list(job, count)
+        return _list(job, count, as_json)
+    if as_json:
+        raise ConfigError("--json is of a dry run's list; add --dry-run, or read the results with ibp-triton report")
     store.write_bytes(output_of(plan) / PLAN, plan.text().encode())
-    _train(job, count, output_of(plan), tensorboard)
+    _train(job, count, output_of(plan), [*(log or []), *(["tensorboard"] if tensorboard else [])], quiet)
 
 
-def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
-    console = Console(emoji=False)
+def _train(job: Job, workers: int, folder: Path, boards: list[str], quiet: bool) -> None:
+    console = Console(emoji=False, quiet=quiet)
+    log = Log(boards, job.root, job.evaluate, job.data_dir, _saying(console))
     left = remaining(job)
     untested = sum(share == 0.0 for share in left.values())
     done = f"{len(job.runs) - len(left) + untested} finished before"
@@ -110,11 +122,15 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
     check_changes(job)
     try:
         download(job)
-        with Progress(console, job.runs, left, workers) as progress:
-            failures = launch(job, workers, with_board(progress, job.root) if tensorboard else progress)
+        with Progress(console, job.runs, left, workers, job.evaluate) as progress:
+            failures = launch(job, workers, log.listening(job.runs, progress))
+        for each in job.runs if boards else ():
+            log.finished(each)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; finished runs and epochs are stored, the same command goes on")
         raise typer.Exit(130) from None
+    finally:
+        log.close()
     console.print(result_table(summary.rows(job.runs, job.root)))
     others = len(remaining(job)) - len(failures)
     if others:
@@ -125,18 +141,49 @@ def _train(job: Job, workers: int, folder: Path, tensorboard: bool) -> None:
         raise LaunchError(f"some runs failed; their folders in {job.root} hold {ERROR}:\n" + "\n".join(shown))
 
 
+def _saying(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def log(
+    directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME, or of one of its runs")],
+    boards: Annotated[list[str], typer.Argument(help=BOARD)],
+    data_dir: Annotated[str | None, typer.Option(help="folder of the data files, for sample images")] = None,
+    quiet: QUIET = False,
+) -> None:
+    """Log finished runs: every epoch, errors and robustness, sample images."""
+    is_run = not (directory / PLAN).exists()
+    folder = directory.resolve().parent.parent if is_run else directory
+    plan = loading.load(folder / PLAN) if (folder / PLAN).exists() else None
+    if is_run:
+        runs, root = [_run_in(directory)], directory.resolve().parent
+    else:
+        assert plan is not None
+        root = Path(plan.experiment.runs) if plan.experiment.runs else folder / "runs"
+        runs = provenance.settle(grid.runs(plan), root)
+    console = Console(emoji=False, quiet=quiet)
+    logging = Log(boards, root, plan.experiment.evaluate if plan else Evaluate(), data_dir, _saying(console))
+    finished = [each for each in {each.name: each for each in runs}.values() if store.result(root / each.name)]
+    for each in finished:
+        logging.finished(each, again=True)
+    console.print(f"{len(finished)} of {len(runs)} runs are finished and logged", highlight=False)
+
+
 def _state(left: float | None) -> str:
     if left is None:
         return "finished"
     return {0.0: "to evaluate", 1.0: "to do"}.get(left, f"{1 - left:.0%} done")
 
 
-def _list(job: Job, workers: int) -> None:
-    """The first runs with their cost, and the time that all of them need."""
+def _list(job: Job, workers: int, as_json: bool) -> None:
+    """The first runs with their cost, and the time that all of them need; all of them as JSON."""
     console, left = Console(emoji=False), remaining(job)
+    if as_json:
+        return typer.echo(json.dumps([_facts(each, left.get(each.name), job) for each in job.runs], indent=2))
     table = Table("run", "epochs", "examples", "× BP", "estimate", "state")
     for each in job.runs[:SHOWN]:
-        seconds = estimates.seconds(each)
+        seconds = _seconds(each, job)
         size = str(estimates.examples(each) or "all")
         shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
         epochs, ratio = str(each.training.epochs), f"{estimates.ratio(each):.2f}"
@@ -147,11 +194,30 @@ def _list(job: Job, workers: int) -> None:
     states = Counter(_state(left.get(each.name)) for each in job.runs)
     if len(states) > 1:
         console.print(", ".join(f"{count} {state}" for state, count in states.items()), highlight=False)
-    for module, file in provenance.imported().items():
+    for module, file in plugins.imported().items():
         console.print(f"imported {module} ({file}) for these figures", highlight=False, markup=False, soft_wrap=True)
-    work = [(left.get(each.name) or 0.0) * (estimates.seconds(each) or 0.0) for each in job.runs]
+    work = [_work_left(each, left[each.name], job) for each in job.runs if each.name in left]
     time = timedelta(seconds=round(estimates.makespan(work, workers)))
     console.print(f"{len(job.runs)} runs, about {time} left with {workers} worker(s) on this machine", highlight=False)
+
+
+def _seconds(run: Run, job: Job) -> float | None:
+    """Of training and evaluation."""
+    training = estimates.seconds(run)
+    return None if training is None else training + estimates.evaluation_seconds(run, job.evaluate)
+
+
+def _work_left(run: Run, share: float, job: Job) -> float:
+    """Seconds of a run that has this share of its training, and its evaluation, before it."""
+    training = estimates.seconds(run)
+    return 0.0 if training is None else share * training + estimates.evaluation_seconds(run, job.evaluate)
+
+
+def _facts(run: Run, left: float | None, job: Job) -> store.Record:
+    """A run of a dry run, for programs."""
+    about = {"run": run.name, "label": run.label, "method": run.method.key, "seed": run.seeds.order}
+    cost = {"examples": estimates.examples(run), "ratio": estimates.ratio(run), "seconds": _seconds(run, job)}
+    return {**about, "epochs": run.training.epochs, **cost, "state": _state(left)}
 
 
 @app.command()
@@ -172,6 +238,7 @@ def evaluate(
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
     device: Annotated[str, typer.Option(help="device to compute on, as torch names it: cpu, cuda:0")] = "cpu",
     accept_changed: Annotated[bool, typer.Option("--accept-changed", help=ACCEPT)] = False,
+    quiet: QUIET = False,
 ) -> None:
     """Measure the robustness of a finished run's checkpoint, as its experiment or --config says, or of any model.
 
@@ -190,18 +257,20 @@ def evaluate(
             folder=data_dir,
             count=count,
             attacks=attack,
+            progress=not quiet,
             **options,  # type: ignore[arg-type]
         )
-        _show_robustness(table, csv)
+        _show_robustness(table, csv, Console(emoji=False, quiet=quiet))
         return
-    _evaluate_run(Path(run_dir), config, override or [], data_dir, device, accept_changed)
+    found = _evaluate_run(Path(run_dir), config, override or [], data_dir, device, accept_changed)
+    if not quiet:
+        _show_curves(Path(run_dir), *found)
 
 
-def _show_robustness(found: Robustness, csv: Path | None) -> None:
+def _show_robustness(found: Robustness, csv: Path | None, console: Console) -> None:
     table = Table("attack", "size", "error %", "95 %", title=f"{found.rows[0].examples} examples")
     for row in found.rows:
         table.add_row(row.attack, f"{row.size:.4g}", f"{row.error:.2f}", "{:.2f} – {:.2f}".format(*row.interval))
-    console = Console(emoji=False)
     console.print(table)
     for sign in found.masking():
         console.print(f"gradient masking? {sign}", highlight=False, markup=False)
@@ -212,7 +281,8 @@ def _show_robustness(found: Robustness, csv: Path | None) -> None:
 
 def _evaluate_run(
     run_dir: Path, config: Path | None, override: list[str], data_dir: str | None, device: str, accept_changed: bool
-) -> None:
+) -> tuple[store.Record, str]:
+    """The summary of an evaluation, and the stem of the files that have it."""
     root = run_dir.resolve().parent
     choice = loading.evaluation(config or root.parent / PLAN, override)
     check_device(device, "--device")
@@ -222,10 +292,13 @@ def _evaluate_run(
         if not mine:
             raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")
         found = measure.evaluate(trained.on(device), run_dir, choice, data_dir)
+    return found, measure.file_stem(choice)
+
+
+def _show_curves(folder: Path, found: store.Record, stem: str) -> None:
     Console(emoji=False).print(curve_table(found))
-    Console(emoji=False, markup=False).print(
-        f"written to {run_dir / measure.file_stem(choice)}.json and .safetensors", highlight=False
-    )
+    text = f"written to {folder / stem}.json and .safetensors"
+    Console(emoji=False, markup=False).print(text, highlight=False)
 
 
 def _run_in(folder: Path) -> Run:
@@ -237,12 +310,15 @@ def _run_in(folder: Path) -> Run:
     try:
         return replace(Run.from_config(stored), folder=folder.resolve().name)
     except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
+        told = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else error
+        reason = str(told).partition("\n")[0]
         raise ConfigError(f"{folder / store.CONFIG}: not the {store.CONFIG} of a run ({reason}); {cure}") from error
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")], quiet: QUIET = False
+) -> None:
     """Write report.html, tables.md, results.csv, curves.csv and figures from what is finished so far."""
     from ibp_triton.harness.report import write_report  # matplotlib doubles the time to start
 
@@ -250,8 +326,9 @@ def report(directory: Annotated[Path, typer.Argument(help="folder of an experime
         raise ConfigError(f"{directory}: no {PLAN}; give the folder that `ibp-triton run` writes to, like runs/NAME")
     plan = loading.load(directory / PLAN)
     root = Path(plan.experiment.runs) if plan.experiment.runs else directory / "runs"
+    console = Console(emoji=False, markup=False, quiet=quiet)
     for path in write_report(plan, root, directory):
-        Console(emoji=False, markup=False).print(str(path), highlight=False, soft_wrap=True)
+        console.print(str(path), highlight=False, soft_wrap=True)
 
 
 def main() -> None:

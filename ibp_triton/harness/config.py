@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
-from ibp_triton.harness.rows import MethodRow, once
-
-
-class Strict(BaseModel):
-    """Base of every section: no unknown keys, no silent conversion, immutable."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
-
+from ibp_triton.harness import plugins
+from ibp_triton.harness.optimizers import Choice
+from ibp_triton.harness.optimizers import read as read_optimizer
+from ibp_triton.harness.rows import MethodRow, faulty, numbers, once, scheduled
+from ibp_triton.harness.schedule import CONSTANT, RATE, Count, NonNegative, Positive, Schedule, Strict
 
 SourceName = Literal["mnist", "fashion_mnist", "cifar10", "mnist5k", "image_folder", "arrays", "synthetic"]
 NetworkName = Literal["paper_mnist", "paper_cifar10"]
@@ -25,9 +34,28 @@ Init = Literal["normal", "uniform", "uniform-0.01", "torch"]
 Precision = Literal["fp32", "bf16"]
 Preset = Literal["paper", "toolbox-2015", "toolbox-2016"]
 PublishedTable = Literal["table1_mnist", "table1_cifar10"]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+
+
+def data_sources() -> list[str]:
+    """What `data.source` may name: the package's sources and those that installed packages offer."""
+    return [*get_args(SourceName), *plugins.offered("sources")]
+
+
+def networks() -> list[str]:
+    """What `network.name` may name: the paper's two and those that installed packages offer."""
+    return [*get_args(NetworkName), *plugins.offered("networks")]
+
+
+def _source(name: str) -> str:
+    if name not in get_args(SourceName) and plugins.target_of("sources", name) is None:
+        raise ValueError(f"{name!r} is no source; choose one of {', '.join(data_sources())}, or package.module:load")
+    return name
+
+
+def _network(name: str) -> str:
+    if name not in networks():
+        raise ValueError(f"{name!r} is no network; choose one of {', '.join(networks())}, or import: package.mod:build")
+    return name
 
 
 class Data(Strict):
@@ -37,7 +65,7 @@ class Data(Strict):
     `holdout` examples become the test set, stratified, in sources that have none. `crop` is the side of a centre crop.
     """
 
-    source: SourceName
+    source: Annotated[str, AfterValidator(_source)]
     dir: str | None = None
     path: str | None = None
     subset: Count | None = None
@@ -58,9 +86,9 @@ class Data(Strict):
 
 
 class NetworkChoice(Strict):
-    """A network of the paper with its open choices, or `import: package.module:build` with `options`."""
+    """A network of the paper with its open choices; `import: package.module:build` or an entry point with `options`."""
 
-    name: NetworkName | None = None
+    name: Annotated[str, AfterValidator(_network)] | None = None
     pool: Pool = "ceil"
     init: Init = "normal"
     widths: list[Count] | None = None
@@ -68,12 +96,12 @@ class NetworkChoice(Strict):
     pads: list[Annotated[int, Field(ge=0)]] | None = None
     hidden: Count = 256
     target: str | None = Field(default=None, alias="import")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _one_of_two(self) -> NetworkChoice:
         if (self.name is None) == (self.target is None):
-            names = ", ".join(get_args(NetworkName))
+            names = ", ".join(networks())
             raise ValueError(f"give either name ({names}) or import (package.module:build)")
         return self
 
@@ -90,10 +118,15 @@ class Augment(Strict):
     angle: NonNegative = 18.0
 
 
+DESCENT = ("learning_rate", "momentum", "dampening", "weight_decay")  # of training: the options of the paper's SGD
+
+
 class Training(Strict):
     """Stochastic gradient descent as in section 5 of the paper; `learning_rate` decays by `decay` an epoch.
 
-    `compile` trains by one compiled graph a step, on the CPU, after comparing it with the eager step.
+    `optimizer` is another class of torch.optim with its own options, `lr` among them, in the place of `learning_rate`,
+    `momentum`, `dampening` and `weight_decay`, which are the options of the paper's descent. `compile` trains by one
+    compiled graph a step, on the CPU, after comparing it with the eager step.
     """
 
     epochs: Count = 80
@@ -103,6 +136,7 @@ class Training(Strict):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     dampening: Annotated[float, Field(ge=0, le=1)] = 0.9
     weight_decay: NonNegative = 0.0
+    optimizer: Annotated[Choice, BeforeValidator(read_optimizer, json_schema_input_type=str | Choice)] | None = None
     beta_decay: bool = True
     at_gradient: Literal["mean", "sum"] = "mean"
     augment: Augment | None = None
@@ -111,6 +145,26 @@ class Training(Strict):
     test_every: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
     compile: bool = False
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the first epoch, where no schedule says otherwise."""
+        return self.learning_rate if self.optimizer is None else float(next(iter(self.optimizer.values()))["lr"])
+
+    @model_validator(mode="after")
+    def _one_optimizer(self) -> Training:
+        twice = [name for name in DESCENT if name in self.model_fields_set]
+        if self.optimizer and twice:
+            (name,) = self.optimizer
+            raise ValueError(f"{', '.join(twice)} beside optimizer; give {name}'s own options there, such as lr")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _plain(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what does not count: runs from before there was `optimizer` keep their names."""
+        unused = ("optimizer",) if self.optimizer is None else DESCENT
+        found: dict[str, Any] = plainly(self)
+        return {name: value for name, value in found.items() if name not in unused}
 
     @model_validator(mode="after")
     def _device(self) -> Training:
@@ -164,9 +218,9 @@ class Evaluate(Strict):
     `pgd_step_size` is in units of ε; `masking` is the ε of the gradient-masking check; `examples` takes the first ones.
     """
 
-    adversarial: Levels = []
-    gaussian: Levels = []
-    pgd: Levels = []
+    adversarial: Levels = Field(default=[])
+    gaussian: Levels = Field(default=[])
+    pgd: Levels = Field(default=[])
     pgd_steps: Count = 10
     pgd_step_size: Positive = 0.25
     masking: NonNegative | None = None
@@ -193,11 +247,42 @@ class Seeds(Strict):
         return str(self.order) if len(numbers) == 1 else str(self.model_dump())
 
 
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+MOST_SEEDS = 10_000  # in a range
+
+
+def _seeds_of(given: Any) -> Any:
+    """The list with each "0..9" in it written out, both ends included; raises ValueError."""
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, list):
+        return given
+    return [seed for one in given for seed in (_range(one) if isinstance(one, str) else [one])]
+
+
+def _range(text: str) -> list[int]:
+    found = _RANGE.fullmatch(text.replace(" ", ""))
+    if found is None:
+        raise ValueError(f"{text!r} is no range of seeds; write its first and its last, such as 0..9")
+    first, last = map(int, found.groups())
+    if first > last:
+        raise ValueError(f"{text!r} holds no seed, for it runs backwards; write {last}..{first}")
+    if last - first >= MOST_SEEDS:
+        raise ValueError(f"{text!r} holds {last - first + 1} seeds, more than {MOST_SEEDS}; shorten it")
+    return list(range(first, last + 1))
+
+
+SeedList = Annotated[
+    list[int | Seeds], BeforeValidator(_seeds_of, json_schema_input_type=str | list[int | str | Seeds])
+]
+
+
 class Experiment(Strict):
     """A whole YAML file, its preset filled in; `variants` maps a label to dotted overrides of this file.
 
     `runs` is the folder of the run folders (output/runs if absent); experiments that share it share their runs.
     `compare` names the table of the paper to print beside, `track_cosine` logs both semantics' penalty gradients.
+    `schedule` changes the learning rate, and fields of every method that has them, from epoch to epoch.
     """
 
     name: Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
@@ -208,8 +293,9 @@ class Experiment(Strict):
     training: Training = Training()
     tangents: Tangents = Tangents()
     methods: Annotated[dict[str, SerializeAsAny[MethodRow]], Field(min_length=1)]
-    seeds: Annotated[list[int | Seeds], Field(min_length=1)] = [0]
-    variants: dict[str, dict[str, Any]] = {}
+    schedule: Schedule = CONSTANT
+    seeds: SeedList = Field(default=[0], min_length=1)
+    variants: dict[str, dict[str, Any]] = Field(default={})
     select: Literal["validation", "test"] = "validation"
     evaluate: Evaluate = Evaluate()
     compare: PublishedTable | None = None
@@ -229,6 +315,36 @@ class Experiment(Strict):
     def _distinct(cls, seeds: list[int | Seeds]) -> list[int | Seeds]:
         list(once(seed if isinstance(seed, Seeds) else Seeds.of(seed) for seed in seeds))
         return seeds
+
+    @model_validator(mode="after")
+    def _scheduled(self) -> Experiment:
+        """Each name is of a number, and that number in its range in every epoch."""
+        faults = []
+        for name in self.schedule.root:
+            try:
+                self._check_schedule(name)
+            except (TypeError, ValueError) as error:
+                faults.append(faulty(str(error), "schedule", name))
+        if faults:
+            raise ValidationError.from_exception_data("Experiment", faults)
+        return self
+
+    def _check_schedule(self, name: str) -> None:
+        training, own = self.training, [point for row in self.methods.values() for point in row.points]
+        if name == RATE:
+            rates = [self.schedule.value(name, training.rate, e, training.epochs) for e in range(training.epochs)]
+            if min(rates) <= 0:
+                raise ValueError(f"{min(rates):g} in epoch {rates.index(min(rates)) + 1}; it must be positive")
+            return
+        having = {getattr(point, name): point for point in own if name in numbers(point)}
+        if not having:
+            known = [RATE, *dict.fromkeys(number for point in own for number in numbers(point))]
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            meant = f"did you mean {close[0]}?" if close else f"numbers there are: {', '.join(known)}"
+            raise ValueError(f"no number of the training or of one of the methods; {meant}")
+        for point in having.values():
+            for epoch in range(training.epochs):
+                scheduled(point, self.schedule, epoch, training.epochs)
 
     @model_validator(mode="after")
     def _choice(self) -> Experiment:

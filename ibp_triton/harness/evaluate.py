@@ -54,11 +54,53 @@ def summary_of(folder: Path, choice: Evaluate) -> store.Record | None:
     return found if seal is None or seal == store.digest(outcomes) else None
 
 
-def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = None) -> store.Record:
+def passes(choice: Evaluate) -> dict[str, float]:
+    """Forward passes an example that each part of an evaluation costs, a gradient counted as two."""
+    gradient, levels = 2.0, {name: len(levels_of(choice, name)) for name in CURVES}
+    pgd = choice.pgd_steps * gradient + 1
+    found = {
+        CLEAN: 1.0,
+        "adversarial": levels["adversarial"] + gradient,
+        "gaussian": float(levels["gaussian"]),
+        "pgd": levels["pgd"] * pgd,
+        "masking": 2 + 2 * gradient + pgd,
+    }
+    absent = {name for name, count in levels.items() if not count} | ({"masking"} if choice.masking is None else set())
+    return {name: cost for name, cost in found.items() if name not in absent}
+
+
+class _Share:
+    """Tells how much of an evaluation is done, from 0 to 1, part by part, in steps of a hundredth or more."""
+
+    def __init__(self, choice: Evaluate, examples: int, tell: Callable[[float], None]) -> None:
+        self._costs, self._examples, self._tell = passes(choice), examples, tell
+        self._before, self._told = 0.0, 0.0
+
+    def part(self, name: str) -> Callable[[int], None]:
+        """Begin a part; to be called with the examples that are through it."""
+        cost, before, total = self._costs[name], self._before, sum(self._costs.values())
+        self._before += cost
+
+        def at(examples: int) -> None:
+            share = (before + cost * examples / self._examples) / total
+            if share >= min(1.0, self._told + 0.01):
+                self._told = share
+                self._tell(share)
+
+        return at
+
+
+def evaluate(
+    run: Run,
+    folder: Path,
+    choice: Evaluate,
+    data_dir: str | None = None,
+    tell: Callable[[float], None] = lambda share: None,
+) -> store.Record:
     """Evaluate the stored checkpoint of `run`; the summary, also written beside every example's outcome.
 
-    Computed on the run's training device. Outcomes, bits (1: right) [levels, examples], are in
-    evaluation-<hash>.safetensors; `outcomes_of` reads them.
+    Computed on the run's training device; `tell` hears how much is done, from 0 to 1. Outcomes, bits (1: right)
+    [levels, examples], are in evaluation-<hash>.safetensors; `outcomes_of` reads them.
     """
     device = torch.device(run.training.device)
     dataset = data.load(run.data.found_in(data_dir), run.seeds.subset).to(device)
@@ -68,13 +110,16 @@ def evaluate(run: Run, folder: Path, choice: Evaluate, data_dir: str | None = No
     labels = dataset.test.labels
     if choice.examples is not None:
         x, labels = x[: choice.examples], labels[: choice.examples]
-    outcomes = {CLEAN: _outcomes(model, x, labels, choice, _clean)}
+    share = _Share(choice, len(labels), tell)
+    outcomes = {CLEAN: _outcomes(model, x, labels, choice, _clean, share.part(CLEAN))}
     for name, kind in CURVES.items():
         if levels := levels_of(choice, name):
-            outcomes[name] = _outcomes(model, x, labels, choice, kind.perturbation(model, levels, choice))
+            harm = kind.perturbation(model, levels, choice)
+            outcomes[name] = _outcomes(model, x, labels, choice, harm, share.part(name))
     summary = {"run": run.name, "examples": len(labels), **_errors(outcomes, choice)}
     if choice.masking is not None:
         summary["masking"] = masking(model, x, labels, choice)
+        share.part("masking")(len(labels))
     packed = {name: torch.from_numpy(np.packbits(right.numpy(), axis=1)) for name, right in outcomes.items()}
     packed[_EXAMPLES] = torch.tensor([len(labels)])  # the last byte of a row may hold bits of none
     outcomes_file = folder / f"{file_stem(choice)}.safetensors"
@@ -143,11 +188,19 @@ def masking(model: nn.Module, x: Tensor, labels: Tensor, choice: Evaluate) -> st
     }
 
 
-def _outcomes(model: nn.Module, x: Tensor, labels: Tensor, choice: Evaluate, perturb: Perturb) -> Tensor:
-    parts = []
+def _outcomes(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    choice: Evaluate,
+    perturb: Perturb,
+    tell: Callable[[int], None] = lambda examples: None,
+) -> Tensor:
+    parts: list[Tensor] = []
     for number, part, y in _batches(x, labels, choice.batch_size):
         with torch.no_grad():
             parts.append(torch.stack([(model(moved).argmax(1) == y).cpu() for moved in perturb(part, y, number)]))
+        tell(sum(found.shape[1] for found in parts))
     return torch.cat(parts, 1)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ibp_triton.attacks import from_torchattacks
 from ibp_triton.errors import ConfigError
 from ibp_triton.evaluation import Robustness, Sizes, robustness
-from ibp_triton.harness import data, models
-from ibp_triton.harness.config import Data
+from ibp_triton.harness import data, models, plugins
+from ibp_triton.harness.config import Data, data_sources
 from ibp_triton.harness.sources import SOURCES
 
 OTHERS = "torchattacks."  # what attacks of that package begin with
@@ -38,6 +38,7 @@ def evaluate(
     std: str | None = None,
     norm: str = "linf",
     device: str = "cpu",
+    progress: bool = True,
 ) -> Robustness:
     """Errors of the model that `build(input_shape, classes)` makes, with the weights of a checkpoint, on a test set.
 
@@ -52,6 +53,7 @@ def evaluate(
         std: likewise.
         norm: "linf" or "l2".
         device: to compute on.
+        progress: whether to show how far it is.
 
     Raises:
         ConfigError: for options or files that do not fit.
@@ -66,18 +68,17 @@ def evaluate(
     test = loaded.test
     return robustness(
         model.to(device), (test.images, test.labels), chosen or None, mean=centre, std=scale, norm=norm, device=device,
-        progress=True,
+        progress=progress,
     )  # fmt: skip
 
 
 def _source(examples: str, count: int | None) -> Data:
-    if examples in SOURCES:
+    if examples in SOURCES or plugins.target_of("sources", examples):
         return Data.model_validate({"source": examples, "mean": "none", "test": count})
     path = Path(examples)
     if not path.exists():
-        raise ConfigError(
-            f"--data: {examples!r} is no file or folder, nor one of the data sources {', '.join(sorted(SOURCES))}"
-        )
+        known = ", ".join(sorted(data_sources()))
+        raise ConfigError(f"--data: {examples!r} is no file or folder, nor one of the data sources {known}")
     source = "image_folder" if path.is_dir() else "arrays"
     return Data.model_validate({"source": source, "path": examples, "mean": "none", "test": count})
 

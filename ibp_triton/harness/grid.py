@@ -15,7 +15,8 @@ import ibp_triton as ibp
 from ibp_triton.errors import ConfigError
 from ibp_triton.harness.config import Data, Experiment, NetworkChoice, Seeds, Tangents, Training
 from ibp_triton.harness.loading import ExperimentFile
-from ibp_triton.harness.rows import from_stored, kinds, stored
+from ibp_triton.harness.rows import MethodRow, from_stored, kinds, numbers, scheduled, stored
+from ibp_triton.harness.schedule import CONSTANT, RATE, Schedule
 
 FILTERS = ("method", "row", "variant", "seed", "parameter")
 
@@ -37,6 +38,7 @@ class Run:
     method: ibp.Method
     seeds: Seeds
     track_cosine: bool = False
+    schedule: Schedule = CONSTANT  # of the numbers that this run has
     folder: str = ""
     axes: tuple[str, ...] = ()
 
@@ -55,6 +57,7 @@ class Run:
             "tangents": _text(self.tangents) if self.method.needs_tangents else "null",
             "seeds": _text(self.seeds),
             "track_cosine": json.dumps(self.track_cosine),
+            **({"schedule": json.dumps(self.schedule.plain(), sort_keys=True)} if self.schedule else {}),  # as young
         }
 
     @classmethod
@@ -71,7 +74,22 @@ class Run:
             method=method,
             seeds=Seeds.model_validate(config["seeds"]),
             track_cosine=config["track_cosine"],
+            schedule=Schedule.model_validate(config.get("schedule", {})),
         )
+
+    def method_in(self, epoch: int) -> ibp.Method:
+        """The method with its numbers of an epoch (from 0): β decays, unless it has a schedule."""
+        method = scheduled(self.method, self.schedule, epoch, self.training.epochs)
+        if self.training.beta_decay and method.parameter == "beta" and "beta" not in self.schedule.root:
+            return method.at(beta=method.beta * self.training.decay**epoch)  # type: ignore[attr-defined]
+        return method
+
+    def rate_in(self, epoch: int) -> float:
+        """The learning rate of an epoch (from 0): it decays, unless it has a schedule."""
+        training = self.training
+        if RATE in self.schedule.root:
+            return self.schedule.value(RATE, training.rate, epoch, training.epochs)
+        return training.rate * training.decay**epoch
 
     def on(self, device: str) -> Run:
         """The same run on another device."""
@@ -144,7 +162,7 @@ def runs(plan: ExperimentFile) -> list[Run]:
 def select(every: Iterable[Run], only: Iterable[str]) -> list[Run]:
     """Runs that match all of "method=loss_ibp", "row=…", "variant=…", "seed=0", "beta=0.03" (any field of a method)."""
     chosen = list(every)
-    names = (*FILTERS, *dict.fromkeys(name for run in chosen for name in kinds(run.method.key)))
+    names = (*FILTERS, *dict.fromkeys(name for run in chosen for name in kinds(type(run.method))))
     for text in only:
         name, _, value = text.partition("=")
         if name not in names:
@@ -173,7 +191,7 @@ def _field(run: Run, name: str) -> str:
         return labels[name]
     if name == "parameter":
         return run.strength
-    return shown(getattr(run.method, name)) if name in kinds(run.method.key) else ""
+    return shown(getattr(run.method, name)) if name in kinds(type(run.method)) else ""
 
 
 def _known(chosen: list[Run], name: str) -> str:
@@ -184,10 +202,18 @@ def _seeds(experiment: Experiment) -> list[Seeds]:
     return [s if isinstance(s, Seeds) else Seeds.of(s) for s in experiment.seeds]
 
 
+def _scheduled(experiment: Experiment, row: MethodRow) -> list[Schedule]:
+    """What the schedule says of each of the row's methods; one object for all of which it says the same."""
+    found: dict[tuple[str, ...], Schedule] = {}
+    every = [tuple(name for name in experiment.schedule.root if name == RATE or name in numbers(p)) for p in row.points]
+    return [found.setdefault(names, experiment.schedule.of(names.__contains__)) for names in every]
+
+
 def _runs_of(variant: str, experiment: Experiment) -> Iterator[Run]:
+    schedules = {label: _scheduled(experiment, row) for label, row in experiment.methods.items()}
     for seeds in _seeds(experiment):
         for label, row in experiment.methods.items():
-            for method in row.points:
+            for method, own in zip(row.points, schedules[label], strict=True):
                 yield Run(
                     variant=variant,
                     row=label,
@@ -198,5 +224,6 @@ def _runs_of(variant: str, experiment: Experiment) -> Iterator[Run]:
                     method=method,
                     seeds=seeds,
                     track_cosine=experiment.track_cosine,
+                    schedule=own,
                     axes=row.axes,
                 )

@@ -7,6 +7,7 @@ interpreter's, kernel by kernel, are equal to them in the tests), the floor is a
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ibp_triton.harness.step_counts import BANDWIDTH, PEAK, StepCount, steps
@@ -43,8 +45,11 @@ class KernelRow:
     padded_flops: int
 
 
-def kernel_rows(target: str) -> list[KernelRow]:
-    """Every case of `kernels.cases`, compiled for a chip family; a kernel that compiles alike twice stands once."""
+def kernel_rows(target: str, only: Sequence[str] = ()) -> list[KernelRow]:
+    """Every case of `kernels.cases`, compiled for a chip family; a kernel that compiles alike twice stands once.
+
+    With `only` those that have each of these words in kernel, case, dtype or target; no other is compiled.
+    """
     from ibp_triton.kernels import aot, cases  # here, so that the harness does without triton
 
     rows, seen = [], set()
@@ -52,6 +57,8 @@ def kernel_rows(target: str) -> list[KernelRow]:
         if dtype == "tf32" and target == "gfx1100":
             continue
         for record in cases.launches(target, getattr(torch, dtype.replace("tf32", "float32")), dtype == "tf32"):
+            if not has_words(only, record.name, _case(record.arguments), dtype, target):
+                continue
             signature = aot.signature(record)
             if signature not in seen:
                 seen.add(signature)
@@ -93,9 +100,30 @@ def _case(arguments: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+def has_words(wanted: Iterable[str], *texts: str) -> bool:
+    """Whether each wanted word is in one of the texts."""
+    return all(any(word.lower() in text.lower() for text in texts) for word in wanted)
+
+
+def ordered(lines: list[list[str]], head: Sequence[str], column: str) -> list[list[str]]:
+    """Lines of cells by a column: numbers from the largest down, then texts."""
+    place = head.index(column)
+
+    def key(cells: list[str]) -> tuple[bool, float, str]:
+        text = cells[place]
+        try:
+            return False, -float(text.replace(",", "")), ""
+        except ValueError:
+            return True, 0.0, text
+
+    return sorted(lines, key=key)
+
+
 def kernels(
     target: Annotated[list[str] | None, typer.Option(help="chip family; by default sm_90; may be repeated")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write all rows to this file")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="rows with this word, as wgrad; may be repeated")] = None,
+    sort: Annotated[str | None, typer.Option(help="a column's head, as spills or launches; numbers fall")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write all rows to this file; - prints them")] = None,
     figure: Annotated[Path | None, typer.Option(help="draw launches and bytes of a step into this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
 ) -> None:
@@ -108,23 +136,40 @@ def kernels(
     for name in targets:
         if name not in CHIPS:
             raise typer.BadParameter(f"unknown target {name!r}; choose from {', '.join(CHIPS)}", param_hint="--target")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=220)  # a file has room for every column
-    rows = [row for name in targets for row in kernel_rows(name)]
-    console.print(_table("Kernels, compiled ahead of time (static facts)", KERNEL_HEAD, map(kernel_cells, rows)))
-    counted = steps()
-    console.print(
-        _table("One training step before the optimizer (counted, not timed)", STEP_HEAD, map(step_cells, counted))
-    )
-    console.print(NOTE, highlight=False)
+    if sort is not None and sort not in COLUMNS:
+        raise typer.BadParameter(f"{sort!r} is no column; choose from {', '.join(COLUMNS)}", param_hint="--sort")
+    rows = [row for name in targets for row in kernel_rows(name, only or [])]
+    counted = [step for step in steps() if has_words(only or [], step.network, step.method, step.semantics or "")]
+    if not rows and not counted:
+        raise typer.BadParameter(f"no kernel and no step has {' and '.join(only or [])}", param_hint="--only")
+    if str(json_file) != "-":
+        _print(rows, counted, sort)
     if json_file is not None:
         content = {"kernels": [asdict(r) for r in rows], "steps": [asdict(s) for s in counted], "note": NOTE}
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1) + "\n"
+        if str(json_file) == "-":
+            typer.echo(text, nl=False)
+        else:
+            json_file.write_text(text, encoding="utf-8")
     if markdown is not None:
         markdown.write_text(as_markdown(rows, counted), encoding="utf-8")
     if figure is not None:
         draw(counted, figure)
+
+
+def _print(rows: list[KernelRow], counted: list[StepCount], sort: str | None) -> None:
+    """The tables that have rows, by a column where they have it."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=220)  # a file has room for every column
+    tables = (
+        ("Kernels, compiled ahead of time (static facts)", KERNEL_HEAD, [kernel_cells(row) for row in rows]),
+        ("One training step before the optimizer (counted, not timed)", STEP_HEAD, [step_cells(s) for s in counted]),
+    )
+    for title, head, lines in tables:
+        if lines:
+            console.print(_table(title, head, ordered(lines, head, sort) if sort and sort in head else lines))
+    console.print(NOTE, highlight=False)
 
 
 NOTE = (
@@ -141,6 +186,7 @@ STEP_HEAD = (
     *("network", "batch", "method", "semantics", "launches", "moved MB", "unique MB", "GFLOP", "floor µs"),
     *("eager ops", "eager MB", "eager GFLOP", "launches/ops", "unique/eager"),
 )
+COLUMNS = tuple(dict.fromkeys((*KERNEL_HEAD, *STEP_HEAD)))
 
 
 def kernel_cells(row: KernelRow) -> list[str]:
@@ -168,7 +214,7 @@ def _table(title: str, head: tuple[str, ...], rows: Any) -> Table:
     for name in head:
         table.add_column(name, overflow="fold")
     for cells in rows:
-        table.add_row(*cells)
+        table.add_row(*map(escape, cells))
     return table
 
 

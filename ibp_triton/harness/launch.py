@@ -42,8 +42,8 @@ class Job:
 def launch(job: Job, workers: int, listen: Listener) -> list[str]:
     """Train what is not finished yet; returns the messages of runs that failed.
 
-    `listen` gets events {"kind": "start" | "epoch" | "done" | "busy" | "failed" | "note", "run": name, ...} in this
-    process. Raises LaunchError for data and models that no run can use, for stored runs whose data or code have
+    `listen` gets events {"kind": "start", "epoch", "evaluate", "done", "busy", "failed" or "note", "run": name, ...}
+    in this process. Raises LaunchError for data and models that no run can use, for stored runs whose data or code have
     changed, for a full disk and if worker processes die before they train anything.
     """
     job = replace(job, runs=provenance.settle(job.runs, job.root))
@@ -82,7 +82,7 @@ def check_changes(job: Job) -> None:
 
 
 def _named(run: Run, kind: str) -> str:
-    return str(run.data.path if kind == "data" else run.network.target)
+    return str(run.data.path if kind == "data" else provenance.targets(run)[kind])
 
 
 def download(job: Job) -> None:
@@ -188,6 +188,9 @@ def _trained(run: Run, folder: Path, job: Job, listen: Listener) -> store.Record
     def say(message: str) -> None:
         listen({"kind": "note", "run": run.name, "message": message})
 
+    def tell(share: float) -> None:
+        listen({"kind": "evaluate", "run": run.name, "share": share})
+
     store.sweep(folder)
     (folder / ERROR).unlink(missing_ok=True)
     result = store.result(folder)
@@ -195,8 +198,8 @@ def _trained(run: Run, folder: Path, job: Job, listen: Listener) -> store.Record
         say(f"{folder / store.RESULT}: damaged, or of another run; the run counts as not finished")
     result = result or train(run, folder, report, job.data_dir, say)
     if not evaluate.done(folder, job.evaluate):
-        listen({"kind": "evaluate", "run": run.name})
-        evaluate.evaluate(run, folder, job.evaluate, job.data_dir)
+        tell(0.0)
+        evaluate.evaluate(run, folder, job.evaluate, job.data_dir, tell)
     return result
 
 

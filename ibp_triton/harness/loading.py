@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +18,7 @@ from ibp_triton.harness.config import Evaluate, Experiment
 
 LIMIT = 10 << 20  # bytes of a YAML file
 CHAIN = 20  # files that extend each other
+Lines = dict[tuple[str, ...], int]
 COMMON = ("name", "title", "select", "evaluate", "compare", "workers", "output", "runs", "variants", "extends")
 
 
@@ -28,6 +29,7 @@ class ExperimentFile:
     experiment: Experiment
     tree: dict[str, Any]
     where: str
+    lines: Lines = field(default_factory=dict)  # where keys stand in the file, as far as that is known
 
     def variants(self) -> list[tuple[str, Experiment]]:
         """The experiment once for each variant, its overrides applied; once, nameless, where there is none."""
@@ -41,13 +43,15 @@ class ExperimentFile:
 
     def _variant(self, label: str, overrides: dict[str, Any]) -> Experiment:
         tree = {key: value for key, value in self.tree.items() if key != "variants"}
-        where = f"{self.where}: variants.{label}"
+        where, lines = f"{self.where}: variants.{label}", Lines()
         for dotted, value in overrides.items():
             key = dotted.partition(".")[0]
             if key in COMMON:
                 raise ConfigError(f"{where}: {dotted}: {key} is one for the whole experiment; set it beside variants:")
             override(tree, dotted, value, where)
-        return validate(tree, where)
+            keys, line = tuple(dotted.split(".")), self.lines.get(("variants", label, dotted), 0)
+            lines |= {keys[:length]: line for length in range(1, len(keys) + 1)}
+        return validate(tree, where, lines)
 
     def text(self) -> str:
         """YAML that `load` reads back to the same plan."""
@@ -56,11 +60,19 @@ class ExperimentFile:
 
 def load(path: Path, overrides: Iterable[str] = ()) -> ExperimentFile:
     """Read, override ("a.b=c"), fill the preset and validate, variants too; raises ConfigError."""
-    tree = read_tree(path)
-    apply(tree, overrides)
-    plan = ExperimentFile(validate(tree, str(path)), tree, str(path))
+    tree, given = read_tree(path), list(overrides)
+    apply(tree, given)
+    lines = _lines(path, given)
+    plan = ExperimentFile(validate(tree, str(path), lines), tree, str(path), lines)
     plan.variants()
     return plan
+
+
+def _lines(path: Path, overrides: list[str]) -> Lines:
+    """Where the keys of a file stand, 0 for those that something overrides."""
+    given = [tuple(text.partition("=")[0].strip().split(".")) for text in overrides]
+    found = yamltext.lines(_content(path)) | dict.fromkeys(given, 0)
+    return {keys: 0 if any(keys[: len(g)] == g for g in given) else line for keys, line in found.items()}
 
 
 def evaluation(path: Path, overrides: Iterable[str]) -> Evaluate:
@@ -140,18 +152,34 @@ def override(tree: dict[str, Any], dotted: str, value: Any, where: str) -> None:
         _named_network(tree)
 
 
-def validate(tree: dict[str, Any], where: str) -> Experiment:
-    """The tree with its preset as an Experiment; raises ConfigError with one line for each fault."""
+def validate(tree: dict[str, Any], where: str, lines: Lines | None = None) -> Experiment:
+    """The tree with its preset as an Experiment; raises ConfigError with one line for each fault.
+
+    `lines`: where its keys stand in the file `where`, as far as that is known.
+    """
     filled = presets.fill(tree)
     try:
         return Experiment.model_validate(filled)
     except ValidationError as error:
-        raise ConfigError(faults(error, where)) from error
+        raise ConfigError(faults(error, where, lines=lines)) from error
 
 
-def faults(error: ValidationError, where: str, model: type[BaseModel] = Experiment) -> str:
-    """One line for each fault: the file, the key and the cure."""
-    return "\n".join(dict.fromkeys(_explain(fault, where, model) for fault in error.errors()))
+def faults(error: ValidationError, where: str, model: type[BaseModel] = Experiment, lines: Lines | None = None) -> str:
+    """One line for each fault: the file, its line where that is known, the key and the cure."""
+    every = error.errors()
+    places = [where + _line_of(fault["type"], [str(part) for part in fault["loc"]], lines or {}) for fault in every]
+    return "\n".join(dict.fromkeys(_explain(*pair, model) for pair in zip(every, places, strict=True)))
+
+
+def _line_of(kind: str, path: list[str], lines: Lines) -> str:
+    """The line of a key where the file itself has it, of the section that lacks one; a list may stand as one entry."""
+    keys: tuple[str, ...] = ()
+    for part in path:
+        if (*keys, part) in lines:
+            keys = (*keys, part)
+        elif kind != "missing" and not part.isdigit() and not _is_type_tag(part):
+            return ""  # it stands in a file that this one extends
+    return f": line {lines[keys]}" if lines.get(keys) else ""
 
 
 def _named_network(tree: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +196,8 @@ def _explain(fault: Any, where: str, model: type[BaseModel] = Experiment) -> str
     if fault["type"] == "missing":
         return f"{where}: {dotted}: this key is missing"
     message = str(fault["msg"]).removeprefix("Value error, ")
-    got = "" if isinstance(fault["input"], dict | list) else f", got {fault['input']!r}"
+    told = isinstance(fault["input"], dict | list) or repr(fault["input"]) in message
+    got = "" if told else f", got {fault['input']!r}"
     return f"{where}: {dotted}: {message}{got}"
 
 
@@ -192,5 +221,5 @@ def _keys_at(path: list[str], model: type[BaseModel]) -> Iterable[str]:
 
 def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return _section(annotation.model_fields["root"].annotation) if "root" in annotation.model_fields else annotation
     return next((found for part in get_args(annotation) if (found := _section(part))), None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton.errors import NetworkError
-from ibp_triton.harness import provenance
+from ibp_triton.harness import plugins
 from ibp_triton.harness.config import Init, NetworkChoice, Pool, Precision
 from ibp_triton.harness.streams import derive
 
@@ -70,7 +70,7 @@ def imported(target: str, input_shape: Shape, classes: int, options: dict[str, A
     Raises NetworkError when there is no such function, when it or its model fails, and when it does not classify.
     """
     module_name, _, attribute = target.partition(":")
-    provenance.code_in_use(target)
+    plugins.code_in_use(target)
     try:
         build = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
@@ -109,8 +109,9 @@ def build(network: NetworkChoice, shape: Shape, classes: int, seed: int) -> nn.M
     """The network of a config for images of `shape` [C, H, W]; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights"))
-        if network.target is not None:
-            return imported(network.target, shape, classes, network.options)
+        target = network.target or plugins.target_of("networks", network.name or "")
+        if target is not None and network.name not in BUILDERS:
+            return imported(target, shape, classes, network.options)
         choices = network.model_dump(exclude={"name", "target", "options"}, exclude_none=True)
         return BUILDERS[network.name or ""](shape, classes, **choices)
 

@@ -45,6 +45,8 @@ def fill(tree: Tree) -> Tree:
         preset["data"]["crop"] = _CIFAR_CROP[name]
     augmentation = preset.pop("augmentation")
     training = tree.get("training")
+    if isinstance(training, dict) and training.get("optimizer") is not None:
+        del preset["training"]["momentum"], preset["training"]["dampening"]
     if isinstance(training, dict) and isinstance(training.get("augment"), dict):
         preset["training"]["augment"] = augmentation
     return merge(preset, tree)

@@ -13,17 +13,32 @@ from rich.markup import escape
 from rich.table import Table
 
 from ibp_triton.harness import estimates
+from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.summary import ResultRow, columns, divergence_text, error_text, headings
 
+SILENCE = 10  # seconds of an evaluation after which a line says how far it is, where there is no terminal
+
 
 class Progress:
-    """Listener of a launch; use as a context manager. `left` is the share of its training that each run still needs."""
+    """Listener of a launch; use as a context manager.
 
-    def __init__(self, console: Console, runs: Sequence[Run], left: Mapping[str, float], workers: int) -> None:
+    `left` is the share of its training that each run still needs, `choice` the evaluation that each of them needs then.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        runs: Sequence[Run],
+        left: Mapping[str, float],
+        workers: int,
+        choice: Evaluate | None = None,
+    ) -> None:
         self._console, self._runs, self._workers = console, {run.name: run for run in runs}, workers
         self._closed = set(self._runs) - set(left)
-        self._left = {name: share * estimates.weight(self._runs[name]) for name, share in left.items()}
+        self._evaluation = {n: estimates.evaluation(self._runs[n], choice) if choice else 0.0 for n in left}
+        work = {name: share * estimates.weight(self._runs[name]) for name, share in left.items()}
+        self._left = {name: own + self._evaluation[name] for name, own in work.items()}
         # work done by this command, the seconds it took the workers, and when each run was last heard of
         self._trained, self._spent, self._since = 0.0, 0.0, dict[str, float]()
         self._records: dict[str, dict[str, Any]] = {}
@@ -48,23 +63,37 @@ class Progress:
         elif event["kind"] == "epoch":
             work = estimates.weight(run) / run.training.epochs
             self._clock(run, work)
-            self._left[run.name] = work * (run.training.epochs - event["epoch"])
+            after = self._evaluation.get(run.name, 0.0)
+            self._left[run.name] = work * (run.training.epochs - event["epoch"]) + after
             self._records[run.name] = {**self._records.get(run.name, {}), **event}
+        elif event["kind"] == "evaluate":
+            self._evaluating(run, event["share"])
         elif event["kind"] == "busy" and run.name not in self._since:  # a process of another command trains it
             self._left.pop(run.name, None)
         elif event["kind"] == "note":
             text = f"  {run.label}: {event['message']}"
             self._console.print(escape(text), highlight=False, soft_wrap=True)
         elif event["kind"] in ("done", "failed"):
-            self._left.pop(run.name, None)
+            left = self._left.pop(run.name, 0.0)
             self._closed.add(run.name)
-            if self._records.pop(run.name, None):
-                self._clock(run, 0.0)  # the evaluation of a run trained here
+            if self._records.pop(run.name, None):  # it was trained or evaluated here
+                self._clock(run, left if event["kind"] == "done" else 0.0)
             self._console.print(self._closing(run, event), highlight=False, soft_wrap=True)
         if self._live:
             self._live.update(self._table())
         elif event["kind"] == "epoch" and self._is_milestone(run, event["epoch"]):
             self._console.print(self._line(run, event), highlight=False, soft_wrap=True)
+
+    def _evaluating(self, run: Run, share: float) -> None:
+        """A share of the run's evaluation is done; a line where nothing was said for a while."""
+        total, record = self._evaluation.get(run.name, 0.0), self._records.setdefault(run.name, {})
+        self._clock(run, total * (share - record.get("share", 0.0)))
+        self._left[run.name] = total * (1 - share)
+        record["share"] = share
+        if self._live is None and time.monotonic() - record.setdefault("said", time.monotonic()) > SILENCE:
+            record["said"] = time.monotonic()
+            text = f"  {run.label}: {share:.0%} evaluated, ETA {self._eta()}"
+            self._console.print(escape(text), highlight=False, soft_wrap=True)
 
     def _clock(self, run: Run, work: float) -> None:
         now = time.monotonic()
@@ -100,9 +129,12 @@ class Progress:
         table = Table("run", "epoch", "loss", "error %", "s/epoch", title=f"ETA {self._eta()}")
         for name, record in self._records.items():
             run = self._runs[name]
-            loss = _loss(record)
+            loss = _loss(record) if "loss" in record else ""
             tested = f"{record['test_error']:.2f}" if "test_error" in record else ""
-            epoch, seconds = f"{record['epoch']}/{run.training.epochs}", f"{record['seconds']:.2f}"
+            epoch = (
+                f"{record['share']:.0%} evaluated" if "share" in record else f"{record['epoch']}/{run.training.epochs}"
+            )
+            seconds = f"{record['seconds']:.2f}" if "seconds" in record else ""
             table.add_row(escape(run.label), epoch, loss, tested, seconds)
         return table
 
@@ -123,7 +155,7 @@ def result_table(rows: Sequence[ResultRow]) -> Table:
     for heading in ("× bp", "predicted"):
         table.add_column(heading, no_wrap=True)
     for row in rows:
-        cells = [escape(row.label), *row.values(names), row.seeds, error_text(row.mean, row.sd)]
+        cells = [escape(row.label), *map(escape, row.values(names)), row.seeds, error_text(row.mean, row.sd)]
         ratios = [f"{row.seconds:.2f}", "" if row.measured is None else f"{row.measured:.2f}", f"{row.predicted:.2f}"]
         table.add_row(*([escape(row.variant)] if named else []), *cells, *ratios)
     return table

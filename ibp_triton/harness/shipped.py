@@ -15,7 +15,7 @@ from rich.table import Table
 
 import ibp_triton as ibp
 from ibp_triton.errors import ConfigError
-from ibp_triton.harness import rows
+from ibp_triton.harness import plugins, rows
 from ibp_triton.harness.sources import SOURCES
 
 
@@ -65,12 +65,16 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="for programs")] =
 
 def listing() -> dict[str, dict[str, str]]:
     """What `show` prints: {kind: {name: what it is}}."""
-    methods = {key: f"{cls.title}({', '.join(rows.kinds(key))})" for key, cls in ibp.METHODS.items()}
+    methods = {key: f"{cls.title}({', '.join(rows.kinds(cls))})" for key, cls in ibp.METHODS.items()}
     experiments = {name: _first_comment(path) for name, path in names().items()}
     benchmarks = {name: _first_comment(path) for name, path in suites().items()}
     sources = {name: source.about for name, source in SOURCES.items()}
     named = {str(key): about for key, about in sources.items()}
-    return {"methods": methods, "experiments": experiments, "benchmarks": benchmarks, "data sources": named}
+    found = {"methods": methods, "experiments": experiments, "benchmarks": benchmarks, "data sources": named}
+    for kind, group in (("methods", "methods"), ("data sources", "sources")):
+        found[kind] |= {n: target for n, target in plugins.offered(group).items() if n not in found[kind]}
+    others = {group: plugins.offered(group) for group in ("networks", "optimizers")}
+    return {**found, **{group: points for group, points in others.items() if points}}
 
 
 def _first_comment(path: Path) -> str:

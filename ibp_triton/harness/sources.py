@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ibp_triton.errors import DataError
-from ibp_triton.harness import files, pictures, remotes
+from ibp_triton.errors import ConfigError, DataError
+from ibp_triton.harness import files, pictures, plugins, remotes
 from ibp_triton.harness.config import Data, SourceName
 from ibp_triton.harness.streams import stream
 
@@ -41,7 +42,31 @@ Loaded = tuple[Examples, Examples, int]
 
 def load(data: Data) -> Loaded:
     """Training set, test set and number of classes; raises DataError."""
-    return SOURCES[data.source].read(data)
+    return source_of(data).read(data)
+
+
+def source_of(data: Data) -> Source:
+    """What is known of the source that `data` names, the package's own or one from elsewhere."""
+    for name, source in SOURCES.items():
+        if name == data.source:
+            return source
+    target = plugins.target_of("sources", data.source)
+    if target is None:
+        raise DataError(f"data.source: {data.source!r} is not installed here; install the package that offers it")
+    return Source(target, partial(_from_elsewhere, target), own=_own_file)
+
+
+def _from_elsewhere(target: str, data: Data) -> Loaded:
+    """`load(path)` of the user's or another package's: x_train, y_train, x_test, y_test, as in an .npz file."""
+    try:
+        found = plugins.load(target)(data.path)
+        arrays = {name: np.asarray(array) for name, array in zip(NAMES, found, strict=True)}
+    except ConfigError as error:
+        raise DataError(f"data.source: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever that code does
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"data.source: {target}({data.path!r}) gave no {', '.join(NAMES)} ({reason})") from error
+    return _splits(arrays, target)
 
 
 def public_files(data: Data) -> list[Path]:
@@ -52,20 +77,29 @@ def public_files(data: Data) -> list[Path]:
 
 def own_files(data: Data) -> dict[str, Path]:
     """The user's files behind `data.path` by a name without that path; none for other sources and where it is gone."""
-    own = SOURCES[data.source].own
+    own = source_of(data).own
     return own(Path(data.path).expanduser()) if own and data.path else {}
 
 
 def shape_of(data: Data) -> tuple[Shape, int] | None:
     """Image shape and classes of a source, where they are known without its files."""
-    shape = SOURCES[data.source].shape
+    shape = source_of(data).shape
     return shape(data) if shape else None
 
 
 def examples_of(data: Data) -> int | None:
     """Training examples of a source, validation among them, where they are known without its files."""
-    count = SOURCES[data.source].examples
+    count = source_of(data).examples
     return count(data) if count else None
+
+
+def tests_of(data: Data) -> int | None:
+    """Test examples of a run, where they are known without its files."""
+    if data.test:
+        return data.test
+    if data.source in remotes.PUBLIC:
+        return 10_000
+    return data.holdout if data.source in ("mnist5k", "synthetic") else None
 
 
 def hold_out(every: Examples, count: int, seed: int) -> tuple[Examples, Examples]:
@@ -165,7 +199,11 @@ def _is_fetched(found: Path, name: str) -> bool:
 
 def _arrays(data: Data) -> Loaded:
     path = _path(data, "an .npz file with x_train, y_train, x_test, y_test")
-    arrays = _read_npz(path)
+    return _splits(_read_npz(path), path)
+
+
+def _splits(arrays: dict[str, Any], path: Path | str) -> Loaded:
+    """Training set, test set and classes; `path` is what they came from."""
     train, test = (_array_split(arrays, part, path) for part in ("train", "test"))
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"{path}: x_train and x_test hold images of different shapes; make them equal")
@@ -198,7 +236,7 @@ def _check_size(path: Path) -> None:
         raise DataError(f"{path}: would unpack to {size >> 20} MB, far more than it holds; write it with numpy.savez")
 
 
-def _array_split(arrays: dict[str, Any], part: str, path: Path) -> Examples:
+def _array_split(arrays: dict[str, Any], part: str, path: Path | str) -> Examples:
     x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
     images = x[:, None] if x.ndim == 3 else x
     if images.ndim != 4 or y.shape != (len(x),) or y.dtype.kind not in "iu" or not images.size:
@@ -214,7 +252,7 @@ def _array_split(arrays: dict[str, Any], part: str, path: Path) -> Examples:
     return Examples(_pixels(images, part, path), torch.from_numpy(y.astype(np.int64)))
 
 
-def _pixels(images: Any, part: str, path: Path) -> Tensor:
+def _pixels(images: Any, part: str, path: Path | str) -> Tensor:
     """uint8, or float32 in [0, 1], in the machine's byte order."""
     if images.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(images))

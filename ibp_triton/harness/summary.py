@@ -43,7 +43,7 @@ class ResultRow:
 
     def values(self, names: Iterable[str]) -> list[str]:
         """Those fields of the method as a reader writes them; empty where it has none of that name."""
-        return [shown(getattr(self.method, name)) if name in kinds(self.key) else "" for name in names]
+        return [shown(getattr(self.method, name)) if name in kinds(type(self.method)) else "" for name in names]
 
     @property
     def finished(self) -> tuple[Run, ...]:

@@ -8,18 +8,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
-from ibp_triton.harness import data, models, provenance, store
+from ibp_triton.harness import data, models, optimizers, provenance, store
 from ibp_triton.harness.batches import Batches
 from ibp_triton.harness.data import Dataset
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.probe import semantics_gap
+from ibp_triton.harness.schedule import RATE
 from ibp_triton.harness.sources import Examples
 from ibp_triton.harness.streams import derive
 
@@ -34,7 +36,7 @@ class State:
     """What a checkpoint holds: model, optimizer and the metrics of the epochs done."""
 
     model: nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     metrics: list[store.Record]
 
 
@@ -55,9 +57,9 @@ def train(run: Run, folder: Path, report: Report, data_dir: str | None = None, s
     store.write_json(folder / store.CONFIG, provenance.config(run), last=False)
     store.write_json(folder / store.ENVIRONMENT, store.environment(), last=False)
     batches = Batches(dataset, run.training, run.seeds, run.tangents if run.method.needs_tangents else None)
-    step = _step(run, state, batches)
+    steps = _steps(run, state)
     for epoch in range(len(state.metrics), run.training.epochs):
-        record = _epoch(run, step, state, batches, epoch)
+        record = _epoch(run, steps, state, batches, epoch)
         if _is_test_epoch(run, epoch):
             record |= errors(state.model, dataset, run.training.channels_last)
         if run.track_cosine and hasattr(run.method, "semantics"):
@@ -76,9 +78,11 @@ def start(run: Run, dataset: Dataset, device: torch.device) -> State:
     return State(model, _optimizer(run, model), [])
 
 
-def _optimizer(run: Run, model: nn.Module) -> torch.optim.SGD:
+def _optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     training = run.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if training.optimizer is not None:
+        return optimizers.make(training.optimizer, trained)
     optimizer = torch.optim.SGD(
         trained,
         lr=training.learning_rate,
@@ -93,16 +97,13 @@ def _optimizer(run: Run, model: nn.Module) -> torch.optim.SGD:
     return optimizer
 
 
-def _step(run: Run, state: State, batches: Batches) -> ibp.EagerStep:
+def _steps(run: Run, state: State) -> tuple[ibp.EagerStep, ibp.EagerStep]:
+    """The step of a batch, and that of an epoch's smaller last one, never compiled: a resumed run would differ."""
     network = ibp.Network(state.model, dtype=models.PRECISIONS[run.training.precision])
     doubled = run.method.key == "at" and run.training.at_gradient == "sum"
-    kind = ibp.CompiledStep if run.training.compile else ibp.EagerStep
-    step = kind(network, run.method, state.optimizer, reduce=_twice if doubled else None)
-    if isinstance(step, ibp.CompiledStep):  # before the first epoch, so that a resumed run has the same bits
-        state.model.train()
-        batch = batches.first(run.training.batch_size)
-        step.prepare(batch.x, batch.labels, batch.tangents)
-    return step
+    kinds = (ibp.CompiledStep if run.training.compile else ibp.EagerStep, ibp.EagerStep)
+    whole, rest = (kind(network, run.method, state.optimizer, reduce=_twice if doubled else None) for kind in kinds)
+    return whole, rest
 
 
 def _twice(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,33 +111,34 @@ def _twice(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: 2.0 * g for name, g in gradients.items()}
 
 
-def _epoch(run: Run, step: ibp.EagerStep, state: State, batches: Batches, epoch: int) -> store.Record:
-    decay = run.training.decay**epoch
-    rate = run.training.learning_rate * decay
-    step.method = decayed(run.method, decay) if run.training.beta_decay else run.method
+def _epoch(run: Run, steps: tuple[ibp.EagerStep, ...], state: State, batches: Batches, epoch: int) -> store.Record:
+    rate, method = run.rate_in(epoch), run.method_in(epoch)
+    for step in steps:
+        step.method = method
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     torch.manual_seed(derive(run.seeds.order, "step", epoch))
     state.model.train()
+    whole = min(run.training.batch_size, len(batches))
+    if isinstance(steps[0], ibp.CompiledStep):  # before the first batch, so that a resumed run has the same bits
+        batch = batches.first(whole)
+        steps[0].prepare(batch.x, batch.labels, batch.tangents)
     clock = _clock(run)
     begin, wall = clock(), time.perf_counter()
     total = torch.zeros((), device=next(state.model.parameters()).device)
     sound, count = torch.zeros_like(total), 0  # steps until the objective was no number, and all
     for batch in batches.epoch(epoch):
+        step = steps[len(batch.labels) < whole]
         total += len(batch.labels) * step(batch.x, batch.labels, batch.tangents).loss
         sound, count = sound + total.isfinite(), count + 1
     loss = float(total) / len(batches)
     shown = loss if math.isfinite(loss) else None
     seconds, wall = clock() - begin, time.perf_counter() - wall
-    record = {"epoch": epoch + 1, "loss": shown, "seconds": seconds, "wall_seconds": wall, "learning_rate": rate}
+    record = {name: getattr(method, name) for name in run.schedule.root if name != RATE}
+    record |= {"epoch": epoch + 1, "loss": shown, "seconds": seconds, "wall_seconds": wall, "learning_rate": rate}
     if shown is None or not _is_finite(state.model):
         record["diverged_step"] = epoch * count + min(int(sound) + 1, count)
     return record
-
-
-def decayed(method: ibp.Method, factor: float) -> ibp.Method:
-    """The method with β times `factor`; ε and λ stay."""
-    return replace(method, beta=method.beta * factor) if method.parameter == "beta" else method  # type: ignore[call-arg, attr-defined]
 
 
 def _is_finite(model: nn.Module) -> bool:
@@ -186,13 +188,16 @@ def save(run: Run, folder: Path, state: State) -> None:
         assert good is not None, "save or restore has left it"
         store.write_tensors(folder / store.LAST_GOOD, _model_part(good[0]))
     metadata = {"epochs": str(len(state.metrics)), "run": run.name, "metrics": store.metrics_text(state.metrics)}
-    store.write_tensors(folder / store.RESUME, _tensors(state), metadata, folder / store.PREVIOUS)
+    store.write_tensors(folder / store.RESUME, _tensors(run, state), metadata, folder / store.PREVIOUS)
     store.write_metrics(folder, state.metrics)
 
 
-def _tensors(state: State) -> dict[str, Tensor]:
-    momenta = {f"momentum/{number}": tensor for number, tensor in enumerate(_buffers(state.optimizer))}
-    return {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()} | momenta
+def _tensors(run: Run, state: State) -> dict[str, Tensor]:
+    if run.training.optimizer is None:
+        own = {f"momentum/{number}": tensor for number, tensor in enumerate(_buffers(state.optimizer))}
+    else:
+        own = optimizers.tensors(state.optimizer)
+    return {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()} | own
 
 
 def _model_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -234,14 +239,22 @@ def _adopt(run: Run, path: Path, state: State) -> str | None:
     records = _records(metadata, path.parent)
     if records is None:
         return "without the records of its epochs"
-    wanted = _tensors(state)
-    if {n: (t.shape, t.dtype) for n, t in tensors.items()} != {n: (t.shape, t.dtype) for n, t in wanted.items()}:
+    if _kinds(tensors) != _kinds(_tensors(run, state)):
         return "of another network"
     state.model.load_state_dict(_model_part(tensors))
-    for number, buffer in enumerate(_buffers(state.optimizer)):
-        buffer.copy_(tensors[f"momentum/{number}"])
+    if run.training.optimizer is not None:
+        optimizers.load(state.optimizer, tensors)
+    else:
+        for number, buffer in enumerate(_buffers(state.optimizer)):
+            buffer.copy_(tensors[f"momentum/{number}"])
     state.metrics = records
     return None
+
+
+def _kinds(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Shapes and dtypes; not of an optimizer's state, which begins with its first step."""
+    own = (optimizers.STATE, optimizers.NUMBER)
+    return {name: (t.shape, t.dtype) for name, t in tensors.items() if not name.startswith(own)}
 
 
 def _records(metadata: dict[str, str], folder: Path) -> list[store.Record] | None:
@@ -253,7 +266,7 @@ def _records(metadata: dict[str, str], folder: Path) -> list[store.Record] | Non
     return records if len(records) == epochs else None
 
 
-def _buffers(optimizer: torch.optim.SGD) -> list[Tensor]:
+def _buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [entry["momentum_buffer"] for entry in optimizer.state.values() if "momentum_buffer" in entry]
 
 

@@ -63,6 +63,27 @@ def parse(text: str) -> Any:
         loader.dispose()
 
 
+def lines(text: str) -> dict[tuple[str, ...], int]:
+    """The line (from 1) of each key and list entry of text that `parse` reads, by the keys that lead to it."""
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        return {} if root is None else dict(_places(root, ()))
+    finally:
+        loader.dispose()
+
+
+def _places(node: yaml.Node, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    pairs: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(key.value, key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(str(number), value, value) for number, value in enumerate(node.value)]
+    for name, place, below in pairs:
+        yield (*above, name), place.start_mark.line + 1
+        yield from _places(below, (*above, name))
+
+
 def _check(root: yaml.Node) -> None:
     """Every node once, and how many there are once the aliases are written out."""
     sizes: dict[int, int] = {}

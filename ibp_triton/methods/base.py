@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ibp_triton import head
 from ibp_triton.checks import check_batch, check_hyperparameters, check_tangents
 from ibp_triton.criteria import Criterion, CrossEntropy, Loss, criterion_for, sample_weights
-from ibp_triton.errors import MethodError
-from ibp_triton.forward import Trace
+from ibp_triton.errors import MethodError, ModelError
 from ibp_triton.head import Head
 from ibp_triton.layer import HALF
 from ibp_triton.ledger import MultiplyAdds
@@ -25,6 +25,7 @@ from ibp_triton.recording.interface import check_extra
 from ibp_triton.recording.snapshot import Snapshot
 from ibp_triton.seeds import Seed
 from ibp_triton.sweeps import Linear, Reverse, Term, g, weight_gradients
+from ibp_triton.tape import UNFORESEEN, Backward, Tape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,7 +45,7 @@ class Pass:
     """
 
     head: Head
-    trace: Trace
+    trace: Any  # a Trace, or a Tape where no tangent is asked for
     loss: Loss
     passing: bool = False  # no term reads this pass: its reverse sweep may use it up
     side: ClassVar[None] = None  # as a left side of g: the trace's own activations
@@ -52,7 +53,7 @@ class Pass:
     @property
     def logits(self) -> Tensor:
         """[N, M]."""
-        return self.trace.logits
+        return self.trace.logits  # type: ignore[no-any-return]
 
     @property
     def losses(self) -> Tensor:
@@ -76,17 +77,21 @@ class Pass:
 
     @property
     def _tangent_dtype(self) -> torch.dtype:
-        return self.trace.input.dtype
+        return self.trace.input.dtype  # type: ignore[no-any-return]
 
-    def reverse(self, seed: Any, bends: Sequence[tuple[Reverse, Linear]] = ()) -> Reverse:
+    def reverse(self, seed: Any, bends: Sequence[tuple[Reverse, Linear]] = ()) -> Any:
         """δ from δ_K = seed (None: 0), plus the curvature along each of ``bends``, pairs (reverse, tangent)."""
         for _, t in bends:
             assert t.at_output is not None  # curvature reads the tangents of all layers
         start = seed.tensor if isinstance(seed, Seed) else seed
+        if isinstance(self.trace, Tape):
+            return Backward(self.trace, start)
         return Reverse(self.trace, start, to_input=False, bends=bends, passing=self.passing)
 
     def tangent(self, seed: Any) -> Linear:
         """t from t_0 = seed, a ``Seed`` or tangents [N, ...] or [T, N, ...]."""
+        if isinstance(self.trace, Tape):
+            raise MethodError(UNFORESEEN)
         return Linear(self.trace, seed.to(self._tangent_dtype) if isinstance(seed, Tensor) else seed, to_output=False)
 
     def data(self, d: Reverse) -> Term:
@@ -154,6 +159,15 @@ class Step:
         self.penalty = penalty[1]
         return a.head.objective(self.divisor, *parts, penalty)
 
+    def without(self, beta: Any) -> Pass | None:
+        """Where β is the number 0 the pass whose gradient ``of_data`` takes; the penalty's is another one."""
+        return self.forward() if none(beta) else None
+
+    def of_data(self, a: Pass, penalty: Any) -> Recipe:
+        """The recipe of the data's loss alone, beside a penalty that is only reported."""
+        yield self.objective(a, (1, a.losses), penalty=(0, penalty))
+        yield g(a, a.reverse(a.counted(a.c)))
+
     def plain_labels(self, method: str) -> None:
         """Refuse a criterion other than cross-entropy on class numbers."""
         if not isinstance(self.criterion, CrossEntropy) or self.criterion.module is not None:
@@ -178,7 +192,7 @@ class Step:
 
     def forward(self, x: Tensor | None = None) -> Pass:
         """At x, by default the batch's; later passes see the first one's random numbers, and buffers move only once."""
-        if self._passes == 0 and self.program.passes > 1:
+        if self._passes == 0 and (self.program.passes > 1 or self.network.reentrant is None):
             self._start = Snapshot.of(self.network.model, self.x)
         first, self._passes = self._passes == 0, self._passes + 1
         x = self.x if x is None else x
@@ -188,13 +202,45 @@ class Step:
             return self._forward(x)
 
     def _forward(self, x: Tensor) -> Pass:
+        number = self._passes - 1
+        plain = number in self.program.plain and self.network.keeps_to_autograd(self.own)
+        found = self._on_tape(x, number) if plain else self._recorded(x, number)
+        self.first = self.first or found
+        return found
+
+    def retreat(self, error: RuntimeError) -> None:
+        """Before a first step that a reentrant checkpoint has stopped, so that sweeps can take it.
+
+        Raises:
+            RuntimeError: any other.
+            ModelError: for a model whose checkpoint comes later than its first batch.
+        """
+        if "use_reentrant" not in str(error):
+            raise error
+        if self._start is None:
+            raise ModelError(
+                "the model has begun to use reentrant checkpoints, which torch.autograd.grad refuses: pass "
+                "use_reentrant=False to torch.utils.checkpoint"
+            ) from error
+        self._start.restore()
+        self.network.reentrant = True
+
+    def _on_tape(self, x: Tensor, number: int) -> Pass:
+        plan, trained = self.program, {name: p for name, p in self.own.items() if p.requires_grad}
+        given = {name: p.detach().requires_grad_(name in trained) for name, p in self.parameters.items()}
+        leaves = {name: given.get(name, p) for name, p in trained.items()}
+        x = x.detach().requires_grad_(number in plan.read)
+        output = self.network.plain_forward(x, self.extra, given)
+        runs = plan.runs[number] + (self.weights is not None and number in plan.kept & plan.read)  # see Pass.data
+        trace = Tape(output, x, leaves if number in plan.kept else None, self.divisor, runs)
+        return Pass(head, trace, self.criterion.at(trace.logits, self.y, head, self.weights))
+
+    def _recorded(self, x: Tensor, number: int) -> Pass:
         frugal = not self.program.bends
         trace = self.network.forward(x, self.parameters, self.extra, own=self.own, frugal=frugal, keep=False)
         self.used.update(trace.graph.parameters.values())
         loss = self.criterion.at(trace.logits, self.y, trace.head, self.weights)
-        found = Pass(trace.head, trace, loss, self._passes - 1 not in self.program.kept and frugal)
-        self.first = self.first or found
-        return found
+        return Pass(trace.head, trace, loss, number not in self.program.kept and frugal)
 
 
 class Parts(NamedTuple):
@@ -340,12 +386,12 @@ class Method:
         """
         with torch.no_grad():
             step = self._step(network, x, y, tangents, parameters or {}, extra, own)
-            if step.x.shape[0] == 0:  # the batch is another process's
-                value, found = step.zero, {}
-            else:
-                recipe = self.recipe(step)
-                value, terms = next(recipe), list(recipe)
-                found = weight_gradients(terms, step.divisor)
+            try:
+                value, found = self._gradient(step)
+            except RuntimeError as error:
+                step.retreat(error)
+                step = self._step(network, x, y, tangents, parameters or {}, extra, own)
+                value, found = self._gradient(step)
             for name, d in found.items():
                 dtype = (parameters or {}).get(name, step.own[name]).dtype
                 if d.dtype != dtype:
@@ -355,6 +401,16 @@ class Method:
                 value, found = network.world.sum(value), network.world.gradients(found, trained)
                 step.used.update(trained)
         return value, found, step
+
+    def _gradient(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        if step.x.shape[0] == 0:  # the batch is another process's
+            return step.zero, {}
+        recipe = self.recipe(step)
+        value, terms = next(recipe), list(recipe)
+        found = weight_gradients(terms, step.divisor)
+        step.used.update(found)
+        step.network.reentrant = bool(step.network.reentrant)
+        return value, found
 
     def value(
         self,
@@ -446,6 +502,11 @@ class Method:
     def __repr__(self) -> str:
         shown = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "criterion" or self.criterion)
         return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in shown)})"
+
+
+def none(strength: Any) -> bool:
+    """Whether it is the number 0; a tensor's number may lie on a device, and is not read."""
+    return isinstance(strength, (int, float)) and strength == 0
 
 
 def _shown(value: Any) -> str:

@@ -30,6 +30,9 @@ class Program:
     jvp_inner: int  # … without the last layer's
     weights: int  # weight gradients with different right sides
     kept: frozenset[int]  # the forward passes that terms read
+    read: frozenset[int]  # those whose reverse sweeps are read at the input
+    plain: frozenset[int]  # those that no tangent travels over
+    runs: tuple[int, ...]  # for each, how often autograd would run over it
     bends: bool  # whether the curvature of layers is asked for, so that nothing may be let go of
 
     def multiply_adds(self, work: MultiplyAdds) -> int:
@@ -45,6 +48,7 @@ def program(recipe: Callable[[Any], Iterable[Any]], tangents: int) -> Program:
         tally = _Tally(tangents)
         _, *terms = recipe(tally)
     rights = {id(term.right): term.right for term in terms if term.right.starts}
+    waiting = {right.trace for right in rights.values() if not right.read}
     return Program(
         passes=tally.passes,
         vjp=sum(s.copies for s in tally.reverses if s.read),
@@ -53,6 +57,9 @@ def program(recipe: Callable[[Any], Iterable[Any]], tangents: int) -> Program:
         jvp_inner=sum(s.copies for s in tally.linears if not s.read),
         weights=sum(right.copies for right in rights.values()),
         kept=frozenset(term.trace for term in terms),
+        read=frozenset(s.trace for s in tally.reverses if s.read),
+        plain=frozenset(range(tally.passes)) - {s.trace for s in tally.linears},
+        runs=tuple(sum(s.trace == i for s in tally.reverses if s.read) + (i in waiting) for i in range(tally.passes)),
         bends=tally.bends,
     )
 
@@ -148,6 +155,13 @@ class _Tally:
 
     def objective(self, a: _Pass, *parts: Any, penalty: Any = None) -> Tensor:
         return torch.zeros(())
+
+    def without(self, beta: Any) -> _Pass | None:
+        return self.forward() if isinstance(beta, (int, float)) and beta == 0 else None
+
+    def of_data(self, a: _Pass, penalty: Any) -> Iterable[Any]:
+        yield self.objective(a)
+        yield g(a, a.reverse(a.c))
 
     def plain_labels(self, method: str) -> None:
         pass

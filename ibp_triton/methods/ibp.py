@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ibp_triton.methods.base import Method, Pass, Recipe, Step, Strength
+from ibp_triton.methods.base import Method, Pass, Recipe, Step, Strength, none
 from ibp_triton.sweeps import Reverse, Term, g
 
 
@@ -86,10 +86,14 @@ class PredictionIBP(Method):
 
     def recipe(self, s: Step) -> Recipe:
         """g(a, d) + β g(t, e) with t_0 = d_0, e_K = ψ(t_K); exact: and Loss IBP's exact term with seed e_0."""
+        plain = s.without(self.beta)
         a = s.forward()
         d = a.reverse(a.c)
         t = a.tangent(d.at_input)
         seed, penalty = a.output_seed(t, self.norm)
+        if plain is not None:
+            yield from s.of_data(plain, penalty)
+            return
         yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
         e = a.reverse(seed)
         if self.semantics == "paper":
@@ -105,6 +109,9 @@ class PredictionIBP(Method):
 
 def along(a: Pass, d: Reverse, seed: Any, beta: Any, semantics: str) -> Iterator[Term]:
     """Terms of L + β ⟨d_0, seed⟩: paper g(a + βt, d); exact also g(a, δ), the change of d along the seed."""
+    if none(beta):
+        yield a.data(d)
+        return
     t = a.tangent(seed)
     bent = a.reverse(a.hessian(t), bends=[(d, t)]) if semantics == "exact" else None
     yield a.data(d)

@@ -40,12 +40,16 @@ class JacobianRegularisation(Method):
         """g(a, d) + β Σ_j g(t^j, r^j) with r^j_K = v_j, t^j_0 = (M/n) r^j_0; exact: and g(a, η) of curved layers."""
         classes, count = s.classes(), s.x.shape[0]
         v = _basis(s.x, count, classes) if self.projections == "all" else _sphere(s, self.projections, count, classes)
+        plain = s.without(self.beta)
         a = s.forward()
         if a.logits.dim() != 2:
             raise MethodError(f"Jacobian regularisation needs logits [N, M], not {list(a.logits.shape)}")
         r = a.reverse(v.to(a.logits.dtype))
         scale, rank = classes / v.shape[0], s.x.dim()
         penalty = scale / 2 * a.counted(wide(r.at_input).square(), rank).sum()
+        if plain is not None:
+            yield from s.of_data(plain, penalty)
+            return
         yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
         t = a.tangent(scale * a.counted(r.at_input, rank))
         yield g(a, a.reverse(a.counted(a.c)).run())  # so that t may run along with the weight gradients

@@ -33,9 +33,13 @@ class TangentBP(Method):
 
     def recipe(self, s: Step) -> Recipe:
         """g(a, d) + β Σ_j g(t^j, e^j) with t^j_0 = τ_j, e^j_K = ψ(t^j_K); exact: and g(a, η) of curved layers."""
+        plain = s.without(self.beta)
         a = s.forward()
         t = a.tangent(s.tangents)
         seed, penalty = a.output_seed(t, self.norm)
+        if plain is not None:
+            yield from s.of_data(plain, penalty)
+            return
         yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
         e = a.reverse(seed)
         yield g(a, a.reverse(a.counted(a.c)))

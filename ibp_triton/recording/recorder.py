@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from ibp_triton.backends.torch.generic import Generic, Hooked, Leaf, Part
 from ibp_triton.backends.torch.written import Written, geometry, seen
-from ibp_triton.errors import AutocastError, ModelError
+from ibp_triton.checks import constant_output, refuse_mixed
+from ibp_triton.errors import ModelError
 from ibp_triton.graph import Constant, Graph, Node, Ref
 from ibp_triton.layer import Layer
 from ibp_triton.recording import calls
@@ -154,11 +155,7 @@ class Recorder(TorchFunctionMode):
     def _without_autocast(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         """A network with a dtype of its own computes in that one, whatever its model, or a wrapper of it, asks for."""
         if self.settings.dtype is None:
-            raise AutocastError(
-                "the model computes under torch.autocast (its own, or that of a wrapper of its forward): the methods "
-                "choose the dtype of each sweep themselves. Pass Network(model, dtype=torch.bfloat16), which computes "
-                "in bfloat16 with the parameters as master weights"
-            )
+            refuse_mixed()
         with ExitStack() as off:
             for device in {a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)} | {"cpu"}:
                 off.enter_context(torch.autocast(device, enabled=False))
@@ -175,7 +172,8 @@ class Recorder(TorchFunctionMode):
         if kind is Kind.HOOK and any(isinstance(a, Tensor) and self._index(a) is not None for a in args):
             raise ModelError(
                 f"Tensor.{func.__name__} on an activation inside forward would never fire: the sweeps build no "
-                "autograd graph. Use a full backward hook of the module, or take that gradient elsewhere"
+                "autograd graph (bp, at, fast_at, pgd_training and trades do). Use a full backward hook of the module, "
+                "or take that gradient elsewhere"
             )
         module = self._module() or self.settings.model
         if kind is Kind.GRAPH and module not in self.opaque:
@@ -530,10 +528,7 @@ class Recorder(TorchFunctionMode):
             self._catch_up(logits)
         index = self._index(logits)
         if index is None:
-            raise ModelError(
-                "the model's output depends neither on x nor on a parameter: it was detached, or computed under "
-                "torch.no_grad or torch.inference_mode, or from integers"
-            )
+            raise constant_output()
         self.values[index] = logits.detach()
         return index
 

@@ -96,6 +96,44 @@ def test_the_command(monkeypatch, tmp_path):
     assert files["svg"].stat().st_size > 1000
 
 
+def kernels(*arguments):
+    return CliRunner().invoke(app, ["kernels", *arguments])
+
+
+def test_rows_are_filtered_and_sorted(monkeypatch):
+    from ibp_triton.kernels import cases
+
+    monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
+    monkeypatch.setattr(cases, "merged_cases", lambda make: None)
+    methods = [ibp.BP(), ibp.FastAdversarialTraining(0.1)]
+    counted = [step_counts.count("mnist", method, 32) for method in methods]
+    monkeypatch.setattr(kernel_report, "steps", lambda: counted)
+    result = kernels("--only", "pool_", "--only", "float32", "--json", "-")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert {row["kernel"] for row in found["kernels"]} == {"pool_gather", "pool_scatter"}
+    assert {row["dtype"] for row in found["kernels"]} == {"float32"}
+    assert found["steps"] == []
+    table = kernels("--only", "MNIST", "--sort", "launches").output
+    assert "Kernels, compiled" not in table
+    lines = [line.split("│") for line in table.splitlines() if "mnist" in line]
+    assert [line[3].strip() for line in lines] == ["fast_at", "bp"]
+    table = kernels("--only", "pool_gather", "--sort", "loaded kB").output
+    sizes = [float(line.split("│")[11].replace(",", "")) for line in table.splitlines() if "│ pool_gather" in line]
+    assert len(sizes) > 1
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_filter_without_rows_and_an_unknown_column_are_refused(monkeypatch):
+    monkeypatch.setattr(kernel_report, "steps", list)
+    result = kernels("--only", "nothing")
+    assert result.exit_code != 0
+    assert "no kernel and no step has nothing" in result.output
+    result = kernels("--sort", "size")
+    assert result.exit_code != 0
+    assert "is no column; choose from kernel" in result.output
+
+
 def test_an_unknown_target_is_refused():
     result = CliRunner().invoke(app, ["kernels", "--target", "sm_12"])
     assert result.exit_code != 0

@@ -122,6 +122,9 @@ def test_compare_exits_1_beyond_the_noise(out: Path, tmp_path: Path, factor: flo
     result = bench(out.parent / "tiny.yaml", "--compare", str(tmp_path / "old.json"))
     assert result.exit_code == code, result.output
     assert ("slower" in result.output) == bool(code)
+    quiet = bench(out.parent / "tiny.yaml", "--compare", str(tmp_path / "old.json"), "--quiet")
+    assert quiet.exit_code == code
+    assert ("slower" in quiet.output) == bool(quiet.output) == bool(code)
 
 
 def test_a_wrong_gradient_is_never_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +242,15 @@ def test_a_network_of_ones_own(tmp_path: Path) -> None:
     (case,) = plan.cases()
     assert parity.check(case, ibp.LossIBP(0.1)).ours is None
     assert case.shape == [4, 1, 16, 16]
+
+
+def test_a_dry_run_lists_cells_for_programs(tmp_path: Path) -> None:
+    path = written(tmp_path, skip=["5 at"], batch=[4, 5])
+    shown = bench(path, "--dry-run", "--json", "-", "--quiet")
+    cells_of = {CELL: ["bp", "loss_ibp", "at"], CELL.replace("-4-", "-5-"): ["bp", "loss_ibp"]}
+    assert json.loads(shown.output) == cells_of
+    assert bench(path, "--dry-run", "--json", str(tmp_path / "cells.json")).output == ""
+    assert json.loads((tmp_path / "cells.json").read_text(encoding="utf-8")) == cells_of
 
 
 def test_names_of_suites_and_cells(tmp_path: Path) -> None:

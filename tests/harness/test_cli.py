@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -118,14 +119,37 @@ def test_run_evaluate_and_report(
     assert "1 of 4 runs are finished" in (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
 
 
-def test_tensorboard_logs_every_epoch(
-    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_quiet_commands_print_errors_alone(
+    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("tensorboard")
-    assert ibp_triton(monkeypatch, "run", str(write(tree)), "--only", "method=bp", "--tensorboard") == 0
-    files = list((tmp_path / "out" / "runs").glob("bp-*/tensorboard/events*"))
-    assert len(files) == 4
-    assert all(path.stat().st_size > 100 for path in files)
+    path = str(write({**tree, "methods": {"bp": None}, "seeds": [0]}))
+    assert ibp_triton(monkeypatch, "run", path, "--quiet") == 0
+    (folder,) = (tmp_path / "out" / "runs").iterdir()
+    assert ibp_triton(monkeypatch, "evaluate", str(folder), "--set", "adversarial=[0.1]", "-q") == 0
+    assert ibp_triton(monkeypatch, "report", str(tmp_path / "out"), "--quiet") == 0
+    assert "".join(capfd.readouterr()) == ""
+    assert (tmp_path / "out" / "report.html").exists()
+    assert ibp_triton(monkeypatch, "run", path, "--quiet", "--set", "data.source=arrays") == 1
+    assert "source arrays needs data.path" in capfd.readouterr().err.replace("\n", " ")
+
+
+def test_a_dry_run_lists_runs_for_programs(
+    tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write(tree))
+    assert ibp_triton(monkeypatch, "run", path, "--dry-run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["label"] for one in found] == [
+        "bp seed 0",
+        "loss_ibp 0.03 seed 0",
+        "bp seed 1",
+        "loss_ibp 0.03 seed 1",
+    ]
+    assert found[0]["ratio"] == 1 < found[1]["ratio"]
+    assert {one["state"] for one in found} == {"to do"}
+    assert [one["examples"] for one in found] == [64] * 4
+    assert ibp_triton(monkeypatch, "run", path, "--json") == 1
+    assert "--json is of a dry run's list; add --dry-run" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

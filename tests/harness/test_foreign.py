@@ -47,6 +47,8 @@ def test_the_table_is_that_of_the_library(
     arguments = [TARGET, "--checkpoint", str(checkpoint), "--data", str(data), *options, "--csv", str(out)]
     assert command(monkeypatch, *arguments) == 0
     assert "40 examples" in capsys.readouterr().out
+    assert command(monkeypatch, *arguments, "--quiet") == 0
+    assert "".join(capsys.readouterr()) == ""
     torch.manual_seed(0)
     model = build((1, 8, 8), 3)
     with np.load(data) as arrays:

@@ -55,3 +55,32 @@ def test_only_selects(tree: Tree, write: Write) -> None:
 def test_seeds_may_be_given_apart(tree: Tree, write: Write) -> None:
     found = runs(write({**tree, "seeds": [{"subset": 1, "weights": 2, "order": 3}]}))
     assert found[0].seeds.model_dump() == {"subset": 1, "weights": 2, "order": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("0..3", [0, 1, 2, 3]), ("-1..1", [-1, 0, 1]), ("5..5", [5]), ("[0..2, 7]", [0, 1, 2, 7]), ("2 .. 3", [2, 3])],
+)
+def test_seeds_may_be_ranges(tree: Tree, write: Write, given: str, expected: list[int]) -> None:
+    tree["methods"] = {"bp": None}
+    assert [run.seeds.order for run in runs(write(tree), f"seeds={given}")] == expected
+    assert runs(write({**tree, "seeds": "0..1"}))[1].name == runs(write({**tree, "seeds": [0, 1]}))[1].name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("3..0", "seeds: '3..0' holds no seed, for it runs backwards; write 0..3"),
+        ("[]", "seeds: List should have at least 1 item"),
+        ("0..", "seeds: '0..' is no range of seeds; write its first and its last, such as 0..9"),
+        ("many", "seeds: 'many' is no range of seeds"),
+        ("[0..3, 2]", "seeds: 2 is given twice; give each once"),
+        ("[0..3, 3..5]", "seeds: 3 is given twice; give each once"),
+        ("0..10000", "seeds: '0..10000' holds 10001 seeds, more than 10000; shorten it"),
+    ],
+)
+def test_seeds_that_are_none_are_refused(tree: Tree, write: Write, given: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        runs(write(tree), f"seeds={given}")
+    assert expected in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

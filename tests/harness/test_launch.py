@@ -35,7 +35,7 @@ def test_runs_are_trained_once(tree: Tree, write: Write, tmp_path: Path) -> None
     events: Events = []
     path = write(tree)
     assert launch(job(path, tmp_path / "runs"), 1, events.append) == []
-    assert [event["kind"] for event in events] == ["start", "epoch", "epoch", "evaluate", "done"] * 4
+    assert [event["kind"] for event in events] == ["start", "epoch", "epoch", "evaluate", "evaluate", "done"] * 4
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
     events.clear()
     assert launch(job(path, tmp_path / "runs"), 1, events.append) == []
@@ -317,13 +317,16 @@ def test_ctrl_c_and_its_kin_keep_what_is_done_and_say_so(
 ) -> None:
     tree["training"]["epochs"] = 2000
     command = [sys.executable, "-m", "ibp_triton.harness.cli", "run", str(write(tree))]
-    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a background job ignores it
+    listening = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # nohup and background jobs ignore some
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **listening
     ) as process:
         _wait_for(tmp_path / "out" / "runs")
         process.send_signal(number)
-        _, message = process.communicate(timeout=60)
+        try:
+            _, message = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "the same command goes on" in message.replace("\n", " ")
     assert list((tmp_path / "out" / "runs").glob("*/metrics.jsonl"))

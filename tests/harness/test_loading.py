@@ -22,7 +22,23 @@ def refusal(path: Path, *overrides: str) -> str:
 def test_unknown_key_names_file_key_path_and_nearest_key(tree: Tree, write: Write) -> None:
     tree["training"]["epoch"] = 3
     path = write(tree)
-    assert refusal(path) == f"{path}: training.epoch: unknown key; did you mean epochs?"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if text.strip() == "epoch: 3")
+    assert refusal(path) == f"{path}: line {line}: training.epoch: unknown key; did you mean epochs?"
+    assert refusal(path, "training.epoch=4") == f"{path}: training.epoch: unknown key; did you mean epochs?"
+
+
+def test_a_line_is_named_where_the_file_itself_has_the_key(tree: Tree, write: Write, tmp_path: Path) -> None:
+    path = write({**tree, "training": {"epochs": 2, "epoch": 3}})
+    above = tmp_path / "above.yaml"
+    above.write_text("extends: tiny.yaml\ntraining:\n  batch_size: 4\n", encoding="utf-8")
+    assert refusal(above) == f"{above}: training.epoch: unknown key; did you mean epochs?"
+    above.write_text("extends: tiny.yaml\ntraining:\n  epoch: 4\n", encoding="utf-8")
+    assert refusal(above) == f"{above}: line 3: training.epoch: unknown key; did you mean epochs?"
+    path.write_text("name: a\ndata: {source: mnist}\nnetwork:\n  hidden: 3\nmethods:\n  bp:\n", encoding="utf-8")
+    assert refusal(path).startswith(f"{path}: line 3: network: give either name")
+    path.write_text("name: a\nnetwork: paper_mnist\nmethods: {bp: }\ndata:\n  crop: 3\n", encoding="utf-8")
+    assert refusal(path) == f"{path}: line 4: data.source: this key is missing"
 
 
 @pytest.mark.parametrize(
@@ -67,7 +83,11 @@ def test_one_line_for_each_fault(tree: Tree, write: Write) -> None:
 
 def test_fault_in_a_variant_names_the_variant(tree: Tree, write: Write) -> None:
     tree["variants"] = {"small": {"training.epoch": 1}}
-    assert "variants.small: training.epoch: unknown key; did you mean epochs?" in refusal(write(tree))
+    path = write(tree)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if text.strip() == "training.epoch: 1")
+    expected = f"variants.small: line {line}: training.epoch: unknown key; did you mean epochs?"
+    assert refusal(path) == f"{path}: {expected}"
 
 
 def test_malformed_missing_and_doubled(tmp_path: Path) -> None:
@@ -194,7 +214,7 @@ def test_labels_that_look_like_numbers_come_back_as_text(tree: Tree, tmp_path: P
         ({"seeds": [0, {"subset": 0, "weights": 0, "order": 0}]}, "seeds: 0 is given twice"),
         ({"methods": {"loss_ibp": {"beta": [0.1, 0.1]}}}, "methods.loss_ibp.beta: 0.1 is given twice"),
         ({"methods": {"at": {"epsilon": [1, 1.0]}}}, "methods.at.epsilon: 1.0 is given twice"),
-        ({"variants": {"a": {"seeds": [2, 2]}}}, "variants.a: seeds: 2 is given twice"),
+        ({"variants": {"a": {"seeds": [2, 2]}}}, "seeds: 2 is given twice"),
         ({"name": ".."}, "name: String should match pattern"),
         ({"name": "."}, "name: String should match pattern"),
     ],

@@ -11,6 +11,8 @@ from rich.console import Console
 
 import ibp_triton as ibp
 from ibp_triton.harness import estimates, grid, loading
+from ibp_triton.harness.config import Evaluate
+from ibp_triton.harness.launch import Job, launch
 from ibp_triton.harness.progress import Progress, result_table
 from ibp_triton.harness.summary import ResultRow, error_text
 
@@ -75,6 +77,39 @@ def test_time_left_counts_neither_what_was_stored_before_nor_a_run_twice(
     assert progress._eta() == _text(1.2 * per_work * estimates.weight(failed))  # one run: a worker has nothing to do
     _tell(monkeypatch, progress, (15, "start", failed, {}), (16, "failed", failed, {"message": "no luck"}))
     assert progress._eta() == "0:00:00"
+
+
+def test_time_left_includes_evaluations(tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree |= {"seeds": [0, 1], "methods": {"bp": None}}
+    runs = grid.runs(loading.load(write(tree)))
+    choice = Evaluate(adversarial=[0.1, 0.2], pgd=[0.1], pgd_steps=4)
+    training, own = estimates.weight(runs[0]), estimates.evaluation(runs[0], choice)
+    assert own == pytest.approx(32 * (1 + (2 + 2) + (4 * 2 + 1)) / 3)
+    output = io.StringIO()
+    progress = Progress(Console(file=output, width=200), runs, {run.name: 1.0 for run in runs}, 1, choice)
+    _tell(monkeypatch, progress, (0, "start", runs[0], {}), (2, "epoch", runs[0], {"epoch": 1}))
+    _tell(monkeypatch, progress, (5, "epoch", runs[0], {"epoch": 2}))
+    assert progress._eta() == _text(5 / training * (training + 2 * own))
+    _tell(monkeypatch, progress, (5, "evaluate", runs[0], {"share": 0.0}), (9, "evaluate", runs[0], {"share": 0.25}))
+    assert "evaluated" not in output.getvalue()
+    _tell(monkeypatch, progress, (16, "evaluate", runs[0], {"share": 0.5}))
+    assert progress._eta() == _text(16 / (training + own / 2) * (training + 1.5 * own))
+    assert f"bp seed 0: 50% evaluated, ETA {progress._eta()}" in output.getvalue()
+    assert list(progress._table().columns[1].cells) == ["50% evaluated"]
+    _tell(monkeypatch, progress, (20, "done", runs[0], {"test_error": 1.0, "seconds_per_epoch": 1.0}))
+    assert progress._eta() == _text(20)
+
+
+def test_an_evaluation_tells_how_far_it_is(tree: Tree, write: Write, tmp_path: Path) -> None:
+    tree |= {"seeds": [0], "methods": {"bp": None}}
+    tree["evaluate"] = {"adversarial": [0.1], "gaussian": [0.1], "pgd": [0.1], "masking": 0.1, "batch_size": 8}
+    plan, shares = loading.load(write(tree)), list[float]()
+    job = Job(grid.runs(plan), tmp_path, evaluate=plan.experiment.evaluate)
+    launch(job, 1, lambda event: shares.append(event["share"]) if event["kind"] == "evaluate" else None)
+    assert shares[0] == 0.0
+    assert shares[-1] == pytest.approx(1.0)
+    assert shares == sorted(shares)
+    assert len(shares) > 10
 
 
 def _tell(

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ibp_triton.errors import LaunchError
-from ibp_triton.harness import grid, loading, provenance, store
+from ibp_triton.harness import grid, loading, plugins, provenance, store
 from ibp_triton.harness.cli import app
 from ibp_triton.harness.launch import Job, launch, remaining
 
@@ -156,5 +156,5 @@ def test_code_is_the_module_and_what_it_imports_from_its_package(
         path.write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     names = {"", ".net", ".blocks", ".deep", ".deep.more", ".other"}
-    assert set(provenance.code_files("pkg_of_test.net:build")) == {f"pkg_of_test{name}" for name in names}
-    assert provenance.code_files("no_such_module:build") == {}
+    assert set(plugins.code_files("pkg_of_test.net:build")) == {f"pkg_of_test{name}" for name in names}
+    assert plugins.code_files("no_such_module:build") == {}

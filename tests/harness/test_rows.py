@@ -59,7 +59,11 @@ def test_stored_runs_are_read_back_to_their_names() -> None:
 @pytest.mark.parametrize("key", ibp.METHODS)
 def test_every_method_is_stored_and_read_back(key: str) -> None:
     examples = {"epsilon": 0.1, "beta": 1, "lam": 2.5, "step_size": 0.02, "steps": 3}
-    given = {name: examples[name] for name, kind in rows.kinds(key).items() if kind.default is dataclasses.MISSING}
+    given = {
+        name: examples[name]
+        for name, kind in rows.kinds(ibp.METHODS[key]).items()
+        if kind.default is dataclasses.MISSING
+    }
     (method,) = rows.MethodRow.model_validate({"method": key, **given}).points
     assert rows.from_stored(json.loads(json.dumps(rows.stored(method)))) == method
     assert rows.stored(ibp.METHODS[key](**given)) == rows.stored(method), "whole numbers are floats where fields are"
@@ -129,7 +133,7 @@ def test_a_row_has_a_line_for_each_fault_and_a_limit(tree: Tree, write: Write) -
     path = write({**tree, "methods": {"trades": {"lam": "a", "steps": "b"}}, "select": "test"})
     with pytest.raises(ConfigError) as caught:
         loading.load(path)
-    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
+    assert [line.split(": ")[2] for line in str(caught.value).splitlines()] == [
         "methods.trades.lam",
         "methods.trades.steps",
     ]
@@ -185,6 +189,6 @@ def test_the_documentation_has_every_field_and_default(key: str) -> None:
     text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     lines = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
     (fields,) = (fields for methods, fields in lines if f"`{key}`" in methods.replace(" ", "").split(","))
-    for name, kind in rows.kinds(key).items():
+    for name, kind in rows.kinds(ibp.METHODS[key]).items():
         default = "" if kind.default is dataclasses.MISSING else f" ({grid.shown(kind.default)}"
         assert f"`{name}`{default}" in fields

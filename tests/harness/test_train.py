@@ -213,8 +213,8 @@ def test_beta_decays_with_the_learning_rate_only_if_asked(tree: Tree, write: Wri
         patch.setattr(ibp.LossIBP, "parts", lambda self, *x, **y: seen.append(self.beta) or original(self, *x, **y))
         assert betas(write(tree))[:: len(seen) // 2] == pytest.approx([0.03, 0.03 * 0.98])
         assert set(betas(write(tree), "training.beta_decay=false")) == {0.03}
-    assert train.decayed(ibp.LossIBP(0.03), 0.5) == ibp.LossIBP(0.015)
-    assert train.decayed(ibp.TRADES(6.0, 0.1, 0.02, 5), 0.5) == ibp.TRADES(6.0, 0.1, 0.02, 5)
+    trades = {"trades": {"lam": 6.0, "epsilon": 0.1, "step_size": 0.02, "steps": 5}}
+    assert first_run(write({**tree, "methods": trades})).method_in(1) == ibp.TRADES(6.0, 0.1, 0.02, 5)
 
 
 def test_summed_gradients_of_adversarial_training_move_twice_as_far(tree: Tree, write: Write, tmp_path: Path) -> None:

@@ -527,10 +527,31 @@ def test_a_backward_without_a_derivative_is_named_with_the_methods_that_work():
         ibp.LossIBP(0.1).gradients(ibp.Network(model), x, labels)
 
 
-def test_a_hook_on_an_activation_is_refused():
-    model = Body(lambda m, x: x.register_hook(print) and x).double()
-    with pytest.raises(TypeError, match=r"register_hook.*never fire"):
-        ibp.BP().gradients(ibp.Network(model), *batch()[:2])
+def test_a_hook_on_an_activation_acts_on_autograd_and_is_refused_by_sweeps():
+    def forward(m, x):
+        x = m.one(x)
+        x.register_hook(lambda d: seen.append(d) or 3 * d)
+        return x
+
+    seen, model, (x, labels, _) = [], Body(forward).double(), batch()
+    found = ibp.BP().gradients(ibp.Network(model), x, labels)[1]
+    assert len(seen) == 1
+    loss = F.cross_entropy(model(x), labels)
+    expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    assert error(found, dict(zip(found, expected, strict=True))) < 1e-12
+    with pytest.raises(TypeError, match=r"register_hook.*never fire.*bp, at, fast_at"):
+        ibp.LossIBP(0.1).gradients(ibp.Network(model), x, labels)
+
+
+def test_a_checkpoint_that_becomes_reentrant_later_is_named():
+    x, labels, _ = batch()
+    model = Body(lambda m, x: checkpoint(m.one, x, use_reentrant=True) if m.late else m.one(x)).double()
+    model.late = False
+    network = ibp.Network(model)
+    ibp.BP().gradients(network, x, labels)
+    model.late = True
+    with pytest.raises(TypeError, match=r"use_reentrant=False"):
+        ibp.BP().gradients(network, x, labels)
 
 
 # ------------------------------------------------------------------------------- modules, hooks and changes

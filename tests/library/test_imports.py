@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -83,6 +84,51 @@ main()
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout == f"ibp-triton {ibp.__version__}\n"
+
+
+WINDOWS = """
+import os, pkgutil, signal, sys, types
+from pathlib import Path
+held = {}
+def locking(file, mode, count):  # as Microsoft's: an OSError where another handle has the bytes
+    place = os.fstat(file).st_ino
+    if held.setdefault(place, file) != file:
+        raise PermissionError(13, "Permission denied")
+sys.modules |= {name: None for name in ("fcntl", "resource", "pwd", "grp", "termios", "posix_ipc")}
+for name in ("O_NOFOLLOW", "O_CLOEXEC"): delattr(os, name)
+del signal.SIGHUP, os.fork
+import ibp_triton.bench, ibp_triton.harness
+for package in (ibp_triton.harness, ibp_triton.bench):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        __import__(found.name)
+sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)  # now: Python's own modules look for it
+from ibp_triton.harness import store
+folder = Path(sys.argv[1])
+with store.lock(folder) as first, store.lock(folder) as second:
+    print(first, second)
+held.clear()
+with store.lock(folder) as third:
+    print(third)
+held.clear()
+from ibp_triton.harness.cli import app
+data = "data={source: synthetic, size: 16, channels: 1, classes: 4, examples: 32, holdout: 16}"
+few = ["--only", "method=bp", "--only", "seed=0", "--set", "training.epochs=1"]
+app(["run", "quickstart", "--set", f"output={folder}/out", "--set", data, *few])
+"""
+
+
+def test_the_harness_locks_and_runs_without_what_windows_lacks(tmp_path):
+    run = subprocess.run([sys.executable, "-c", WINDOWS, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[:2] == ["True False", "True"]
+    assert "[1/1] bp seed 0: error" in run.stdout
+
+
+def test_processes_are_spawned_alone():
+    """Forking a process that has threads is a trap, and Windows can't."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in MODULES.values())
+    assert re.findall(r"get_context\((.*?)\)", text) == ['"spawn"']
+    assert not re.search(r"os\.fork|set_start_method|multiprocessing\.(Process|Pool|Queue)\b", text)
 
 
 ROOT = pathlib.Path(ibp.__file__).parent

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.backends.torch.pointwise import Pointwise, times
+from ibp_triton.backends.torch.pointwise import Pointwise, meeting, times
 from ibp_triton.layer import Layer, Names, Tangents, matched, sum_to, wide, without
 
 Formula = Callable[[Tensor, Tensor], Tensor]
@@ -105,7 +105,6 @@ PLAIN: dict[str, tuple[Callable[[Tensor], Tensor], Formula, Formula | None]] = {
     "tanhshrink": (F.tanhshrink, lambda a, y: torch.tanh(a).square(), lambda a, y: _tanhshrink_bend(a)),
 }
 IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Formula, Formula | None]] = {
-    "relu6": (F.relu6, lambda a, y: _between(a, 0, 6), None),
     "hardsigmoid": (F.hardsigmoid, lambda a, y: _between(a, -3, 3) / 6, None),
     "hardswish": (
         F.hardswish,
@@ -184,10 +183,26 @@ class Hardtanh(Pointwise):
         self.input, self.bounds = input, (min_val, max_val)
         return F.hardtanh(input, min_val, max_val)
 
-    @cached_property
-    def slope(self) -> Tensor:
-        """1 strictly between the numbers."""
-        return _between(self.input, *self.bounds)
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """d strictly between the numbers, else 0."""
+        return {"input": self._masked(d)}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """t likewise."""
+        return self._masked(t["input"])
+
+    def _masked(self, t: Tensor) -> Tensor:
+        return meeting(lambda d, a: torch.ops.aten.hardtanh_backward(d, a, *self.bounds), t, self.input)
+
+
+class ReLU6(Hardtanh):
+    """a between 0 and 6, and those outside."""
+
+    label = "relu6"
+
+    def forward(self, input: Tensor, inplace: bool = False) -> Tensor:  # type: ignore[override]
+        """The same shape."""
+        return super().forward(input, 0, 6)
 
 
 class Clamp(Pointwise):

@@ -17,26 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibp_triton.layer import Layer, Names, Pieces, Tangents
 from ibp_triton.randomness import RandomState
 from ibp_triton.recording.arguments import rebuilt
-
-
-class SteadyDropout(TorchFunctionMode):
-    """Dropout on contiguous copies: inside torch.func the mask of another memory layout is drawn in another order."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _DROPOUTS and args:
-            args = (args[0].contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-_DROPOUTS = (torch.dropout, *(getattr(torch.nn.functional, f"dropout{kind}") for kind in ("", "1d", "2d", "3d")))
-
+from ibp_triton.steady import Steady
 
 _UPDATE_STATISTICS = (*(torch.nn.functional.batch_norm, torch.nn.functional.instance_norm), torch.batch_norm)
 
@@ -60,7 +47,7 @@ class Generic(Layer):
         self.random: RandomState | None = None
         self.bendable: Any = None  # the output with a graph that has second derivatives, and the leaves of that
         if self.wrapped:
-            with SteadyDropout(), sdpa_kernel(SDPBackend.MATH):  # of the attention kernels the one with batching rules
+            with Steady(), sdpa_kernel(SDPBackend.MATH):  # of the attention kernels the one with batching rules
                 self.output = self.node.function(*args, **kwargs)
         else:
             self.output = self._graphed()
@@ -222,7 +209,7 @@ class Generic(Layer):
 
     def _again(self, *inputs: Tensor) -> Any:
         """The function of its operands, as often as needed, without side effects."""
-        with nullcontext() if self.random is None else self.random.again(), SteadyDropout():
+        with nullcontext() if self.random is None else self.random.again(), Steady():
             return self._call(inputs)
 
     def _of(self, names: Names) -> tuple[Callable[..., Any], list[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibp_triton.layer import Layer, Names, Tangents, without
+from ibp_triton.steady import dropout_mask
 
 
 class Pointwise(Layer):
@@ -65,11 +67,7 @@ class ReLU(Pointwise):
         return self._masked(t["input"])
 
     def _masked(self, t: Tensor) -> Tensor:
-        order = storage_order(t, self.output)
-        if order is None:
-            return torch.ops.aten.threshold_backward(t, self.output, 0)  # type: ignore[no-any-return]
-        masked = torch.ops.aten.threshold_backward(t.permute(0, *(1 + i for i in order)), self.output.permute(order), 0)
-        return masked.permute(0, *(1 + order.index(i) for i in range(len(order))))  # type: ignore[no-any-return]
+        return meeting(lambda d, y: torch.ops.aten.threshold_backward(d, y, 0), t, self.output)
 
 
 def storage_order(t: Tensor, value: Tensor) -> list[int] | None:
@@ -84,10 +82,15 @@ def storage_order(t: Tensor, value: Tensor) -> list[int] | None:
 
 def times(t: Tensor, value: Tensor) -> Tensor:
     """t · value for t [T, *S] or [*S] and value [*S], in t's memory format."""
+    return meeting(torch.mul, t, value)
+
+
+def meeting(function: Callable[[Tensor, Tensor], Tensor], t: Tensor, value: Tensor) -> Tensor:
+    """An elementwise function of t [T, *S] or [*S] and value [*S], in t's memory format."""
     order = storage_order(t, value)
     if order is None:
-        return t * value
-    moved = t.permute(0, *(1 + i for i in order)) * value.permute(order)
+        return function(t, value)
+    moved = function(t.permute(0, *(1 + i for i in order)), value.permute(order))
     return moved.permute(0, *(1 + order.index(i) for i in range(len(order))))
 
 
@@ -238,15 +241,8 @@ class Dropout(Pointwise):
         if not training or p == 0:
             self.mask = None
             return input
-        mask = self._empty(input).bernoulli_(1 - p)
-        self.mask = mask.div_(1 - p) if p < 1 else mask
+        self.mask = dropout_mask(input, p, self.masked_axes)
         return input * self.mask
-
-    def _empty(self, input: Tensor) -> Tensor:
-        """Numbers are drawn as torch draws them for a contiguous input, whatever the layout."""
-        if self.masked_axes is None:
-            return input.new_empty(input.shape)
-        return input.new_empty([*input.shape[: self.masked_axes], *[1] * (input.dim() - self.masked_axes)])
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """d · mask."""

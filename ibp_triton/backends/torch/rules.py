@@ -20,6 +20,7 @@ from ibp_triton.backends.torch.activations import (
     Hardtanh,
     Power,
     PReLU,
+    ReLU6,
 )
 from ibp_triton.backends.torch.attention import (
     LogSoftmax,
@@ -110,8 +111,7 @@ _TRUE_DIVISIONS = (torch.true_divide, T.true_divide, T.__truediv__, T.__div__)
 _TRANSPOSED = tuple(vars(torch._C.TensorBase)[name].__get__ for name in ("mT", "mH"))
 _REVERSED = vars(torch._C.TensorBase)["T"].__get__
 _ACTIVATIONS = {
-    name: (getattr(F, name),)
-    for name in ("logsigmoid", "softsign", "tanhshrink", "relu6", "hardsigmoid", "hardswish", "mish")
+    name: (getattr(F, name),) for name in ("logsigmoid", "softsign", "tanhshrink", "hardsigmoid", "hardswish", "mish")
 } | {"selu": (F.selu, torch.selu)}
 _ELEMENTARY = ("exp", "expm1", "log", "log1p", "sqrt", "rsqrt", "square", "reciprocal", "abs", "sin", "cos", "erf")
 _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
@@ -157,6 +157,7 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     GLU: (F.glu,),
     PReLU: (F.prelu, torch.prelu, T.prelu),
     Hardtanh: (F.hardtanh,),
+    ReLU6: (F.relu6,),
     Clamp: (torch.clamp, T.clamp, torch.clip, T.clip),
     ClampMin: (torch.clamp_min, T.clamp_min),
     ClampMax: (torch.clamp_max, T.clamp_max),

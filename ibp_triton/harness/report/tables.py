@@ -174,7 +174,18 @@ def state(findings: Findings) -> str:
     what = f"{', '.join(names)} {'was' if len(names) == 1 else 'were'}"
     choice = f" The best {what} chosen on {which}." if several else ""
     text = f"{finished} of {len(findings.runs)} runs are finished.{choice} Errors are of the last epoch."
-    return " ".join([text, *_warnings(findings)])
+    return " ".join([text, *_schedules(findings), *_warnings(findings)])
+
+
+def _schedules(findings: Findings) -> Iterator[str]:
+    """What changes from epoch to epoch, once for all variants alike."""
+    told: dict[str, list[str]] = {}
+    for label, variant in findings.plan.variants():
+        for name in variant.schedule.root:
+            told.setdefault(f"{headings([name])[0]}: {variant.schedule.text(name)}", []).append(label)
+    for text, labels in told.items():
+        some = len(labels) < len(findings.plan.variants())
+        yield f"Scheduled{f' in {_some(labels)}' if some else ''}: {text}."
 
 
 def _warnings(findings: Findings) -> Iterator[str]:

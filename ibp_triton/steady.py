@@ -1,0 +1,53 @@
+"""torch's functions in the form in which all ways to a derivative agree: same random numbers, same rounding.
+
+torch draws a dropout mask in the order of the memory, so that the same seed gives another mask in another layout; the
+methods draw it as for a contiguous input. And it rounds the 1/6 of hardsigmoid's derivative to float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Steady(TorchFunctionMode):
+    """Inside, dropout draws as for contiguous tensors and hardsigmoid is relu6(a + 3) / 6."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = _OWN.get(func, func)
+        return own(*args, **kwargs) if kwargs else own(*args)
+
+
+def dropout_mask(input: Tensor, p: float, axes: int | None) -> Tensor:
+    """0 with probability p, else 1 / (1 − p): for every element, or one number for what the first axes share."""
+    shape = input.shape if axes is None else [*input.shape[:axes], *[1] * (input.dim() - axes)]
+    mask = input.new_empty(shape).bernoulli_(1 - p)
+    return mask.div_(1 - p) if p < 1 else mask
+
+
+def _dropout(function: Any, axes: int | None) -> Any:
+    def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or input.is_contiguous() or not 0 < p <= 1:
+            return function(input, p, training, inplace)  # type: ignore[no-any-return]
+        mask = dropout_mask(input, p, axes)
+        return input.mul_(mask) if inplace else input * mask
+
+    return drop
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    if input.dtype is not torch.float64 or inplace:
+        return F.hardsigmoid(input, inplace)
+    return F.relu6(input + 3) / 6
+
+
+_OWN: dict[Any, Any] = {
+    F.dropout: _dropout(F.dropout, None),
+    torch.dropout: _dropout(torch.dropout, None),
+    **{function: _dropout(function, 2) for function in (F.dropout1d, F.dropout2d, F.dropout3d)},
+    F.hardsigmoid: _hardsigmoid,
+}

@@ -1,0 +1,124 @@
+"""A forward pass on autograd's tape: for what needs no tangent, and so nothing that plain autograd does not have.
+
+The model runs as in any training loop, and a reverse sweep is ``torch.autograd.grad``: BP, adversarial and PGD training
+and TRADES cost what they cost without this library, whatever the model. Tangents and curvature need recorded layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ibp_triton.checks import refuse_mixed
+from ibp_triton.errors import MethodError
+from ibp_triton.steady import Steady
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ibp_triton.sweeps import Term
+
+
+UNFORESEEN = "a recipe runs other sweeps, or gives other terms, than when it was read for its cost, on one sample"
+
+
+class Unmixed(Steady):
+    """Refuses a model that computes under torch.autocast by itself, or in a wrapper of its forward."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        refuse_mixed()
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Tape:
+    """One forward pass as autograd recorded it.
+
+    Args:
+        output: the logits, with their history.
+        x: the input, of which derivatives can be taken where it requires a gradient.
+        parameters: those by name that terms take gradients of; None where no term reads this pass.
+        divisor: what gradients are divided by, the number of samples.
+        runs: how many reverse sweeps will run over it.
+    """
+
+    def __init__(
+        self, output: Tensor, x: Tensor, parameters: Mapping[str, Tensor] | None, divisor: int, runs: int
+    ) -> None:
+        self.logits, self.input, self.parameters, self.divisor = output.detach(), x, parameters, divisor
+        self._output, self._runs = output, runs
+
+    def run(self, d: Tensor, *, to_input: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """The derivatives of ⟨d, logits⟩ for d [N, M] or [T, N, M]: by x, [N, ...] or [T, N, ...], and by parameters.
+
+        Those by parameters are summed over the T, and absent where the logits do not depend on one.
+        """
+        if self._runs < 1:
+            raise MethodError("a recipe reads a sweep after it was used up: read it before its terms are")
+        if to_input and not self.input.requires_grad:
+            raise MethodError(UNFORESEEN)
+        self._runs -= 1
+        if d.dim() == self.logits.dim():
+            return self._once(d, to_input, keep=self._runs > 0)
+        last = len(d) - 1
+        found = [self._once(one, to_input, keep=self._runs > 0 or i < last) for i, one in enumerate(d)]
+        return torch.stack([by_x for by_x, _ in found]), added([parts for _, parts in found])
+
+    def _once(self, d: Tensor, to_input: bool, keep: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        own = self.parameters or {}
+        sources = [*own.values(), *([self.input] if to_input else [])]
+        found: Sequence[Tensor | None] = [None] * len(sources)
+        if sources and self._output.requires_grad:
+            found = torch.autograd.grad(self._output, sources, d, retain_graph=keep, allow_unused=True)
+        by_x = found[-1] if to_input else None
+        parts = {name: part for name, part in zip(own, found, strict=False) if part is not None}
+        return torch.zeros_like(self.input) if by_x is None else by_x, parts
+
+    def gradients(self, terms: Sequence[Term]) -> dict[str, Tensor]:
+        """The sum of the terms, divided; the sweeps among them that have not run do so together."""
+        if self.parameters is None:
+            raise MethodError(UNFORESEEN)
+        ran = [(term.coefficient, term.right.parts) for term in terms if term.right.parts is not None]
+        found = [{name: _times(coefficient, part) for name, part in parts.items()} for coefficient, parts in ran]
+        seeds = [_times(term.coefficient, term.right.seed) for term in terms if term.right.parts is None]
+        if seeds:
+            whole = [seed.sum(0) if seed.dim() > self.logits.dim() else seed for seed in seeds]
+            found.append(self.run(sum(whole[1:], whole[0]), to_input=False)[1])
+        self._runs = 0
+        return added(found)
+
+
+class Backward:
+    """A reverse sweep over a tape from δ_K = ``d`` [N, M] or [T, N, M]; it runs when it is read."""
+
+    def __init__(self, trace: Tape, d: Tensor) -> None:
+        self.trace, self.seed = trace, d / trace.divisor
+        self.parts: dict[str, Tensor] | None = None  # the parameters' derivatives, divided; None before it has run
+        self._by_x: Tensor | None = None
+
+    @property
+    def at_input(self) -> Tensor:
+        """The derivative with respect to x, per sample."""
+        if self._by_x is None:
+            found, self.parts = self.trace.run(self.seed, to_input=True)
+            self._by_x = found * self.trace.divisor
+        return self._by_x
+
+    def run(self) -> Self:
+        """The sweep itself."""
+        return self
+
+
+def _times(coefficient: Any, d: Tensor) -> Tensor:
+    return d if isinstance(coefficient, int) and coefficient == 1 else coefficient * d
+
+
+def added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The sums by name."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, d in part.items():
+            total[name] = total[name] + d if name in total else d
+    return total

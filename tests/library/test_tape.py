@@ -1,0 +1,172 @@
+"""Methods without a tangent run as plain autograd, and agree with the sweeps that they run as elsewhere."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ibp_triton as ibp
+from ibp_triton.errors import MethodError
+from ibp_triton.sweeps import g
+from tests.library.comparing import error, example, oracle, ours
+from tests.library.networks import build
+
+PLAIN = ["bp", "at", "fast_at", "pgd_training", "trades"]
+
+
+def by_sweeps(model):
+    network = ibp.Network(model)
+    network.reentrant = True  # as a model is that autograd can't take
+    return network
+
+
+@pytest.mark.parametrize("key", PLAIN)
+@pytest.mark.parametrize("name", ["paper_mnist", "residual_train", "gelu_layer_norm", "attention", "vgg_train"])
+def test_both_ways_agree_with_each_other_and_with_the_oracle(name, key):
+    model, x, labels, _ = build(name)
+    method = example(key)
+    plain, swept = ibp.Network(model), by_sweeps(model)
+    loss, found = ours(method, plain, x, labels)
+    other_loss, other = ours(method, swept, x, labels)
+    assert plain.graph() is None
+    assert swept.graph() is not None
+    assert float(loss) == pytest.approx(float(other_loss), rel=1e-12)
+    assert error(found, other) < 1e-10
+    assert error(other, oracle(method, model, x, labels)[1]) < 1e-10
+
+
+def test_bp_is_the_plain_loop_to_the_bit():
+    torch.manual_seed(0)
+    model, x, labels = (
+        nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)),
+        torch.randn(8, 6),
+        torch.arange(8) % 4,
+    )
+    log_p = torch.log_softmax(model(x), 1)
+    seed = (log_p.exp() - F.one_hot(labels, 4)) / 8
+    expected = torch.autograd.grad(model(x), list(model.parameters()), seed)
+    found = ibp.BP().gradients(model, x, labels)[1]
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), expected, strict=True))
+
+
+@pytest.mark.parametrize("key", ["at", "trades"])
+def test_a_criterion_that_weighs_samples(key):
+    model, x, labels, _ = build("residual_train")
+    weight = torch.rand(10, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    method = ibp.AdversarialTraining(0.1, criterion=nn.CrossEntropyLoss(weight=weight)) if key == "at" else example(key)
+    assert error(ours(method, ibp.Network(model), x, labels)[1], oracle(method, model, x, labels)[1]) < 1e-10
+
+
+def test_nothing_outlives_a_step():
+    kept = []
+
+    class Watched(nn.Module):
+        def forward(self, x):
+            y = torch.tanh(x)
+            kept.append(weakref.ref(y))
+            return y
+
+    model = nn.Sequential(nn.Linear(6, 6), Watched(), nn.Linear(6, 3))
+    for key in PLAIN:
+        example(key).gradients(model, torch.randn(4, 6), torch.arange(4) % 3)
+    gc.collect()
+    assert len(kept) >= 8
+    assert all(one() is None for one in kept)
+
+
+def test_a_models_own_writes_leave_x_alone():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.out(x.mul_(2))
+
+    model, x = Writes(), torch.randn(4, 6)
+    before = x.clone()
+    for key in PLAIN:
+        example(key).gradients(model, x, torch.arange(4) % 3)
+    assert torch.equal(x, before)
+
+
+class Fickle(ibp.BP):
+    """Another recipe than that which its cost was read from, on one sample of one number."""
+
+    def recipe(self, s):
+        a = s.forward()
+        d = a.reverse(a.c)
+        yield s.objective(a, (1, a.losses))
+        yield from [g(a, d)] if s.x.numel() == 1 else self.more(a, d)
+
+
+def _twice(self, a, d):
+    return g(a, d), 2 * g(a, d), 3 * g(a, a.reverse(a.c.flip(0)))
+
+
+def test_terms_that_share_a_sweep_or_a_pass():
+    model, x, labels, _ = build("paper_mnist")
+    method = type("Own", (Fickle,), {"more": _twice})()
+    found, expected = (method.gradients(n, x, labels)[1] for n in (ibp.Network(model), by_sweeps(model)))
+    assert error(found, expected) < 1e-12
+    assert error(found, ibp.BP().gradients(model, x, labels)[1]) > 0.1
+
+
+def test_the_order_of_terms_does_not_matter():
+    """A merged product's bias has the coefficient of the term that brings it."""
+
+    class Turned(ibp.LossIBP):
+        def recipe(self, s):
+            value, *terms = super().recipe(s)
+            yield value
+            yield from reversed(terms)
+
+    model, x, labels, _ = build("paper_mnist")
+    found, expected = (kind(0.3).gradients(model, x, labels)[1] for kind in (Turned, ibp.LossIBP))
+    assert error(found, expected) < 1e-12
+
+
+UNFORESEEN = {
+    "a tangent": lambda self, a, d: [g(a.tangent(a.c), d)],
+    "the input's derivative": lambda self, a, d: [g(a, d), d.at_input],
+}
+
+
+@pytest.mark.parametrize("more", UNFORESEEN.values(), ids=list(UNFORESEEN))
+def test_a_recipe_that_changes_is_refused(more):
+    model, x, labels, _ = build("paper_mnist")
+    with pytest.raises(MethodError, match="than when it was read for its cost"):
+        type("Own", (Fickle,), {"more": more})().gradients(model, x, labels)
+
+
+def test_a_sweep_is_not_read_after_its_terms():
+    passes = []
+
+    class Kept(ibp.BP):
+        def recipe(self, s):
+            a = s.forward()
+            passes.append(a)
+            yield s.objective(a, (1, a.losses))
+            yield g(a, a.reverse(a.c))
+
+    model, x, labels, _ = build("paper_mnist")
+    Kept().gradients(model, x, labels)
+    a = passes[-1]
+    a.trace.input.requires_grad_()
+    with pytest.raises(MethodError, match="after it was used up"):
+        a.reverse(a.c).at_input  # noqa: B018 - reading it is what is refused
+
+
+def test_terms_of_a_pass_that_promised_none():
+    class Two(ibp.BP):
+        def recipe(self, s):
+            a, b = s.forward(), s.forward()
+            yield s.objective(a, (1, a.losses))
+            yield g(*((a, a.reverse(a.c)) if s.x.numel() == 1 else (b, b.reverse(b.c))))
+
+    model, x, labels, _ = build("paper_mnist")
+    with pytest.raises(MethodError, match="gives other terms"):
+        Two().gradients(model, x, labels)
