@@ -4,6 +4,8 @@ VENV ?= .venv
 RUN = . $(VENV)/bin/activate &&
 STAMP = $(VENV)/.complete
 CPUS ?= 2
+VERSIONS = 3.10 3.11 3.12 3.13
+EXTRAS = --extra all --extra dev --extra zoo --extra docs
 # A test reads a checkpoint with it. It asks for a torchvision, tied to one torch, which that test does without.
 PEER = torchattacks==3.5.1
 # They ask for a torch of their own, and do with this one.
@@ -11,7 +13,7 @@ TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightni
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test wheel zoo boards lint format bench bench-ratios bench-modern bench-modern-full mutants clean
+.PHONY: setup quickstart test wheel zoo boards docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full mutants clean
 
 setup: $(STAMP)
 
@@ -27,14 +29,15 @@ quickstart: setup
 
 # tests/compiled needs Triton's CPU compiler in a process of its own.
 test: setup
-	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled --ignore=tests/zoo -n $(CPUS)
+	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled --ignore=tests/zoo --ignore=tests/site -n $(CPUS)
 	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled -n $(CPUS); fi
 	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
 
-# The wheel in an environment of its own, away from the checkout: a small part of the quickstart.
+# The source archive, a wheel built from it, and that in an environment of its own, away from the checkout: a small part of
+# the quickstart.
 wheel: setup
 	rm -rf dist $(VENV)/wheel
-	$(RUN) python -m build --wheel --quiet --outdir dist
+	$(RUN) python -m build --quiet --outdir dist
 	$(PYTHON) -m venv $(VENV)/wheel
 	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls dist/*.whl)[harness,demo]" -c constraints.txt
 	cd $(VENV)/wheel && OMP_NUM_THREADS=1 bin/ibp-triton run quickstart --only method=loss_ibp --set training.epochs=1 --set seeds=[0]
@@ -44,13 +47,20 @@ wheel: setup
 zoo: $(VENV)/zoo/.complete
 	. $(VENV)/zoo/bin/activate && $(TEST_ENV) python -m pytest tests/zoo -n $(CPUS)
 
-$(VENV)/zoo/.complete: $(STAMP)
-	$(VENV)/bin/python -m venv $(VENV)/zoo
+# The pages of docs/ with the two notebooks executed (minutes; NOTEBOOK_EPOCHS=1 shortens it) into site/, which needs no network.
+docs: $(VENV)/docs/.complete
+	rm -rf site
+	. $(VENV)/docs/bin/activate && PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
+	$(RUN) pytest tests/site
+
+# An environment beside that of the tests, which sees its packages and has those of an extra.
+$(VENV)/%/.complete: $(STAMP)
+	$(VENV)/bin/python -m venv $(@D)
 	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
-		"$$($(VENV)/zoo/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
-	$(VENV)/bin/python -m tests.zoo.packages > $(VENV)/zoo/packages.txt
-	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/zoo/packages.txt -c constraints.txt
-	$(VENV)/zoo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt
+		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(VENV)/bin/python -m tests.zoo.packages $* > $(@D)/packages.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/packages.txt -c constraints.txt
+	if [ $* = zoo ]; then $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt; fi
 	touch $@
 
 # Runs on W&B and trackio by the real packages, offline, in an environment of their own.
@@ -63,6 +73,21 @@ $(VENV)/boards/.complete: $(STAMP)
 		"$$($(VENV)/boards/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
 	$(VENV)/boards/bin/python -m pip install --quiet --disable-pip-version-check wandb 'trackio>=0.20'
 	touch $@
+
+# What the constraints say is a whole for each version of Python: an index of packages is asked, nothing is installed.
+resolve: setup
+	printf '%s\n' $(TIED) > $(VENV)/tied.txt
+	for version in $(VERSIONS); do $(RUN) uv pip compile --quiet --python-version $$version --only-binary :all: \
+		pyproject.toml $(VENV)/tied.txt $(EXTRAS) -c constraints.txt > $(VENV)/resolved-$$version.txt || exit 1; \
+		echo "Python $$version: $$(grep -c '^[a-z]' $(VENV)/resolved-$$version.txt) packages"; done
+
+# The constraints anew, one file for all versions, which keeps what it can of the old one. CUDA's come with torch.
+constraints: setup
+	printf '%s\n' $(TIED) > $(VENV)/tied.txt
+	cp constraints.txt $(VENV)/constraints.txt
+	$(RUN) uv pip compile --quiet --universal --python-version $(firstword $(VERSIONS)) --no-annotate --no-header \
+		pyproject.toml $(VENV)/tied.txt $(EXTRAS) -o $(VENV)/constraints.txt > /dev/null
+	grep -v '^nvidia-\|^cuda-' $(VENV)/constraints.txt > constraints.txt
 
 lint: setup
 	$(RUN) ruff check .
@@ -86,4 +111,4 @@ mutants: setup
 	$(RUN) $(TEST_ENV) python -m tests.mutants
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

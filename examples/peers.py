@@ -1,4 +1,4 @@
-"""The same losses in other people's loops: Lightning Fabric, a Lightning module, Accelerate, Hugging Face's Trainer."""
+"""The same losses in other people's loops: Lightning Fabric, a Lightning module, Accelerate."""
 
 from __future__ import annotations
 
@@ -71,3 +71,13 @@ def with_accelerate(steps: int = 20) -> nn.Module:
         accelerator.backward(method(network, x, y))
         optimizer.step()
     return own
+
+
+def right(trained: nn.Module) -> float:
+    """The share of other samples that a model gets right."""
+    found = [(trained(x).argmax(1) == y).float().mean() for x, y in batches(8)]
+    return float(torch.stack(found).mean())
+
+
+if __name__ == "__main__":
+    print(*(right(train()) for train in (with_fabric, with_lightning, with_accelerate)))

@@ -4,7 +4,7 @@ Invariant Backpropagation (arXiv 1502.04434) trains classifiers whose loss or pr
 moves. It has nothing to do with Interval Bound Propagation, which the literature abbreviates alike.
 """
 
-from ibp_triton import reference
+from ibp_triton import attacks, reference
 from ibp_triton.attacks import fgsm, gaussian_noise, pgd, random_signs
 from ibp_triton.errors import IBPError
 from ibp_triton.evaluation import Robustness, robustness
@@ -47,6 +47,7 @@ __all__ = [
     "PredictionIBP",
     "Robustness",
     "TangentBP",
+    "attacks",
     "fgsm",
     "gaussian_noise",
     "lie_tangents",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ibp_triton.errors import MethodError
+from ibp_triton.errors import InputError, MethodError
 
 Classifier = Callable[[Tensor], Tensor]
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, x, y) → x', pixels to logits and to pixels
 Bounds = tuple[float, float] | None
 NORMS = ("linf", "l2")
 
@@ -111,13 +113,76 @@ def pgd(
 
 
 def random_signs(x: Tensor, epsilon: float, generator: torch.Generator | None = None) -> Tensor:
-    """x ± ε, each sign by a fair coin drawn on the generator's device; same shape."""
+    """x ± ε, each sign by a fair coin.
+
+    Args:
+        x: [N, ...].
+        epsilon: ε in x's units.
+        generator: the random numbers' source; they are drawn on its device.
+
+    Returns:
+        x' of x's shape.
+    """
     return x + epsilon * (2 * (_drawn(torch.rand, x, generator) < 0.5).to(x.dtype) - 1)
 
 
 def gaussian_noise(x: Tensor, sigma: float, generator: torch.Generator | None = None) -> Tensor:
-    """x + σ n with n ~ N(0, 1) for each element, drawn on the generator's device; same shape."""
+    """x + σ n with n ~ N(0, 1) for each element.
+
+    Args:
+        x: [N, ...].
+        sigma: σ in x's units.
+        generator: the random numbers' source; they are drawn on its device.
+
+    Returns:
+        x' of x's shape.
+    """
     return x + sigma * _drawn(torch.randn, x, generator)
+
+
+def from_torchattacks(kind: Callable[..., Any], sizes: Sequence[float], **options: Any) -> dict[float, Attack]:
+    """An attack of the package torchattacks, AutoAttack among them, for ``robustness``: {ε: (model, x, y) → x'}.
+
+    A seed of 0 and the model's number of classes stand in where the attack asks for them and the options do not say:
+    torchattacks itself takes the clock and ten. AutoAttack and APGDT need four classes or more.
+
+    Args:
+        kind: the attack's class, such as torchattacks.AutoAttack; one with a size ``eps``.
+        sizes: ε, in pixel units; images have pixels from 0 to 1, to which torchattacks clips.
+        options: of the class, such as norm="L2", steps=20; lengths of steps (``alpha``) in pixel units.
+
+    Returns:
+        {ε: attack}, for ``attacks={"a name": …}``.
+
+    Raises:
+        MethodError (a ValueError): for an attack without a size, such as DeepFool.
+        InputError (a ValueError): on call, for images outside 0 … 1.
+    """
+    accepted = inspect.signature(kind).parameters
+    if "eps" not in accepted:
+        raise MethodError(
+            f"{getattr(kind, '__name__', kind)} has no size eps: give robustness the function itself, such as "
+            "{0.0: lambda model, x, y: attack(model)(x, y)}, under the size that the table shall show"
+        )
+
+    def of_size(epsilon: float) -> Attack:
+        def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            if float(x.min()) < 0 or float(x.max()) > 1:
+                raise InputError(
+                    "torchattacks needs pixels from 0 to 1: scale the images, and give the rest to mean= and std="
+                )
+            chosen = dict(options)
+            if "seed" in accepted:
+                chosen.setdefault("seed", 0)
+            if "n_classes" in accepted and "n_classes" not in chosen:
+                with torch.no_grad():
+                    chosen["n_classes"] = model(x[:1]).shape[1]
+            star: Tensor = kind(model, eps=epsilon, **chosen)(x, y)
+            return star
+
+        return attack
+
+    return {float(size): of_size(float(size)) for size in sizes}
 
 
 def _drawn(draw: Any, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -158,7 +223,8 @@ def _uniform(x: Tensor, norm: str, generator: torch.Generator | None) -> Tensor:
     if norm == "linf":
         return 2 * _drawn(torch.rand, x, generator) - 1
     direction = _drawn(torch.randn, x, generator)
-    radius = _drawn(torch.rand, x[(slice(None), *[slice(1)] * (x.dim() - 1))], generator) ** (1 / x[0].numel())
+    one_each = x.flatten(1)[:, :1].reshape(-1, *[1] * (x.dim() - 1))
+    radius = _drawn(torch.rand, one_each, generator) ** (1 / x[0].numel())
     return radius * direction / _lengths(direction)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ibp_triton.attacks import Bounds, fgsm, gaussian_noise, input_gradient, pgd, random_signs
+from ibp_triton.attacks import Attack, Bounds, fgsm, gaussian_noise, input_gradient, pgd, random_signs
 from ibp_triton.errors import InputError, MethodError
 from ibp_triton.recording.snapshot import Snapshot
 
@@ -27,6 +27,7 @@ ATTACKS: dict[str, Sequence[float]] = {
     "random_sign": (8 / 255,),
 }
 NAMES = tuple(ATTACKS)
+Sizes = Sequence[float] | Mapping[float, Attack]  # of an attack known by its name, or an attack for each size
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,12 @@ class Robustness:
         return list(dict.fromkeys(name for name, _, _ in self.outcomes))
 
     def error(self, attack: str = CLEAN, size: float = 0.0, model: str | None = None) -> float:
-        """In per cent; the first model's by default.
+        """Error in per cent.
+
+        Args:
+            attack: its name; "clean" for the examples as they are.
+            size: ε or σ in pixel units, as it was measured.
+            model: its name; the first by default.
 
         Raises:
             InputError (a ValueError): for what was not measured.
@@ -107,6 +113,9 @@ class Robustness:
 
     def compare(self, other: Robustness | None = None) -> list[Comparison]:
         """Paired tests of the two models, or of this result's one and another's, wherever both were measured.
+
+        Args:
+            other: the result of another model on the same examples, where this one has one model.
 
         Raises:
             InputError (a ValueError): where there are not two models, or they saw different examples.
@@ -169,13 +178,13 @@ class Robustness:
         return _written(file.getvalue(), path)
 
     def to_markdown(self, path: str | Path | None = None) -> str:
-        """A Markdown table, error in per cent with its 95 % interval."""
+        """A Markdown table, error in per cent with its 95 % interval; written to ``path`` too if that is given."""
         head = ["| model | attack | size | error % | 95 % |", "| --- | --- | --- | --- | --- |"]
         rows = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in self._cells()]
         return _written("\n".join([*head, *rows]) + "\n", path)
 
     def to_latex(self, path: str | Path | None = None) -> str:
-        """A LaTeX tabular, error in per cent with its 95 % interval."""
+        """A LaTeX tabular, error in per cent with its 95 % interval; written to ``path`` too if that is given."""
         rows = [" & ".join(_latex(cell) for cell in cells) + r" \\" for cells in self._cells()]
         head = [r"\begin{tabular}{llrrr}", r"\hline", r"model & attack & size & error \% & 95 \% \\", r"\hline"]
         return _written("\n".join([*head, *rows, r"\hline", r"\end{tabular}"]) + "\n", path)
@@ -212,7 +221,7 @@ class Robustness:
 def robustness(
     model: nn.Module | Mapping[str, nn.Module],
     data: Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor],
-    attacks: Mapping[str, Sequence[float]] | None = None,
+    attacks: Mapping[str, Sizes] | None = None,
     *,
     bounds: Bounds = (0.0, 1.0),
     norm: str = "linf",
@@ -231,7 +240,9 @@ def robustness(
     Args:
         model: x [N, ...] → logits [N, M], or {name: model} to compare.
         data: a DataLoader of (images, labels), or one pair of tensors; images in pixel units, within the bounds.
-        attacks: {"fgsm", "pgd", "gaussian" or "random_sign": sizes ε or σ in pixel units}; small default sizes.
+        attacks: {"fgsm", "pgd", "gaussian" or "random_sign": sizes ε or σ in pixel units}; small default sizes. Under
+            any other name {size: attack}, an attack being a function (model, x, y) → x' of pixels, its model a module
+            that takes pixels and returns logits; ``ibp.attacks.from_torchattacks`` makes these of other people's.
         bounds: the least and the largest pixel, to which perturbed images are clipped; None clips nothing.
         norm: "linf" or "l2", of fgsm and pgd.
         mean: subtracted from images before the model sees them: a number, one a channel, or an image.
@@ -243,8 +254,8 @@ def robustness(
         progress: whether to show a bar; needs rich.
 
     Raises:
-        InputError, MethodError (ValueErrors): for an unknown attack, a negative size, images outside the bounds, or no
-            examples.
+        InputError, MethodError (ValueErrors): for an unknown attack, a negative size, images outside the bounds, an
+            attack whose result has another shape or is not finite, or no examples.
         ImportError: for progress without rich.
     """
     named = dict(model) if isinstance(model, Mapping) else {"model": model}
@@ -257,7 +268,7 @@ def robustness(
             x, y = _on(images, place), labels.to(place)
             _check_images(x, bounds)
             for name, one in named.items():
-                classify = _normalised(one, mean, std, x)
+                classify = _Classifier(one, mean, std, x)
                 zeros[name].append((input_gradient(classify, x, y) == 0).flatten(1).all(1).cpu())
                 for key, star in _perturbed(classify, x, y, sizes, bounds, norm, steps, (seed, number)):
                     with torch.no_grad():
@@ -270,13 +281,23 @@ def robustness(
     return Robustness({key: torch.cat(found[key]) for key in order}, norm, shares)
 
 
-def _checked_sizes(attacks: Mapping[str, Sequence[float]], norm: str, bounds: Bounds) -> dict[str, list[float]]:
-    unknown = sorted(set(attacks) - set(NAMES))
-    if unknown:
-        raise MethodError(f"unknown attack {unknown[0]!r}; there are {', '.join(NAMES)}")
-    sizes = {name: sorted(float(size) for size in many) for name, many in attacks.items()}
+def _checked_sizes(attacks: Mapping[str, Sizes], norm: str, bounds: Bounds) -> dict[str, dict[float, Attack | None]]:
+    """{attack: {size: the function, None for an attack known by its name}}, from the smallest size."""
+    sizes: dict[str, dict[float, Attack | None]] = {}
+    for name, many in attacks.items():
+        given: Mapping[float, Attack | None] = many if isinstance(many, Mapping) else dict.fromkeys(many)
+        if not isinstance(many, Mapping) and name not in NAMES:
+            raise MethodError(
+                f"unknown attack {name!r}; there are {', '.join(NAMES)}, and {{size: (model, x, y) -> x'}} of your own"
+            )
+        if isinstance(many, Mapping) and (name in (*NAMES, CLEAN) or not all(callable(a) for a in many.values())):
+            raise MethodError(
+                f"{name!r}: {{size: attack}} takes functions (model, x, y) -> x', under a name of their own"
+            )
+        sizes[name] = {float(size): given[size] for size in sorted(given)}
     if any(not 0 <= size < math.inf for many in sizes.values() for size in many):
-        raise MethodError(f"sizes of attacks must be finite and not negative, got {sizes}")
+        shown = {name: list(many) for name, many in sizes.items()}
+        raise MethodError(f"sizes of attacks must be finite and not negative, got {shown}")
     fgsm(lambda x: x, torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), 0.0, bounds=bounds, norm=norm)
     return sizes
 
@@ -326,37 +347,44 @@ def _shown(data: Any, batch_size: int, progress: bool) -> Iterable[Any]:
     return track(batches, description="robustness", total=count)
 
 
-def _normalised(model: nn.Module, mean: Any, std: Any, x: Tensor) -> Any:
-    def shaped(value: Any) -> Any:
-        if value is None or isinstance(value, (int, float)):
-            return value
-        found = torch.as_tensor(value, dtype=x.dtype, device=x.device)
-        return found.view(-1, *[1] * (x.dim() - 2)) if found.dim() == 1 and x.dim() > 2 else found
+class _Classifier(nn.Module):
+    """A model on pixels: (x − mean) / std goes before it."""
 
-    off, scale = shaped(mean), shaped(std)
+    def __init__(self, model: nn.Module, mean: Any, std: Any, x: Tensor) -> None:
+        super().__init__()
+        self.model, self.mean, self.std = model, _shaped(mean, x), _shaped(std, x)
+        self.training = False  # as the model is, whose own layers this does not touch
 
-    def classify(u: Tensor) -> Tensor:
-        u = u if off is None else u - off
-        out: Tensor = model(u if scale is None else u / scale)
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, M] of pixels [N, ...]."""
+        x = x if self.mean is None else x - self.mean
+        out: Tensor = self.model(x if self.std is None else x / self.std)
         return out
 
-    return classify
+
+def _shaped(value: Any, x: Tensor) -> Any:
+    """A number, one a channel, or an image, to go with x [N, C, ...]."""
+    if value is None or isinstance(value, (int, float)):
+        return value
+    found = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    return found.view(-1, *[1] * (x.dim() - 2)) if found.dim() == 1 and x.dim() > 2 else found
 
 
 def _perturbed(
-    classify: Any,
+    classify: nn.Module,
     x: Tensor,
     y: Tensor,
-    sizes: Mapping[str, Sequence[float]],
+    sizes: Mapping[str, Mapping[float, Attack | None]],
     bounds: Bounds,
     norm: str,
     steps: int,
     source: tuple[int, int],
 ) -> Iterator[tuple[tuple[str, float], Tensor]]:
     """Each attack and size, with its images; noise is drawn on the CPU, alike for every model."""
+    number = source[0] * 1_000_003 + source[1]
 
     def drawn() -> torch.Generator:
-        return torch.Generator().manual_seed(source[0] * 1_000_003 + source[1])
+        return torch.Generator().manual_seed(number)
 
     def clipped(u: Tensor) -> Tensor:
         return u if bounds is None else u.clamp(*bounds)
@@ -364,8 +392,11 @@ def _perturbed(
     yield (CLEAN, 0.0), x
     for attack, many in sizes.items():
         stars = fgsm(classify, x, y, list(many), bounds=bounds, norm=norm) if attack == "fgsm" and many else None
-        for i, size in enumerate(many):
-            if stars is not None:
+        for i, (size, own) in enumerate(many.items()):
+            if own is not None:
+                torch.manual_seed(number)
+                star = clipped(_checked(own(classify, x.clone(), y.clone()), x, attack))
+            elif stars is not None:
                 star = stars[i]
             elif attack == "pgd":
                 star = pgd(classify, x, y, size, steps=steps, generator=drawn(), bounds=bounds, norm=norm)
@@ -373,6 +404,15 @@ def _perturbed(
                 noise = gaussian_noise if attack == "gaussian" else random_signs
                 star = clipped(noise(x, size, drawn()))
             yield (attack, size), star
+
+
+def _checked(star: Any, x: Tensor, attack: str) -> Tensor:
+    if not isinstance(star, Tensor) or star.shape != x.shape:
+        got = list(star.shape) if isinstance(star, Tensor) else type(star).__name__
+        raise InputError(f"the attack {attack!r} must return images {list(x.shape)}, and returned {got}")
+    if not bool(star.isfinite().all()):
+        raise InputError(f"the attack {attack!r} returned pixels that are not finite")
+    return star.detach().to(x)
 
 
 @contextmanager
@@ -383,6 +423,8 @@ def _as_before(models: Iterable[nn.Module], place: torch.device) -> Iterator[Non
     before = [Snapshot.of(model, torch.empty(0, device=place)) for model in models]
     for m, _ in modes:
         m.training = False
+    for parameter, _ in gradients:
+        parameter.grad = None  # so that an attack's own backward adds nothing to what is put back
     try:
         yield
     finally:

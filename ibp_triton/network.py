@@ -110,7 +110,7 @@ class Network:
         frugal: bool = False,
         keep: bool = True,
     ) -> Trace:
-        """The first sweep at x [N, ...] with ``parameters`` (the model's own where absent).
+        """The first sweep at x [N, ...] with ``parameters`` (the model's own where absent) and ``extra`` inputs.
 
         ``own``: the model's parameters, where the caller has them. ``frugal``: sweeps may let go of what only curvature
         would read again. ``keep``: all nodes' values are kept.
@@ -132,7 +132,7 @@ class Network:
         return level() is None and not torch.is_inference_mode_enabled() and not _below_autograd()
 
     def plain_forward(self, x: Tensor, extra: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
-        """The logits at x [N, ...] with their history, ``parameters`` in place of the model's own.
+        """The logits at x [N, ...] and ``extra`` inputs with their history, ``parameters`` in place of the model's own.
 
         The model gets a copy of x, so that it may write to it.
         """
@@ -149,7 +149,12 @@ class Network:
         return logits
 
     def classes(self, x: Tensor, extra: Mapping[str, Any] | None = None) -> int:
-        """The number of logits: that of the last batch, else found by a forward pass that leaves no trace."""
+        """The number of logits: that of the last batch, else found by a forward pass at x that leaves no trace.
+
+        Args:
+            x: [N, ...].
+            extra: the model's other inputs, by name.
+        """
         if self._classes is None:
             before = Snapshot.of(self.model, x)
             self.forward(x, {}, extra, keep=False)
@@ -177,7 +182,7 @@ class Network:
     def multiply_adds(
         self, input_shape: Sequence[int] | None = None, extra: Mapping[str, Any] | None = None
     ) -> ledger.MultiplyAdds:
-        """Multiply-adds of each sweep on inputs [N, ...] of this shape (by default the last batch's)."""
+        """Multiply-adds of each sweep; arguments as of ``summary``."""
         return ledger.total(self._rows(input_shape, extra))
 
     def _rows(self, input_shape: Sequence[int] | None, extra: Mapping[str, Any] | None) -> list[ledger.Row]:

@@ -70,11 +70,22 @@ class EagerStep:
         self.network, self.method, self.optimizer = network_for(network), method, optimizer
         self.accumulate, self.clip_norm, self.reduce = accumulate, clip_norm, reduce
         self._batches = 0  # since the last update
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a kind of step keeps besides."""
 
     def __call__(
         self, x: Tensor, y: Any, tangents: Tensor | None = None, extra: Mapping[str, Any] | None = None
     ) -> Parts:
-        """One batch: x [N, ...], targets y, tangents [T, N, ...] for tangent methods, the model's other inputs."""
+        """One batch, and an update where it is the last of ``accumulate``.
+
+        Args:
+            x: [N, ...].
+            y: targets, as the method takes them.
+            tangents: [T, N, ...], for tangent methods only.
+            extra: the model's other inputs, by name.
+        """
         if self._batches == 0:
             self.optimizer.zero_grad()
         parts = self._add_gradients(x, y, tangents, extra)
@@ -116,8 +127,7 @@ class CompiledStep(EagerStep):
     while it is recorded: what it does besides (hooks, counters) happens then alone. Arguments as for ``EagerStep``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _begin(self) -> None:
         self._seen: dict[Any, None] = {}
         self._made: dict[Any, _Compiled | None] = {}  # None: not to be compiled
 
@@ -144,7 +154,7 @@ class CompiledStep(EagerStep):
     def prepare(
         self, x: Tensor, y: Any, tangents: Tensor | None = None, extra: Mapping[str, Any] | None = None
     ) -> bool:
-        """Compile for batches of this kind now, and check on this one; nothing is trained.
+        """Compile for batches of this kind now, and check on this one; nothing is trained; arguments as of a step.
 
         Returns whether such batches will be trained by the compiled step, whatever came before them.
         """
@@ -261,8 +271,7 @@ class CapturedStep(EagerStep):
         MethodError (a ValueError): for an optimizer that can't be captured, or for accumulation.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def _begin(self) -> None:
         self.captures = 0
         self._seen: dict[Any, int] = {}
         self._made: dict[Any, _Captured] = {}
@@ -281,7 +290,7 @@ class CapturedStep(EagerStep):
     def __call__(
         self, x: Tensor, y: Any, tangents: Tensor | None = None, extra: Mapping[str, Any] | None = None
     ) -> Parts:
-        """One batch, as for ``EagerStep``."""
+        """One batch; arguments as for ``EagerStep``."""
         if not _can_capture(self._device):
             return super().__call__(x, y, tangents, extra)
         check_tangents(self.method.key, self.method.needs_tangents, x, tangents)
@@ -305,7 +314,7 @@ class CapturedStep(EagerStep):
         return found(batch)
 
     def eager(self, batch: Any) -> Parts:
-        """The step that a capture records."""
+        """The step that a capture records, ``batch`` being the four arguments of a step."""
         return super().__call__(*batch)
 
     def _held(self) -> tuple[Any, ...]:

@@ -228,7 +228,9 @@ def evaluate(
     checkpoint: Annotated[Path | None, typer.Option(help="any model: its weights, a state dict's file")] = None,
     examples: Annotated[str | None, typer.Option("--data", help="any model: a source, an .npz or a folder")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="any model: the first so many examples")] = None,
-    attack: Annotated[list[str] | None, typer.Option(help="any model: such as fgsm=2/255,8/255")] = None,
+    attack: Annotated[
+        list[str] | None, typer.Option(help="any model: such as fgsm=2/255 or torchattacks.PGD=2/255,8/255")
+    ] = None,
     mean: Annotated[str | None, typer.Option(help="any model: what it subtracts, a number or one a channel")] = None,
     std: Annotated[str | None, typer.Option(help="any model: what it divides by")] = None,
     norm: Annotated[str, typer.Option(help="any model: linf or l2")] = "linf",

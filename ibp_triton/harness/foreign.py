@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import pickle
 from collections.abc import Mapping
 from fractions import Fraction
@@ -13,12 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ibp_triton.attacks import from_torchattacks
 from ibp_triton.errors import ConfigError
-from ibp_triton.evaluation import Robustness, robustness
+from ibp_triton.evaluation import Robustness, Sizes, robustness
 from ibp_triton.harness import data, models, plugins
 from ibp_triton.harness.config import Data, data_sources
 from ibp_triton.harness.sources import SOURCES
 
+OTHERS = "torchattacks."  # what attacks of that package begin with
 NESTED = ("state_dict", "model_state_dict", "model")  # where training loops keep the weights in a checkpoint
 
 
@@ -44,7 +48,7 @@ def evaluate(
         examples: a data source's name, an .npz file of arrays, or a folder of images.
         folder: of the source's files.
         count: the first so many examples only.
-        attacks: such as "fgsm=2/255,8/255"; none for the usual ones.
+        attacks: such as "fgsm=2/255,8/255", or "torchattacks.AutoAttack=8/255" of that package; none for usual ones.
         mean: a number, or one a channel, between commas.
         std: likewise.
         norm: "linf" or "l2".
@@ -54,7 +58,7 @@ def evaluate(
     Raises:
         ConfigError: for options or files that do not fit.
     """
-    chosen = {key: _numbers(value, key) for key, _, value in (a.partition("=") for a in attacks or [])}
+    chosen = {key: _sizes(key, value, norm) for key, _, value in (a.partition("=") for a in attacks or [])}
     loaded = data.load(_source(examples, count).found_in(folder), 0)
     model = models.imported(target, loaded.shape, loaded.classes, {})
     _load(model, checkpoint)
@@ -77,6 +81,24 @@ def _source(examples: str, count: int | None) -> Data:
         raise ConfigError(f"--data: {examples!r} is no file or folder, nor one of the data sources {known}")
     source = "image_folder" if path.is_dir() else "arrays"
     return Data.model_validate({"source": source, "path": examples, "mean": "none", "test": count})
+
+
+def _sizes(name: str, text: str, norm: str) -> Sizes:
+    """The sizes of an attack, with the attack where another package has it."""
+    sizes = _numbers(text, name)
+    if not name.startswith(OTHERS):
+        return sizes
+    try:
+        kind = getattr(importlib.import_module("torchattacks"), name.removeprefix(OTHERS))
+        accepted = inspect.signature(kind).parameters
+    except ImportError as error:
+        raise ConfigError(f"--attack {name} needs torchattacks: pip install 'ibp-triton[attacks]'") from error
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"--attack {name}: torchattacks has no such attack; write such as {OTHERS}AutoAttack"
+        ) from error
+    options = {"norm": norm.capitalize()} if "norm" in accepted else {}
+    return from_torchattacks(kind, sizes, **options)
 
 
 def _numbers(text: str, name: str) -> list[float]:

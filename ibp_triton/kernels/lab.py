@@ -197,7 +197,8 @@ def _round_bf16(data: Array) -> Array:
 
 def _truncate_tf32(data: Array) -> Array:
     """float32 with the 13 low bits of the significand dropped."""
-    return (np.ascontiguousarray(data, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    kept: Array = (np.ascontiguousarray(data, np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    return kept
 
 
 def _is_bf16(handle: Any) -> bool:

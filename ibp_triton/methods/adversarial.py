@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from ibp_triton.methods.base import Method, Recipe, Step
+from ibp_triton.methods.base import Method, Recipe, Step, Strength
 from ibp_triton.sweeps import g
 
 
@@ -15,11 +16,16 @@ class AdversarialTraining(Method):
     """Adversarial Training: minimises (L(x) + L(x*)) / 2 at x* = x + ε sign(∇_x L), x* a constant.
 
     Args:
-        epsilon: size of the perturbation, in x's units.
+        epsilon: ε ≥ 0, a number or a 0-d tensor: how far each number of x moves, in x's units as the model sees them
+            (divide pixels by std where inputs are normalised); x* is not clipped.
+        criterion: the loss L of the data, as ``Method`` describes; None is cross-entropy on class numbers.
+
+    Raises:
+        MethodError, InputTypeError: for a value out of range, or no number.
     """
 
     key, title, parameter = "at", "Adversarial Training", "epsilon"
-    epsilon: float
+    epsilon: Strength
 
     def recipe(self, s: Step) -> Recipe:
         """½ g(a, d) + ½ g(a*, d*)."""
@@ -36,11 +42,16 @@ class FastAdversarialTraining(Method):
     """Fast Adversarial Training: minimises L(x*) at x* = x + ε sign(∇_x L), x* a constant.
 
     Args:
-        epsilon: size of the perturbation, in x's units.
+        epsilon: ε ≥ 0, a number or a 0-d tensor: how far each number of x moves, in x's units as the model sees them
+            (divide pixels by std where inputs are normalised); x* is not clipped.
+        criterion: the loss L of the data, as ``Method`` describes; None is cross-entropy on class numbers.
+
+    Raises:
+        MethodError, InputTypeError: for a value out of range, or no number.
     """
 
     key, title, parameter = "fast_at", "Fast AT", "epsilon"
-    epsilon: float
+    epsilon: Strength
 
     def recipe(self, s: Step) -> Recipe:
         """g(a*, d*)."""
@@ -55,14 +66,19 @@ class PGDTraining(Method):
     """PGD adversarial training (Madry et al. 2018): minimises L(x*), x* by steps of gradient sign within ‖x* − x‖∞ ≤ ε.
 
     Args:
-        epsilon: size of the perturbation, in x's units.
-        step_size: of each step, in x's units.
-        steps: their number; each costs a forward and a reverse sweep.
+        epsilon: ε ≥ 0, a number or a 0-d tensor: how far each number of x moves, in x's units as the model sees them
+            (divide pixels by std where inputs are normalised); x* is not clipped.
+        step_size: length of each step, ≥ 0, in x's units.
+        steps: their number, at least 1; each costs a forward and a reverse sweep.
         random_start: whether to start at a uniform point of the box instead of x.
+        criterion: the loss L of the data, as ``Method`` describes; None is cross-entropy on class numbers.
+
+    Raises:
+        MethodError, InputTypeError: for a value out of range, or no number.
     """
 
     key, title, parameter = "pgd_training", "PGD training", "epsilon"
-    epsilon: float
+    epsilon: Strength
     step_size: float
     steps: int
     random_start: bool = True
@@ -87,15 +103,20 @@ class TRADES(Method):
     The search starts at x + 0.001 n, n standard normal, and treats p(x) as a constant; the gradient takes both sides.
 
     Args:
-        lam: λ, the weight of the divergence.
-        epsilon: size of the perturbation, in x's units.
-        step_size: of each step, in x's units.
-        steps: their number; each costs a forward and a reverse sweep.
+        lam: λ ≥ 0, what a sample's divergence, in nats, counts beside its own loss.
+        epsilon: ε ≥ 0, a number or a 0-d tensor: how far each number of x moves, in x's units as the model sees them
+            (divide pixels by std where inputs are normalised); x* is not clipped.
+        step_size: length of each step, ≥ 0, in x's units.
+        steps: their number, at least 1; each costs a forward and a reverse sweep.
+        criterion: None alone, for TRADES is defined for cross-entropy on class numbers.
+
+    Raises:
+        MethodError, InputTypeError: for a value out of range, or no number.
     """
 
     key, title, parameter = "trades", "TRADES", "lam"
-    lam: float
-    epsilon: float
+    lam: Strength
+    epsilon: Strength
     step_size: float
     steps: int
 
@@ -119,6 +140,6 @@ class TRADES(Method):
         yield self.lam * g(b, b.reverse(log_q.exp() - p))
 
 
-def _within(star: Tensor, x: Tensor, epsilon: float) -> Tensor:
+def _within(star: Tensor, x: Tensor, epsilon: Any) -> Tensor:
     """The nearest point with ‖star − x‖∞ ≤ ε."""
     return x + (star - x).clamp(-epsilon, epsilon)

@@ -30,6 +30,10 @@ from ibp_triton.tape import UNFORESEEN, Backward, Tape
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    Strength = float | Tensor  # of a penalty or a perturbation: a number, or a 0-d tensor
+else:
+    Strength = float  # what a file can give, for those that read a method's fields at run time
+
 Recipe = Iterator[Any]  # first the objective, 0-d, mean over the batch, then the terms of its gradient
 
 
@@ -240,12 +244,19 @@ class Step:
 
 
 class Parts(NamedTuple):
-    """A loss, and detached what it is made of."""
+    """A loss, and detached what it is made of.
 
-    loss: Tensor  # 0-d, as ``method(network, x, y)`` returns it
-    data_loss: Tensor  # 0-d: the criterion at the first forward pass's logits
-    penalty: Tensor | None  # 0-d, without its coefficient; None for a method that has none
-    logits: Tensor  # of the first forward pass
+    Attributes:
+        loss: 0-d, as ``method(network, x, y)`` returns it.
+        data_loss: 0-d: the criterion at the first forward pass's logits.
+        penalty: 0-d, without its coefficient; None for a method that has none.
+        logits: [N, M], of the first forward pass.
+    """
+
+    loss: Tensor
+    data_loss: Tensor
+    penalty: Tensor | None
+    logits: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -278,7 +289,14 @@ class Method:
         raise NotImplementedError
 
     def at(self, **changes: Any) -> Self:
-        """The same method with other hyper-parameters: ``method.at(beta=0.01)``."""
+        """The same method with other hyper-parameters.
+
+        Args:
+            changes: fields of the method's class, such as ``method.at(beta=0.01)``.
+
+        Raises:
+            MethodError, InputTypeError: for a value out of range, or no number.
+        """
         return replace(self, **changes)
 
     def __call__(
@@ -313,7 +331,7 @@ class Method:
         tangents: Tensor | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Parts:
-        """The same loss, and detached what it is made of: ``loss, data_loss, penalty, logits``; arguments as above."""
+        """The same loss, and detached what it is made of; arguments as of the call ``method(network, x, y)``."""
         loss, step = objective(self, network_for(network), x, y, tangents, extra)
         return self.parts_of(loss, step)
 
@@ -340,10 +358,13 @@ class Method:
         parameters: Mapping[str, Tensor] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective and {parameter name: gradient}, without touching ``.grad``; arguments as in ``__call__``.
+        """The objective and {parameter name: gradient}, without touching ``.grad``.
 
         A pure function of tensors (but for the running statistics of BatchNorm in train mode): it runs under
-        torch.func.vmap over stacked ``parameters`` ({name: tensor}, the rest is the model's own), x, β and ε.
+        torch.func.vmap over stacked ``parameters``, x, β and ε. Other arguments as of ``method(network, x, y)``.
+
+        Args:
+            parameters: {name: tensor} in place of the model's own; those that are left out stay its own.
         """
         value, found, step = self.step(network_for(network), x, y, tangents, parameters, extra)
         trainable = {name: (parameters or {}).get(name, p) for name, p in step.own.items() if p.requires_grad}
@@ -361,7 +382,7 @@ class Method:
     ) -> tuple[Tensor, dict[str, Tensor], Step]:
         """The objective, the gradients of the parameters that it depends on, and the step that gave them.
 
-        ``own``: the model's parameters by name, where the caller has them.
+        Arguments as of ``gradients``; ``own``: the model's parameters by name, where the caller has them.
         """
         with torch.no_grad():
             step = self._step(network, x, y, tangents, parameters or {}, extra, own)
@@ -399,11 +420,14 @@ class Method:
         tangents: Tensor | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """The objective alone, 0-d, without the passes that only its gradient needs."""
+        """The objective alone, 0-d, without the passes that only its gradient needs.
+
+        Arguments as of the call ``method(network, x, y)``.
+        """
         return self.value_step(network_for(network), x, y, tangents, extra)[0]
 
     def value_step(self, network: Network, x: Tensor, y: Any, tangents: Any, extra: Any) -> tuple[Tensor, Step]:
-        """The objective alone, and the step that gave it."""
+        """The objective alone, and the step that gave it; arguments as of the call ``method(network, x, y)``."""
         with torch.no_grad():
             step = self._step(network, x, y, tangents, {}, extra, None)
             value: Tensor = next(self.recipe(step)) if step.x.shape[0] else step.zero
@@ -427,16 +451,27 @@ class Method:
         return program(self.recipe, 5 if self.needs_tangents else 0)
 
     def cost(self, network: Network, input_shape: Sequence[int], tangents: int = 5) -> int:
-        """Multiply-adds of one step on inputs [N, ...] of this shape."""
+        """Multiply-adds of one step.
+
+        Args:
+            network: the wrapped model.
+            input_shape: [N, ...].
+            tangents: T, for tangent methods.
+        """
         return self.multiply_adds(network.multiply_adds(input_shape), tangents)
 
     def predicted_ratio(self, network: Network, input_shape: Sequence[int], tangents: int = 5) -> float:
-        """Cost of one step over that of BP, in multiply-adds; BP skips its first layer's vjp."""
+        """Multiply-adds of one step over those of BP, which skips its first layer's vjp; arguments as of ``cost``."""
         work = network.multiply_adds(input_shape)
         return self.multiply_adds(work, tangents) / (work.forward + work.vjp_inner + work.weights)
 
     def multiply_adds(self, work: MultiplyAdds, tangents: int = 5) -> int:
-        """Of the recipe's passes, added up; curved layers cost exact semantics up to a reverse sweep more."""
+        """Of the recipe's passes, added up; curved layers cost exact semantics up to a reverse sweep more.
+
+        Args:
+            work: multiply-adds of each sweep, ``network.multiply_adds(input_shape)``.
+            tangents: T, for tangent methods.
+        """
         found = self.program if tangents == 5 else program(self.recipe, tangents if self.needs_tangents else 0)
         return found.multiply_adds(work)
 

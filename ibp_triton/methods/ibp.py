@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ibp_triton.methods.base import Method, Pass, Recipe, Step, none
+from ibp_triton.methods.base import Method, Pass, Recipe, Step, Strength, none
 from ibp_triton.sweeps import Reverse, Term, g
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class BP(Method):
-    """Standard backpropagation: minimises L."""
+    """Standard backpropagation: minimises L, the mean of the criterion over the batch.
+
+    Args:
+        criterion: the loss L of the data, as ``Method`` describes; None is cross-entropy on class numbers.
+    """
 
     key, title = "bp", "BP"
 
@@ -28,13 +32,22 @@ class LossIBP(Method):
     """Loss IBP: minimises L + β ‖∇_x L‖_r^r / r (Eq. 8 of the paper and Algorithm 1).
 
     Args:
-        beta: strength of the penalty, for the derivative of each sample's loss with respect to x in x's units.
-        norm: r.
-        semantics: "paper" (Algorithm 1) or "exact" (the true gradient of the objective).
+        beta: β ≥ 0, a number or a 0-d tensor: what a sample's penalty counts beside its loss. ∇_x L is each sample's,
+            not the batch mean's: β does not depend on the batch size. For norm 1 β has the unit of x, and the penalty
+            is to first order the largest rise of L while no number of x moves by more than β; for norm r its unit is
+            loss · (x per loss)^r. Inputs divided by s ask for β / s^r.
+        norm: r ≥ 1. 1 sums |∂L/∂x_i| over a sample's numbers, 2 is half their squared Euclidean length.
+        semantics: "paper" (Algorithm 1: ∂L/∂z counts as a constant in the extra passes, biases get no gradient of the
+            penalty; it is not the objective's gradient) or "exact" (the objective's true gradient, as
+            ``create_graph=True`` would give it, for 6 sweeps instead of 4).
+        criterion: the loss L of the data, as ``Method`` describes; None is cross-entropy on class numbers.
+
+    Raises:
+        MethodError, InputTypeError: for a value out of range, or no number.
     """
 
     key, title, parameter = "loss_ibp", "Loss IBP", "beta"
-    beta: float
+    beta: Strength
     norm: float = 1
     semantics: str = "paper"
 
@@ -52,13 +65,22 @@ class PredictionIBP(Method):
     """Prediction IBP: minimises L + β ‖J ∇_x L‖_r^r / r, J the Jacobian of the logits (Section 4 of the paper).
 
     Args:
-        beta: strength of the penalty, per sample.
-        norm: r.
-        semantics: "paper" or "exact" (the true gradient of the objective).
+        beta: β ≥ 0, a number or a 0-d tensor: what a sample's penalty counts beside its own loss. J ∇_x L is how the M
+            logits move along the gradient, each sample's. For norm 1 β has the unit of x squared; inputs divided by s
+            ask for β / s^(2r). The paper's values may be for derivatives of the mean over a batch of 32: divided by 32,
+            they stand for the same penalty of norm 1 here.
+        norm: r ≥ 1, over the M numbers of J ∇_x L.
+        semantics: "paper" (Algorithm 1: ∂L/∂z counts as a constant in the extra passes, biases get no gradient of the
+            penalty; it is not the objective's gradient) or "exact" (the objective's true gradient, as
+            ``create_graph=True`` would give it, for 9 sweeps instead of 6).
+        criterion: the loss L of the data, as ``Method`` describes; None is cross-entropy on class numbers.
+
+    Raises:
+        MethodError, InputTypeError: for a value out of range, or no number.
     """
 
     key, title, parameter = "prediction_ibp", "Prediction IBP", "beta"
-    beta: float
+    beta: Strength
     norm: float = 1
     semantics: str = "paper"
 

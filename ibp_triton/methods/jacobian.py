@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ibp_triton.errors import MethodError
 from ibp_triton.layer import wide
-from ibp_triton.methods.base import Method, Recipe, Step
+from ibp_triton.methods.base import Method, Recipe, Step, Strength
 from ibp_triton.sweeps import g
 
 
@@ -21,13 +21,18 @@ class JacobianRegularisation(Method):
     ‖J‖_F² is estimated without bias by (M / n) Σ_j ‖Jᵀ v_j‖², v_j [N, M] uniform on the unit sphere, new in each step.
 
     Args:
-        beta: strength of the penalty, per sample.
-        projections: n, or "all" for the M unit vectors, which give ‖J‖_F² itself.
+        beta: β ≥ 0, a number or a 0-d tensor: what a sample's penalty counts beside its own loss. J is in logits per
+            unit of x, β in units of x squared; inputs divided by s ask for β / s².
+        projections: n ≥ 1, or "all" for the M unit vectors, which give ‖J‖_F² itself.
         semantics: "exact" (the true gradient of the objective) or "paper" (without the curvature of layers).
+        criterion: the loss L of the data, as ``Method`` describes; None is cross-entropy on class numbers.
+
+    Raises:
+        MethodError, InputTypeError: for a value out of range, or no number.
     """
 
     key, title, parameter = "jacobian", "Jacobian regularisation", "beta"
-    beta: float
+    beta: Strength
     projections: int | Literal["all"] = 1
     semantics: str = "exact"
 

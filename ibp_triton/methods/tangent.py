@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ibp_triton.methods.base import Method, Recipe, Step
+from ibp_triton.methods.base import Method, Recipe, Step, Strength
 from ibp_triton.methods.ibp import along
 from ibp_triton.sweeps import g
 
@@ -14,13 +14,20 @@ class TangentBP(Method):
     """Tangent BP (Simard et al. 1992): minimises L + β Σ_j ‖J τ_j‖_r^r / r.
 
     Args:
-        beta: strength of the penalty, per sample and tangent.
-        norm: r.
-        semantics: "paper" or "exact"; they differ only for layers that are curved in their input.
+        beta: β ≥ 0, a number or a 0-d tensor: what a sample's penalty counts, for each tangent, beside its own loss.
+            J τ_j is how the logits change for a unit of the transformation, such as a pixel of shift, so that β has no
+            unit of x; tangents k times as long ask for β / k^r.
+        norm: r ≥ 1, over the M numbers of J τ_j.
+        semantics: "paper" or "exact"; they differ only for layers that are curved in their input, where the paper's
+            leaves out the change of J with the layer's input.
+        criterion: the loss L of the data, as ``Method`` describes; None is cross-entropy on class numbers.
+
+    Raises:
+        MethodError, InputTypeError: for a value out of range, or no number.
     """
 
     key, title, parameter, needs_tangents = "tbp", "Tangent BP", "beta", True
-    beta: float
+    beta: Strength
     norm: float = 1
     semantics: str = "paper"
 
@@ -46,13 +53,21 @@ class FastTangentBP(Method):
     """Fast Tangent BP: minimises L + β Σ_j |⟨∇_x L, τ_j⟩|^r / r, all tangents in one collapsed seed.
 
     Args:
-        beta: strength of the penalty, per sample and tangent.
-        norm: r.
-        semantics: "paper" or "exact" (the true gradient of the objective).
+        beta: β ≥ 0, a number or a 0-d tensor: what a sample's penalty counts, for each tangent, beside its own loss.
+            ⟨∇_x L, τ_j⟩ is how the loss changes for a unit of the transformation, so that β has no unit of x; tangents
+            k times as long ask for β / k^r.
+        norm: r ≥ 1, of the single number ⟨∇_x L, τ_j⟩.
+        semantics: "paper" (Algorithm 1: ∂L/∂z counts as a constant in the extra passes, biases get no gradient of the
+            penalty; it is not the objective's gradient) or "exact" (the objective's true gradient, as
+            ``create_graph=True`` would give it, for 6 sweeps instead of 4).
+        criterion: the loss L of the data, as ``Method`` describes; None is cross-entropy on class numbers.
+
+    Raises:
+        MethodError, InputTypeError: for a value out of range, or no number.
     """
 
     key, title, parameter, needs_tangents = "fast_tbp", "Fast Tangent BP", "beta", True
-    beta: float
+    beta: Strength
     norm: float = 1
     semantics: str = "paper"
 

@@ -57,6 +57,36 @@ def test_the_table_is_that_of_the_library(
     assert out.read_text(encoding="utf-8") == expected.to_csv()
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_attacks_of_torchattacks_by_name(
+    files: tuple[Path, Path], norm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torchattacks = pytest.importorskip("torchattacks")
+    checkpoint, data = files
+    arguments = [TARGET, "--checkpoint", str(checkpoint), "--data", str(data), "--count", "12", "--norm", norm]
+    attacks = ["--attack", "torchattacks.APGD=0.02,0.1", "--attack", "torchattacks.FGSM=0.02"]
+    made: list[object] = []
+
+    class Recorded(torchattacks.APGD):  # type: ignore[misc, name-defined]
+        def __init__(self, model: object, norm: str = "Linf", eps: float = 0.0, seed: int = 0) -> None:
+            super().__init__(model, norm=norm, eps=eps, seed=seed)
+            made.append((norm, eps))
+
+    monkeypatch.setattr(torchattacks, "APGD", Recorded)
+    assert command(monkeypatch, *arguments, *attacks) == 0
+    assert made == [(norm.capitalize(), 0.02), (norm.capitalize(), 0.1)]
+    assert "torchattacks.FGSM" in capsys.readouterr().out
+
+
+def test_torchattacks_that_is_not_installed_names_its_extra(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    arguments = [TARGET, "--checkpoint", str(files[0]), "--data", str(files[1]), "--attack", "torchattacks.PGD=0.1"]
+    assert command(monkeypatch, *arguments) == 1
+    assert "pip install 'ibp-triton[attacks]'" in " ".join(capsys.readouterr().err.split())
+
+
 WRONG = {
     "no checkpoint": ([TARGET, "--data", "mnist"], "give --checkpoint FILE and --data SOURCE"),
     "no file": ([TARGET, "--checkpoint", "none.pt", "--data", "{data}"], "none.pt does not exist"),
@@ -67,6 +97,10 @@ WRONG = {
     ),
     "no numbers": ([TARGET, "--checkpoint", "{pt}", "--data", "{data}", "--attack", "fgsm=a"], "no list of numbers"),
     "no attack": ([TARGET, "--checkpoint", "{pt}", "--data", "{data}", "--attack", "fgms=0.1"], "unknown attack"),
+    "no foreign attack": (
+        [TARGET, "--checkpoint", "{pt}", "--data", "{data}", "--attack", "torchattacks.FGMS=0.1"],
+        "torchattacks has no such attack",
+    ),
     "no module": (["nowhere:build", "--checkpoint", "{pt}", "--data", "{data}"], "cannot import"),
     "another model": ([TARGET, "--checkpoint", "{other}", "--data", "{data}"], "does not fit the model"),
     "an object": ([TARGET, "--checkpoint", "{object}", "--data", "{data}"], "can't be read"),

@@ -41,3 +41,8 @@ def test_make_targets_that_are_named_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"make (\w+)", README):
         assert f"\n{target}:" in makefile
+
+
+def test_the_table_of_examples_names_every_script() -> None:
+    named = re.findall(r"^\| (\w+) \|", README.split("| examples/ |")[1].split("\n## ")[0], re.MULTILINE)
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "examples").glob("[!_]*.py"))

@@ -28,7 +28,7 @@ def test_every_package_is_in_the_wheel() -> None:
     text = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.findall(r'^    "(ibp_triton[\w.]*)",', text, re.MULTILINE)
     found = {".".join(path.parent.relative_to(ROOT.parent).parts) for path in ROOT.rglob("*.py")}
-    assert set(listed) == found | {"ibp_triton.configs"}
+    assert set(listed) == found | {"ibp_triton.configs", "ibp_triton.configs.bench"}
 
 
 def test_no_two_modules_and_no_two_classes_have_one_name() -> None:

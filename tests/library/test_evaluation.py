@@ -150,6 +150,106 @@ def test_wrong_questions_are_refused(trained, name):
         ibp.robustness(model, (x, y), **options)
 
 
+def test_attacks_of_torchattacks_are_measured_like_ours(trained):
+    torchattacks = pytest.importorskip("torchattacks")
+    model, x, y = trained
+    seen = []
+
+    def kept(kind, ours):
+        def attack(m, u, v):
+            star = kind(m, u, v)
+            seen.append(float((star - ours(m, u, v)).abs().max()))
+            return star
+
+        return attack
+
+    theirs = ibp.attacks.from_torchattacks(torchattacks.PGD, [0.05, 0.2], alpha=0.03, steps=5, random_start=False)
+    options = {"steps": 5, "step_size": 0.03, "random_start": False, "bounds": (0, 1)}
+    both = {size: kept(a, lambda m, u, v, e=size: ibp.pgd(m, u, v, e, **options)) for size, a in theirs.items()}
+    found = ibp.robustness(model, (x, y), {"theirs": both}, mean=0.5, std=0.25)
+    assert max(seen) < 1e-6
+    assert len(seen) == 2
+    assert found.error() <= found.error("theirs", 0.05) <= found.error("theirs", 0.2)
+
+
+@pytest.mark.parametrize(("norm", "size", "version"), [("Linf", 0.1, "standard"), ("L2", 0.4, "rand")])
+def test_autoattack_harms_at_least_as_much_as_pgd_and_repeats(norm, size, version):
+    torchattacks = pytest.importorskip("torchattacks")
+    auto = ibp.attacks.from_torchattacks(
+        torchattacks.AutoAttack, [size], norm=norm
+    )  # ten classes by default: here five
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), torch.rand(30, 1, 8, 8)
+    y = (0.3 * torch.randn(30, 5) + model(4 * (x - 0.5))).argmax(1)
+    before = torch.get_rng_state()
+    attacks = {"pgd": [size], "auto": auto}
+    found, again = (ibp.robustness(model, (x, y), attacks, norm=norm.lower(), mean=0.5, std=0.25) for _ in "12")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert found.error("auto", size) >= found.error("pgd", size) > found.error()
+    assert torch.equal(found.outcomes["model", "auto", size], again.outcomes["model", "auto", size])
+
+
+def test_the_seed_and_the_number_of_classes_stand_in_where_an_attack_asks_for_them():
+    made = []
+
+    def kind(model, eps=0.1, n_classes=10, seed=None, norm="Linf"):
+        made.append((eps, n_classes, seed, norm))
+        return lambda x, y: x
+
+    model, x, y = nn.Linear(4, 3), torch.rand(2, 4), torch.tensor([0, 1])
+    for options in ({}, {"seed": 7, "n_classes": 2, "norm": "L2"}):
+        for attack in ibp.attacks.from_torchattacks(kind, [0.5], **options).values():
+            attack(model, x, y)
+    assert made == [(0.5, 3, 0, "Linf"), (0.5, 2, 7, "L2")]
+
+
+def test_ones_own_attack_sees_pixels_and_leaves_no_gradient(trained):
+    model, x, y = trained
+    model.zero_grad()
+    model[1].weight.grad = torch.ones_like(model[1].weight)
+
+    def blank(classifier, u, v):
+        assert float(u.min()) >= 0
+        assert not classifier.training
+        torch.nn.functional.cross_entropy(classifier(u.requires_grad_()), v).backward()
+        return 5 * torch.rand_like(u)  # clipped to the bounds
+
+    found, again = (ibp.robustness(model, (x, y), {"blank": {1.0: blank}}, mean=0.5, std=0.25) for _ in "12")
+    assert torch.equal(found.outcomes["model", "blank", 1.0], again.outcomes["model", "blank", 1.0])
+    assert torch.equal(model[1].weight.grad, torch.ones_like(model[1].weight))
+    assert model[5].weight.grad is None
+    assert not x.requires_grad
+
+
+def test_attacks_that_do_not_fit_are_refused(trained):
+    model, x, y = trained
+    wrong = {
+        "takes functions": [{"pgd": {0.1: lambda m, u, v: u}}, {"mine": {0.1: 3}}, {"clean": {0.0: lambda m, u, v: u}}],
+        r"must return images \[90, 1, 4, 4\]": [
+            {"mine": {0.1: lambda m, u, v: u[:5]}},
+            {"mine": {0.1: lambda m, u, v: 0}},
+        ],
+        "not finite": [{"mine": {0.1: lambda m, u, v: u / 0}}],
+        "not negative": [{"mine": {-0.1: lambda m, u, v: u}}],
+    }
+    for message, attacks in wrong.items():
+        for attack in attacks:
+            with pytest.raises(ValueError, match=message):
+                ibp.robustness(model, (x, y), attack)
+
+
+def test_torchattacks_refuses_what_it_would_get_wrong(trained):
+    torchattacks = pytest.importorskip("torchattacks")
+    model, x, y = trained
+    with pytest.raises(ValueError, match="has no size eps"):
+        ibp.attacks.from_torchattacks(torchattacks.DeepFool, [0.1])
+    fgsm = {"theirs": ibp.attacks.from_torchattacks(torchattacks.FGSM, [0.1])}
+    with pytest.raises(ValueError, match="pixels from 0 to 1"):
+        ibp.robustness(model, (255 * x, y), fgsm, bounds=(0, 255))
+    free = {"free": {0.0: lambda m, u, v: torchattacks.DeepFool(m, steps=3)(u, v)}}
+    assert ibp.robustness(model, (x, y), free, mean=0.5, std=0.25).rows[1].attack == "free"
+
+
 def test_whole_numbers_and_no_examples_are_refused(trained):
     model, x, y = trained
     with pytest.raises(ValueError, match="images / 255"):
