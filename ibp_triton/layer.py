@@ -68,6 +68,13 @@ class Layer:
         """∇_a ⟨d, Df(a; w)[t]⟩ for the wanted active operands, summed over tangents; absent where zero."""
         return {}
 
+    def condensed(self, d: Tensor, pulled: Mapping[str, Any]) -> Any:
+        """What may be kept in place of d for the weight gradients that follow, where there is no curvature.
+
+        ``pulled`` is ``vjp(d)``. ``vjp`` and ``tangent_param_vjp`` of parameters take what this returns for d.
+        """
+        return d
+
     def multiply_adds(self) -> int:
         """Multiply-adds of one forward evaluation (reverse, linear sweep and weight gradient cost the same each)."""
         return 0

@@ -114,14 +114,16 @@ class Reverse(Sweep):
             return
         wanted = trace.plan.wants[self.to_input][node.index]
         own = self.at(node.index) if wanted else None
-        if own is not None:
-            self._receive(node, layer.vjp(own, wanted))
+        pulled = layer.vjp(own, wanted) if own is not None else {}
+        self._receive(node, pulled)
         for r, t in self.bends if wanted else ():
             tangents, side = _tangents_of(node, t), r.at(node.index)
             if side is not None and tangents:
                 self._receive(node, layer.curvature(side, tangents, wanted))
         if trace.frugal and not self._keeps(node.index):
             self[node.index] = FREED
+        elif trace.frugal and own is not None:
+            self[node.index] = layer.condensed(own, pulled)
         if self.passing:
             trace.layers[node.index] = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -141,6 +142,8 @@ class BatchNorm(Normalisation):
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """γ P(d)/s for x, Σ d x̂ for γ and Σ d for b, all by one call."""
+        if isinstance(d, Condensed):
+            return {name: d.along if name == "weight" else d.total for name in wanted}
         if wrapped(d, self.input, self.weight):
             return super().vjp(d, wanted)
         if d.dim() == self.input.dim():
@@ -151,6 +154,13 @@ class BatchNorm(Normalisation):
             return {"input": self._pull_each(d)}
         return super().vjp(d, wanted)
 
+    def condensed(self, d: Tensor, pulled: Mapping[str, Any]) -> Any:
+        """Its sums and its pull: ⟨d, P(t)⟩/s = ⟨γ P(d)/s, t⟩/γ, and the layer before keeps that derivative anyway."""
+        known = None if wrapped(d) or d.dim() != self.input.dim() else self.memory.get(d)
+        if known is None or "input" not in pulled or self.input.dtype in HALF or not _divides(self.weight):
+            return d
+        return Condensed(known["weight"], known["bias"], pulled["input"])
+
     def jvp(self, t: Tangents) -> Tensor:
         """γ P(t)/s, the same map: γ is constant over a group."""
         if wrapped(t["input"], self.input, self.weight):
@@ -159,6 +169,8 @@ class BatchNorm(Normalisation):
 
     def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """Σ r P(t)/s for γ."""
+        if isinstance(r, Condensed):
+            return {"weight": self._condensed_cross(r.pulled, t["input"])} if "weight" in wanted else {}
         if wrapped(r, t["input"], self.input, self.weight):
             return super().tangent_param_vjp(t, r, wanted)
         if "weight" not in wanted:
@@ -166,6 +178,13 @@ class BatchNorm(Normalisation):
         pairs = self._pairs(r, t["input"])
         total = sum((self._cross(r, t) for r, t in pairs[1:]), self._cross(*pairs[0]))
         return {"weight": total * self.save_rstd}
+
+    def _condensed_cross(self, pulled: Tensor, t: Tensor) -> Tensor:
+        """Σ ⟨γ P(r)/s, t⟩/γ of each channel, by the kernel that sums products."""
+        still, one = torch.zeros_like(self.save_mean), torch.ones_like(self.save_mean)
+        t = without(t, self.input.dim())
+        total = self._kernel(_alike(pulled, self.input), _alike(t, self.input), self._ones(), still, one, False)[1]
+        return total / self.weight  # type: ignore[operator]
 
     def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
         """−(x̂ mean(u p) + mean(x̂ u) p + mean(x̂ t) q)/s², gathered into one factor a channel for each of d, t and x."""
@@ -183,6 +202,15 @@ class BatchNorm(Normalisation):
         shift = -(b * sum_t + c * sum_d) / m - slope * self.save_mean
         shift, b, c, slope = ((outer * part).reshape(self.affine) for part in (shift, b, c, slope))
         return torch.addcmul(shift, b, wide(t)).addcmul_(c, wide(d)).addcmul_(slope, wide(self.input))
+
+
+@dataclass(frozen=True, eq=False)
+class Condensed:
+    """What γ's and b's gradients need of a derivative d: Σ x̂ d and Σ d, [C], and γ P(d)/s."""
+
+    along: Tensor
+    total: Tensor
+    pulled: Tensor
 
 
 class BatchNormEval(Layer):
@@ -264,6 +292,11 @@ class InstanceNormEval(BatchNormEval):
     ) -> Tensor:
         """[N, C, ...] → the same shape."""
         return super().forward(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _divides(weight: Tensor | None) -> bool:
+    """Whether all of γ can be divided by; not asked on a device, which would have to be waited for."""
+    return weight is not None and weight.device.type == "cpu" and bool(weight.all())
 
 
 _NAMES = ("input", "weight", "bias")
