@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ibp_triton.errors import AutocastError, InputError, InputTypeError, MethodError, ModelError
+from ibp_triton.errors import AutocastError, InputError, InputTypeError, MethodError
 
 SEMANTICS = ("paper", "exact")
 
@@ -125,14 +125,6 @@ def refuse_mixed() -> None:
             "choose the dtype of each sweep themselves. Pass Network(model, dtype=torch.bfloat16), which computes "
             "in bfloat16 with the parameters as master weights"
         )
-
-
-def constant_output() -> ModelError:
-    """The error for a model without anything to differentiate."""
-    return ModelError(
-        "the model's output depends neither on x nor on a parameter: it was detached, or computed under "
-        "torch.no_grad or torch.inference_mode, or from integers"
-    )
 
 
 def check_labels(labels: Tensor, logits: Tensor, ignored: int | None = None) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ibp_triton import ledger
 from ibp_triton.backends import Backend, backend_for
-from ibp_triton.checks import constant_output
 from ibp_triton.errors import AutocastError, InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace, explained
 from ibp_triton.graph import Graph
@@ -144,9 +143,15 @@ class Network:
         except RuntimeError as error:
             raise explained(error, self.model, self.dtype) from error
         if not logits.requires_grad and (x.requires_grad or all(p.requires_grad for p in self.model.parameters())):
-            raise constant_output()
+            self._refuse_constant(x, extra, parameters)
         self._classes = logits.shape[-1] if logits.dim() else None
         return logits
+
+    def _refuse_constant(self, x: Tensor, extra: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
+        """Let a recording raise for an output that nothing can be differentiated by; one that has x in it is right."""
+        before = Snapshot.of(self.model, x)
+        self.forward(x.detach(), parameters, extra, keep=False)
+        before.restore()
 
     def classes(self, x: Tensor, extra: Mapping[str, Any] | None = None) -> int:
         """The number of logits: that of the last batch, else found by a forward pass at x that leaves no trace.

@@ -1,7 +1,8 @@
 """torch's functions in the form in which all ways to a derivative agree: same random numbers, same rounding.
 
 torch draws a dropout mask in the order of the memory, so that the same seed gives another mask in another layout; the
-methods draw it as for a contiguous input. And it rounds the 1/6 of hardsigmoid's derivative to float32.
+methods draw it as for a contiguous input. It rounds the 1/6 of hardsigmoid's derivative to float32. And the process
+dies in the reverse sweep of a group norm in channels-last whose input has no derivative.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Steady(TorchFunctionMode):
-    """Inside, dropout draws as for contiguous tensors and hardsigmoid is relu6(a + 3) / 6."""
+    """Inside, dropout draws as for contiguous tensors, hardsigmoid is relu6(a + 3) / 6, and group norms don't crash."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own = _OWN.get(func, func)
@@ -45,9 +46,19 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(input + 3) / 6
 
 
+def _group_norm(function: Any) -> Any:
+    def normalise(input: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> Tensor:
+        plain = input if input.requires_grad else input.contiguous()
+        return function(plain, num_groups, *args, **kwargs)  # type: ignore[no-any-return]
+
+    return normalise
+
+
 _OWN: dict[Any, Any] = {
     F.dropout: _dropout(F.dropout, None),
     torch.dropout: _dropout(torch.dropout, None),
     **{function: _dropout(function, 2) for function in (F.dropout1d, F.dropout2d, F.dropout3d)},
     F.hardsigmoid: _hardsigmoid,
+    F.group_norm: _group_norm(F.group_norm),
+    torch.group_norm: _group_norm(torch.group_norm),
 }

@@ -61,18 +61,18 @@ class Tape:
             raise MethodError(UNFORESEEN)
         self._runs -= 1
         if d.dim() == self.logits.dim():
-            return self._once(d, to_input, keep=self._runs > 0)
+            return self._once(d, keep=self._runs > 0)
         last = len(d) - 1
-        found = [self._once(one, to_input, keep=self._runs > 0 or i < last) for i, one in enumerate(d)]
+        found = [self._once(one, keep=self._runs > 0 or i < last) for i, one in enumerate(d)]
         return torch.stack([by_x for by_x, _ in found]), added([parts for _, parts in found])
 
-    def _once(self, d: Tensor, to_input: bool, keep: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        own = self.parameters or {}
-        sources = [*own.values(), *([self.input] if to_input else [])]
+    def _once(self, d: Tensor, keep: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        own, reached = self.parameters or {}, self.input.requires_grad
+        sources = [*own.values(), *([self.input] if reached else [])]  # also unasked: see Steady on group norms
         found: Sequence[Tensor | None] = [None] * len(sources)
         if sources and self._output.requires_grad:
             found = torch.autograd.grad(self._output, sources, d, retain_graph=keep, allow_unused=True)
-        by_x = found[-1] if to_input else None
+        by_x = found[-1] if reached else None
         parts = {name: part for name, part in zip(own, found, strict=False) if part is not None}
         return torch.zeros_like(self.input) if by_x is None else by_x, parts
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from ibp_triton.backends.torch.generic import Generic, Hooked, Leaf, Part
 from ibp_triton.backends.torch.written import Written, geometry, seen
-from ibp_triton.checks import constant_output, refuse_mixed
+from ibp_triton.checks import refuse_mixed
 from ibp_triton.errors import ModelError
 from ibp_triton.graph import Constant, Graph, Node, Ref
 from ibp_triton.layer import Layer
@@ -528,7 +528,10 @@ class Recorder(TorchFunctionMode):
             self._catch_up(logits)
         index = self._index(logits)
         if index is None:
-            raise constant_output()
+            raise ModelError(
+                "the model's output depends neither on x nor on a parameter: it was detached, or computed under "
+                "torch.no_grad or torch.inference_mode, or from integers"
+            )
         self.values[index] = logits.detach()
         return index
 

@@ -1,6 +1,8 @@
 """Methods without a tangent run as plain autograd, and agree with the sweeps that they run as elsewhere."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -170,3 +172,37 @@ def test_terms_of_a_pass_that_promised_none():
     model, x, labels, _ = build("paper_mnist")
     with pytest.raises(MethodError, match="gives other terms"):
         Two().gradients(model, x, labels)
+
+
+def test_an_output_of_x_alone_has_gradients_of_zero():
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x * 2
+
+    for key in PLAIN:
+        _, found = example(key).gradients(Apart(), torch.rand(4, 3), torch.arange(4) % 3)
+        assert not any(part.any() for part in found.values())
+
+
+GROUP_NORM = """
+import torch, ibp_triton as ibp
+from torch import nn
+first = nn.GroupNorm(2, 8)
+frozen = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), nn.GroupNorm(2, 8))
+x, y = torch.randn(3, 8, 8, 8).contiguous(memory_format=torch.channels_last), torch.tensor([0, 1, 2])
+for body in (first, frozen):
+    model = nn.Sequential(body, nn.Flatten(), nn.Linear(8 * 64, 4)).to(memory_format=torch.channels_last)
+    weighted = nn.CrossEntropyLoss(weight=torch.rand(4))
+    for method in (ibp.BP(), ibp.AdversarialTraining(0.1), ibp.LossIBP(0.0, criterion=weighted), ibp.LossIBP(0.1)):
+        method.gradients(model, x, y)
+"""
+
+
+def test_a_group_norm_whose_input_has_no_derivative():
+    """In a process of its own: torch dies of a segmentation fault there."""
+    run = subprocess.run([sys.executable, "-c", GROUP_NORM], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
