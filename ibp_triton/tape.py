@@ -29,7 +29,8 @@ class Unmixed(Steady):
     """Refuses a model that computes under torch.autocast by itself, or in a wrapper of its forward."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        refuse_mixed()
+        if torch._C._is_any_autocast_enabled():
+            refuse_mixed()
         return super().__torch_function__(func, types, args, kwargs)
 
 
