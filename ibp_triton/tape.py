@@ -81,14 +81,16 @@ class Tape:
         """The sum of the terms, divided; the sweeps among them that have not run do so together."""
         if self.parameters is None:
             raise MethodError(UNFORESEEN)
-        ran = [(term.coefficient, term.right.parts) for term in terms if term.right.parts is not None]
-        found = [{name: _times(coefficient, part) for name, part in parts.items()} for coefficient, parts in ran]
+        total: dict[str, Tensor] = {}
         seeds = [_times(term.coefficient, term.right.seed) for term in terms if term.right.parts is None]
         if seeds:
             whole = [seed.sum(0) if seed.dim() > self.logits.dim() else seed for seed in seeds]
-            found.append(self.run(sum(whole[1:], whole[0]), to_input=False)[1])
+            total = self.run(sum(whole[1:], whole[0]), to_input=False)[1]
+        for term in terms:
+            for name, part in (term.right.parts or {}).items():
+                total[name] = _plus(total.get(name), term.coefficient, part)
         self._runs = 0
-        return added(found)
+        return total
 
 
 class Backward:
@@ -114,6 +116,14 @@ class Backward:
 
 def _times(coefficient: Any, d: Tensor) -> Tensor:
     return d if isinstance(coefficient, int) and coefficient == 1 else coefficient * d
+
+
+def _plus(total: Tensor | None, coefficient: Any, d: Tensor) -> Tensor:
+    """total + coefficient · d, without a copy of d where the coefficient is a number."""
+    if total is None or isinstance(coefficient, Tensor):
+        d = _times(coefficient, d)
+        return d if total is None else total + d
+    return torch.add(total, d, alpha=coefficient)
 
 
 def added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
