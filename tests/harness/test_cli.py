@@ -190,10 +190,10 @@ def test_a_large_dry_run_shows_the_first_runs_and_counts_all(
     tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree |= {"seeds": list(range(3000)), "methods": {"bp": None, "loss_ibp": {"beta": [0.1, 0.2]}}, "select": "test"}
-    begin = time.monotonic()
+    begin = time.process_time()
     assert ibp_triton(monkeypatch, "run", str(write(tree)), "--dry-run") == 0
     out = capsys.readouterr().out
-    assert time.monotonic() - begin < 4
+    assert time.process_time() - begin < 6
     assert out.count("to do") == cli.SHOWN
     assert f"… and {9000 - cli.SHOWN} more" in out
     assert "9000 runs, about" in out

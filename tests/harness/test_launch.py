@@ -344,7 +344,7 @@ def test_workers_end_with_their_parent(tree: Tree, write: Write, tmp_path: Path)
         moment = time.monotonic()
         while _alive(str(tmp_path)) and time.monotonic() < moment + 10:
             time.sleep(0.05)
-    assert time.monotonic() < moment + 2
+    assert time.monotonic() < moment + 6
 
 
 def _alive(mark: str) -> bool:
