@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
-from ibp_triton.backends.torch.generic import Generic
+from ibp_triton.backends.torch.generic import Generic, Hooked
 from ibp_triton.forward import Trace
 
 
@@ -33,6 +33,7 @@ class Row:
     rule: str
     shape: tuple[int, ...]
     work: MultiplyAdds
+    unseen: bool = False  # a function of unknown work, counted as none
 
 
 def rows(trace: Trace) -> list[Row]:
@@ -46,7 +47,8 @@ def rows(trace: Trace) -> list[Row]:
         work = MultiplyAdds(macs, macs, macs * moves, macs * outer, macs * inner, macs * plan.takes[index])
         rule = "generic" if isinstance(layer, Generic) else type(layer).__name__
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        result.append(Row(node.where or "(root)", node.label, rule, shape, work))
+        unseen = isinstance(layer, Generic) and layer.unseen and type(layer) is not Hooked
+        result.append(Row(node.where or "(root)", node.label, rule, shape, work, unseen))
     return result
 
 
@@ -65,6 +67,12 @@ def summary(table: Sequence[Row]) -> str:
     lines.append(_line("multiply-adds", "", "", "", *_numbers(sums)))
     first, last = sums.vjp - sums.vjp_inner, sums.jvp - sums.jvp_inner
     lines.append(f"BP skips {first:,} of the vjp (first layer), Loss IBP {last:,} of the jvp (last layer)")
+    unseen = dict.fromkeys(row.label for row in table if row.unseen)
+    if unseen:
+        lines.append(f"not counted, their work being unknown: {', '.join(unseen)}")
+    whole = dict.fromkeys(row.label for row in table if row.rule == "generic")
+    if whole:
+        lines.append(f"without a rule of their own, by torch's autograd at its price: {', '.join(whole)}")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ibp_triton as ibp
@@ -93,3 +94,37 @@ def test_summary_leaves_the_model_as_it_was():
     assert all((before[name] == b).all() for name, b in model.named_buffers())
     ibp.LossIBP(0.1).gradients(network, x, labels)
     assert "batch_norm" in network.summary()
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, d):
+        return 2 * d
+
+
+class Sequential(nn.Module):
+    def __init__(self, cells):
+        super().__init__()
+        self.cells, self.head = cells, nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(Twice.apply(self.cells(x)[0][:, -1]))
+
+
+@pytest.mark.parametrize(
+    ("cells", "weights"),
+    [
+        (nn.LSTM(6, 8, 2, batch_first=True), 4 * 8 * (6 + 8) + 4 * 8 * (8 + 8)),
+        (nn.GRU(6, 4, bidirectional=True, batch_first=True), 2 * 3 * 4 * (6 + 4)),
+    ],
+)
+def test_recurrent_layers_use_each_weight_at_each_step_and_unseen_functions_are_named(cells, weights):
+    network = ibp.Network(Sequential(cells))
+    assert network.multiply_adds([5, 7, 6]).forward == 5 * 7 * weights + 5 * 8 * 3
+    summary = network.summary([5, 7, 6])
+    assert "not counted, their work being unknown: Twice" in summary
+    assert f"by torch's autograd at its price: {type(cells).__name__.lower()}, Twice" in summary

@@ -26,6 +26,7 @@ from ibp_triton.randomness import RandomState
 from ibp_triton.recording.arguments import rebuilt
 from ibp_triton.steady import Steady
 
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _UPDATE_STATISTICS = (*(torch.nn.functional.batch_norm, torch.nn.functional.instance_norm), torch.batch_norm)
 
 
@@ -326,7 +327,11 @@ class Generic(Layer):
         return {name: value.sum(0) for name, value in per_tangent.items()}
 
     def multiply_adds(self) -> int:
-        """As torch's flop counter sees them, halved."""
+        """As torch's flop counter sees them, halved; it doesn't see recurrent layers."""
+        if self.node.function in _RECURRENT:
+            x, *others = self.inputs
+            weights: int = sum(w.numel() for w in others if w.dim() == 2)
+            return weights * (x.numel() // x.shape[-1])  # type: ignore[no-any-return]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self._again(*self.inputs)
         return counter.get_total_flops() // 2  # type: ignore[no-any-return]
