@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ibp_triton import ledger
 from ibp_triton.backends import Backend, backend_for
+from ibp_triton.backends.torch.generic import Generic
 from ibp_triton.errors import AutocastError, InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace, explained
 from ibp_triton.graph import Graph
@@ -74,6 +75,8 @@ class Network:
         self._recordings: MutableMapping[str, Recordings] = {}  # by backend
         self._shape: tuple[int, ...] | None = None
         self._classes: int | None = None
+        self.bends = True  # as far as is known torch has second derivatives of all that the model calls
+        self._whole: tuple[Graph | None, bool] = None, False
         self.reentrant: bool | None = None  # whether autograd refuses the model's checkpoints; None before a first step
         self.number = number_of(self)
 
@@ -130,6 +133,21 @@ class Network:
             return False
         return level() is None and not torch.is_inference_mode_enabled() and not _below_autograd()
 
+    def mostly_whole(self) -> bool:
+        """Whether most parameters of the last recording lie in layers taken whole, which sweeps are no cheaper for."""
+        graph = self.graph() if self.bends else None
+        if graph is None or graph is not self._whole[0]:
+            self._whole = graph, graph is not None and self._shares(graph)
+        return self._whole[1]
+
+    def _shares(self, graph: Graph) -> bool:
+        sizes = {name: p.numel() for name, p in self.parameters().items()}
+        taken = {
+            i for node in graph.nodes if node.rule and issubclass(node.rule, Generic) for i in node.operands.values()
+        }
+        whole = sum(sizes[name] for i, name in graph.parameters.items() if i in taken)
+        return 2 * whole > sum(sizes[name] for name in graph.parameters.values())
+
     def plain_forward(self, x: Tensor, extra: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> Tensor:
         """The logits at x [N, ...] and ``extra`` inputs with their history, ``parameters`` in place of the model's own.
 
@@ -182,6 +200,8 @@ class Network:
         if not self.keeps_to_autograd(own):
             return table
         plain = "bp, at, fast_at, pgd_training and trades, which need no tangent, run as plain autograd, at its cost"
+        if self.mostly_whole():
+            plain += "\nexact loss_ibp and fast_tbp go by autograd's second derivatives"
         return f"{table}\n{plain}"
 
     def multiply_adds(
@@ -205,7 +225,7 @@ class Network:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: what was recorded stays behind, and is recorded again."""
-        return {**self.__dict__, "_recordings": {}}
+        return {**self.__dict__, "_recordings": {}, "_whole": (None, False)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """The copy is an object of its own to operators."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.checks import refuse_mixed
+from ibp_triton.criteria import Loss
 from ibp_triton.errors import MethodError
 from ibp_triton.steady import Steady
 
@@ -112,6 +113,74 @@ class Backward:
     def run(self) -> Self:
         """The sweep itself."""
         return self
+
+
+class CurvedTape(Tape):
+    """A tape whose ∇_x L can be differentiated once more, as by ``create_graph=True``: for a penalty's exact gradient.
+
+    For models most of whose parameters lie in layers taken whole, where recorded layers save nothing.
+    """
+
+    def __init__(
+        self, output: Tensor, x: Tensor, parameters: Mapping[str, Tensor] | None, divisor: int, loss: Loss
+    ) -> None:
+        super().__init__(output, x, parameters, divisor, runs=1)
+        self.loss = loss
+        self.slope: Tensor | None = None  # ∇_x ℓ with its history
+
+    def climb(self) -> Tensor:
+        """∇_x ℓ of each sample's own loss, [N, ...]."""
+        with torch.enable_grad():
+            c = _Slope.apply(self._output, self.loss)  # type: ignore[no-untyped-call]
+            found = torch.autograd.grad(self._output, self.input, c, create_graph=True, allow_unused=True)[0]
+        self.slope = torch.zeros_like(self.input) if found is None else found
+        return self.slope.detach()
+
+    def gradients(self, terms: Sequence[Term]) -> dict[str, Tensor]:
+        """The sum of the terms, divided, in one walk back."""
+        sides = [(self.slope if isinstance(term.right, Change) else self._output, term) for term in terms]
+        pairs = [
+            (y, _times(term.coefficient, term.right.seed)) for y, term in sides if y is not None and y.requires_grad
+        ]
+        own = self.parameters or {}
+        if not pairs:
+            return {}
+        outputs, seeds = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, list(own.values()), seeds, allow_unused=True)
+        return {name: part for name, part in zip(own, found, strict=True) if part is not None}
+
+
+class _Slope(torch.autograd.Function):
+    """c = ∂ℓ/∂z as a function of z, whose derivative along v is H v."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, loss: Loss) -> Tensor:
+        ctx.loss = loss
+        return loss.c.clone()
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        return ctx.loss.hessian(v), None
+
+
+class Climb(Backward):
+    """The reverse sweep from c over a curved tape."""
+
+    trace: CurvedTape
+
+    @property
+    def at_input(self) -> Tensor:
+        """∇_x ℓ, per sample."""
+        if self._by_x is None:
+            self._by_x = self.trace.climb()
+        return self._by_x
+
+
+class Change:
+    """What ∇_w ⟨∇_x ℓ, seed⟩ starts from: the second side of its term."""
+
+    def __init__(self, trace: CurvedTape, seed: Tensor) -> None:
+        self.trace, self.seed = trace, seed / trace.divisor
 
 
 def _times(coefficient: Any, d: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ibp_triton import head
 from ibp_triton.checks import check_batch, check_hyperparameters, check_tangents
@@ -25,7 +27,7 @@ from ibp_triton.recording.interface import check_extra
 from ibp_triton.recording.snapshot import Snapshot
 from ibp_triton.seeds import Seed
 from ibp_triton.sweeps import Linear, Reverse, Term, g, weight_gradients
-from ibp_triton.tape import UNFORESEEN, Backward, Tape
+from ibp_triton.tape import UNFORESEEN, Backward, Change, Climb, CurvedTape, Tape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -84,6 +86,8 @@ class Pass:
         for _, t in bends:
             assert t.at_output is not None  # curvature reads the tangents of all layers
         start = seed.tensor if isinstance(seed, Seed) else seed
+        if isinstance(self.trace, CurvedTape) and start is self.loss.c:
+            return Climb(self.trace, start)
         if isinstance(self.trace, Tape):
             return Backward(self.trace, start)
         return Reverse(self.trace, start, to_input=False, bends=bends, passing=self.passing)
@@ -93,6 +97,16 @@ class Pass:
         if isinstance(self.trace, Tape):
             raise MethodError(UNFORESEEN)
         return Linear(self.trace, seed.to(self._tangent_dtype) if isinstance(seed, Tensor) else seed, to_output=False)
+
+    @property
+    def curved(self) -> bool:
+        """Whether autograd can differentiate ∇_x ℓ of this pass: ``change`` stands for tangent and curvature then."""
+        return isinstance(self.trace, CurvedTape)
+
+    def change(self, seed: Any) -> Term:
+        """∇_w ⟨∇_x ℓ, seed⟩, the exact gradient of a penalty along the seed, of a curved pass."""
+        start = seed.tensor if isinstance(seed, Seed) else seed
+        return Term(1, self.trace, Change(self.trace, start))
 
     def data(self, d: Reverse) -> Term:
         """The criterion's own gradient, d being the reverse sweep from c: one more where samples count differently."""
@@ -192,7 +206,8 @@ class Step:
 
     def forward(self, x: Tensor | None = None) -> Pass:
         """At x, by default the batch's; later passes see the first one's random numbers, and buffers move only once."""
-        if self._passes == 0 and (self.program.passes > 1 or self.network.reentrant is None):
+        untried = self.network.reentrant is None or self.program.steep
+        if self._passes == 0 and (self.program.passes > 1 or untried):
             self._start = Snapshot.of(self.network.model, self.x)
         first, self._passes = self._passes == 0, self._passes + 1
         x = self.x if x is None else x
@@ -204,17 +219,30 @@ class Step:
     def _forward(self, x: Tensor) -> Pass:
         number = self._passes - 1
         plain = number in self.program.plain and self.network.keeps_to_autograd(self.own)
-        found = self._on_tape(x, number) if plain else self._recorded(x, number)
+        steep = number in self.program.steep and self.network.keeps_to_autograd(self.own)
+        if plain or (steep and self.network.mostly_whole()):
+            found = self._on_tape(x, number, curved=not plain)
+        else:
+            found = self._recorded(x, number)
+            if steep and self._start is not None and self.network.mostly_whole():  # as is known now
+                with self._start.again(x):
+                    found = self._on_tape(x, number, curved=True)
         self.first = self.first or found
         return found
 
     def retreat(self, error: RuntimeError) -> None:
-        """Before a first step that a reentrant checkpoint has stopped, so that sweeps can take it.
+        """Back to before a step that autograd could not take, so that sweeps can.
+
+        Because of a reentrant checkpoint at the first step, or without second derivatives of the model's functions.
 
         Raises:
             RuntimeError: any other.
             ModelError: for a model whose checkpoint comes later than its first batch.
         """
+        if self.first is not None and self.first.curved and self._start is not None:
+            self._start.restore()
+            self.network.bends = False
+            return
         if "use_reentrant" not in str(error):
             raise error
         if self._start is None:
@@ -225,12 +253,16 @@ class Step:
         self._start.restore()
         self.network.reentrant = True
 
-    def _on_tape(self, x: Tensor, number: int) -> Pass:
+    def _on_tape(self, x: Tensor, number: int, curved: bool) -> Pass:
         plan, trained = self.program, {name: p for name, p in self.own.items() if p.requires_grad}
         given = {name: p.detach().requires_grad_(name in trained) for name, p in self.parameters.items()}
         leaves = {name: given.get(name, p) for name, p in trained.items()}
         x = x.detach().requires_grad_(number in plan.read)
-        output = self.network.plain_forward(x, self.extra, given)
+        with sdpa_kernel(SDPBackend.MATH) if curved else nullcontext():  # the attention kernel with second derivatives
+            output = self.network.plain_forward(x, self.extra, given)
+        if curved:
+            loss = self.criterion.at(output.detach(), self.y, head, self.weights)
+            return Pass(head, CurvedTape(output, x, leaves, self.divisor, loss), loss)
         runs = plan.runs[number] + (self.weights is not None and number in plan.kept & plan.read)  # see Pass.data
         trace = Tape(output, x, leaves if number in plan.kept else None, self.divisor, runs)
         return Pass(head, trace, self.criterion.at(trace.logits, self.y, head, self.weights))

@@ -32,6 +32,7 @@ class Program:
     kept: frozenset[int]  # the forward passes that terms read
     read: frozenset[int]  # those whose reverse sweeps are read at the input
     plain: frozenset[int]  # those that no tangent travels over
+    steep: frozenset[int]  # those whose tangents autograd's second derivatives could stand for
     runs: tuple[int, ...]  # for each, how often autograd would run over it
     bends: bool  # whether the curvature of layers is asked for, so that nothing may be let go of
 
@@ -59,6 +60,7 @@ def program(recipe: Callable[[Any], Iterable[Any]], tangents: int) -> Program:
         kept=frozenset(term.trace for term in terms),
         read=frozenset(s.trace for s in tally.reverses if s.read),
         plain=frozenset(range(tally.passes)) - {s.trace for s in tally.linears},
+        steep=frozenset(tally.steep),
         runs=tuple(sum(s.trace == i for s in tally.reverses if s.read) + (i in waiting) for i in range(tally.passes)),
         bends=tally.bends,
     )
@@ -104,6 +106,11 @@ class _Pass:
     def counted(self, u: Tensor, rank: int | None = None) -> Tensor:
         return u
 
+    @property
+    def curved(self) -> bool:
+        self.tally.steep.add(self.number)
+        return False
+
     def data(self, d: _Sweep) -> Term:
         return g(self, d)
 
@@ -148,6 +155,7 @@ class _Tally:
         self.passes, self.bends = 0, False
         self.reverses: list[_Sweep] = []
         self.linears: list[_Sweep] = []
+        self.steep: set[int] = set()
 
     def forward(self, x: Tensor | None = None) -> _Pass:
         self.passes += 1

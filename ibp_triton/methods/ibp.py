@@ -112,6 +112,10 @@ def along(a: Pass, d: Reverse, seed: Any, beta: Any, semantics: str) -> Iterator
     if none(beta):
         yield a.data(d)
         return
+    if semantics == "exact" and a.curved:
+        yield a.data(d)
+        yield beta * a.change(seed)
+        return
     t = a.tangent(seed)
     bent = a.reverse(a.hessian(t), bends=[(d, t)]) if semantics == "exact" else None
     yield a.data(d)

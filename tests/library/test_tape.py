@@ -1,5 +1,6 @@
 """Methods without a tangent run as plain autograd, and agree with the sweeps that they run as elsewhere."""
 
+import copy
 import gc
 import subprocess
 import sys
@@ -186,6 +187,82 @@ def test_an_output_of_x_alone_has_gradients_of_zero():
     for key in PLAIN:
         _, found = example(key).gradients(Apart(), torch.rand(4, 3), torch.arange(4) % 3)
         assert not any(part.any() for part in found.values())
+
+
+class Recurrent(nn.Module):
+    """Most of its parameters lie in a layer that is taken whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.cells = nn.BatchNorm1d(7), nn.GRU(6, 8, 2, batch_first=True, dropout=0.2)
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.drop(self.cells(self.norm(x))[0][:, -1].tanh()))
+
+
+STEEP = {
+    "loss_ibp": ibp.LossIBP(0.4, 1, "exact"),
+    "norm 2": ibp.LossIBP(0.4, 2, "exact"),
+    "fast_tbp": ibp.FastTangentBP(0.4, 1.5, "exact"),
+    "weighted": ibp.LossIBP(0.4, 1, "exact", criterion=nn.CrossEntropyLoss(weight=torch.rand(4, dtype=torch.float64))),
+    "a tensor": ibp.LossIBP(torch.tensor(0.4, dtype=torch.float64), 2, "exact"),
+}
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_exact_penalties_of_layers_taken_whole_are_autograds(name):
+    torch.manual_seed(0)
+    model, method = Recurrent().double(), STEEP[name]
+    x, labels = torch.randn(5, 7, 6, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
+    tau = torch.randn(2, *x.shape, dtype=torch.float64) if method.needs_tangents else None
+    network, start = ibp.Network(model), {k: b.clone() for k, b in model.named_buffers()}
+    value, found = ours(method, network, x, labels, tau)
+    moved = {k: b.clone() for k, b in model.named_buffers()}
+    state = torch.get_rng_state()
+    for again in (network, ibp.Network(copy.deepcopy(model))):  # known by now, and from the start: the same bits
+        for k, b in again.model.named_buffers():
+            b.data.copy_(start[k])
+        same, other = ours(method, again, x, labels, tau)
+        assert torch.equal(same, value)
+        assert all(torch.equal(other[k], found[k]) for k in found)
+        assert all(torch.equal(b, moved[k]) for k, b in again.model.named_buffers())
+        assert torch.equal(torch.get_rng_state(), state)
+    for k, b in model.named_buffers():
+        b.data.copy_(start[k])
+    expected_value, expected = oracle(method, model, x, labels, tau)
+    assert float(value) == pytest.approx(float(expected_value), rel=1e-12)
+    assert error(found, expected) < 1e-10
+    swept = by_sweeps(model)
+    assert error(ours(method, swept, x, labels, tau)[1], expected) < 1e-10
+    assert network.mostly_whole()
+    assert "autograd's second derivatives" in network.summary()
+
+
+def test_without_second_derivatives_of_torchs_the_sweeps_take_over():
+    class Hard(Recurrent):
+        def forward(self, x):
+            return super().forward(F.hardsigmoid(x))
+
+    torch.manual_seed(0)
+    model, method = Hard().float(), ibp.LossIBP(0.4, 2, "exact")
+    x, labels = torch.randn(5, 7, 6), torch.tensor([0, 3, 1, 1, 2])
+    network, start = ibp.Network(model), {k: b.clone() for k, b in model.named_buffers()}
+    found = ours(method, network, x, labels)[1]
+    assert not network.mostly_whole()
+    moved = {k: b.clone() for k, b in model.named_buffers()}
+    for k, b in model.named_buffers():
+        b.data.copy_(start[k])
+    expected = ours(method, by_sweeps(model), x, labels)[1]
+    assert all(torch.equal(found[k], expected[k]) for k in found)
+    assert all(torch.equal(b, moved[k]) for k, b in model.named_buffers())
+
+
+def test_networks_of_layers_with_rules_keep_to_sweeps():
+    model, x, labels, _ = build("residual_train")
+    network = ibp.Network(model)
+    ibp.LossIBP(0.3, 1, "exact").gradients(network, x, labels)
+    assert not network.mostly_whole()
 
 
 GROUP_NORM = """
