@@ -138,7 +138,7 @@ class CurvedTape(Tape):
 
     def gradients(self, terms: Sequence[Term]) -> dict[str, Tensor]:
         """The sum of the terms, divided, in one walk back."""
-        sides = [(self.slope if isinstance(term.right, Change) else self._output, term) for term in terms]
+        sides = [(self.slope if isinstance(term.right, Descent) else self._output, term) for term in terms]
         pairs = [
             (y, _times(term.coefficient, term.right.seed)) for y, term in sides if y is not None and y.requires_grad
         ]
@@ -176,7 +176,7 @@ class Climb(Backward):
         return self._by_x
 
 
-class Change:
+class Descent:
     """What ∇_w ⟨∇_x ℓ, seed⟩ starts from: the second side of its term."""
 
     def __init__(self, trace: CurvedTape, seed: Tensor) -> None:

@@ -27,7 +27,7 @@ from ibp_triton.recording.interface import check_extra
 from ibp_triton.recording.snapshot import Snapshot
 from ibp_triton.seeds import Seed
 from ibp_triton.sweeps import Linear, Reverse, Term, g, weight_gradients
-from ibp_triton.tape import UNFORESEEN, Backward, Change, Climb, CurvedTape, Tape
+from ibp_triton.tape import UNFORESEEN, Backward, Climb, CurvedTape, Descent, Tape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -106,7 +106,7 @@ class Pass:
     def change(self, seed: Any) -> Term:
         """∇_w ⟨∇_x ℓ, seed⟩, the exact gradient of a penalty along the seed, of a curved pass."""
         start = seed.tensor if isinstance(seed, Seed) else seed
-        return Term(1, self.trace, Change(self.trace, start))
+        return Term(1, self.trace, Descent(self.trace, start))
 
     def data(self, d: Reverse) -> Term:
         """The criterion's own gradient, d being the reverse sweep from c: one more where samples count differently."""
