@@ -12,7 +12,8 @@ from ibp_triton.checks import readable
 from ibp_triton.errors import InputError
 
 if TYPE_CHECKING:
-    from ibp_triton.methods.base import Method, Step
+    from ibp_triton.methods.base import Method
+    from ibp_triton.methods.passes import Step
     from ibp_triton.network import Network
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ibp_triton.methods.base import Method, Recipe, Step, Strength
+from ibp_triton.methods.base import Method, Strength
+from ibp_triton.methods.passes import Recipe, Step
 from ibp_triton.sweeps import g
 
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ibp_triton import head
 from ibp_triton.checks import check_batch, check_hyperparameters, check_tangents
-from ibp_triton.criteria import Criterion, CrossEntropy, Loss, criterion_for, sample_weights
-from ibp_triton.errors import MethodError, ModelError
-from ibp_triton.head import Head
-from ibp_triton.layer import HALF
+from ibp_triton.criteria import criterion_for, sample_weights
 from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.methods.cost import Program, program
+from ibp_triton.methods.passes import Recipe, Step
 from ibp_triton.network import Network, network_for
 from ibp_triton.objective import objective
 from ibp_triton.operator import loss_operator, number_of
 from ibp_triton.recording.interface import check_extra
-from ibp_triton.recording.snapshot import Snapshot
-from ibp_triton.seeds import Seed
-from ibp_triton.sweeps import Linear, Reverse, Term, g, weight_gradients
-from ibp_triton.tape import UNFORESEEN, Backward, Climb, CurvedTape, Descent, Tape
+from ibp_triton.sweeps import weight_gradients
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,244 +27,6 @@ if TYPE_CHECKING:
     Strength = float | Tensor  # of a penalty or a perturbation: a number, or a 0-d tensor
 else:
     Strength = float  # what a file can give, for those that read a method's fields at run time
-
-Recipe = Iterator[Any]  # first the objective, 0-d, mean over the batch, then the terms of its gradient
-
-
-@dataclass(eq=False)
-class Pass:
-    """A forward pass, the criterion at its logits, and the sweeps over it.
-
-    Per sample throughout: ``c`` is ∂ℓ/∂z of each, and a seed comes with the weights N κ_n of the samples in it.
-    """
-
-    head: Head
-    trace: Any  # a Trace, or a Tape where no tangent is asked for
-    loss: Loss
-    passing: bool = False  # no term reads this pass: its reverse sweep may use it up
-    side: ClassVar[None] = None  # as a left side of g: the trace's own activations
-
-    @property
-    def logits(self) -> Tensor:
-        """[N, M]."""
-        return self.trace.logits  # type: ignore[no-any-return]
-
-    @property
-    def losses(self) -> Tensor:
-        """N κ_n ℓ_n, [N]."""
-        return self.counted(self.loss.losses)
-
-    @property
-    def c(self) -> Tensor:
-        """∂ℓ_n/∂z_n of each sample, in the logits' shape; zero for one that does not count."""
-        return self.loss.c
-
-    def counted(self, u: Tensor, rank: int | None = None) -> Tensor:
-        """N κ_n u_n for u [N, ...], or [T, N, ...] beyond ``rank`` axes: u itself where all samples count alike."""
-        weights = self._weights(u.dim() if rank is None else rank)
-        return u if weights is None else (weights * u).to(u.dtype)
-
-    def _weights(self, rank: int) -> Tensor | None:
-        """N κ_n as [N, 1, ...]."""
-        weights = self.loss.weights
-        return None if weights is None else weights.view(-1, *[1] * (rank - 1))
-
-    @property
-    def _tangent_dtype(self) -> torch.dtype:
-        return self.trace.input.dtype  # type: ignore[no-any-return]
-
-    def reverse(self, seed: Any, bends: Sequence[tuple[Reverse, Linear]] = ()) -> Any:
-        """δ from δ_K = seed (None: 0), plus the curvature along each of ``bends``, pairs (reverse, tangent)."""
-        for _, t in bends:
-            assert t.at_output is not None  # curvature reads the tangents of all layers
-        start = seed.tensor if isinstance(seed, Seed) else seed
-        if isinstance(self.trace, CurvedTape) and start is self.loss.c:
-            return Climb(self.trace, start)
-        if isinstance(self.trace, Tape):
-            return Backward(self.trace, start)
-        return Reverse(self.trace, start, to_input=False, bends=bends, passing=self.passing)
-
-    def tangent(self, seed: Any) -> Linear:
-        """t from t_0 = seed, a ``Seed`` or tangents [N, ...] or [T, N, ...]."""
-        if isinstance(self.trace, Tape):
-            raise MethodError(UNFORESEEN)
-        return Linear(self.trace, seed.to(self._tangent_dtype) if isinstance(seed, Tensor) else seed, to_output=False)
-
-    @property
-    def curved(self) -> bool:
-        """Whether autograd can differentiate ∇_x ℓ of this pass: ``change`` stands for tangent and curvature then."""
-        return isinstance(self.trace, CurvedTape)
-
-    def change(self, seed: Any) -> Term:
-        """∇_w ⟨∇_x ℓ, seed⟩, the exact gradient of a penalty along the seed, of a curved pass."""
-        start = seed.tensor if isinstance(seed, Seed) else seed
-        return Term(1, self.trace, Descent(self.trace, start))
-
-    def data(self, d: Reverse) -> Term:
-        """The criterion's own gradient, d being the reverse sweep from c: one more where samples count differently."""
-        return g(self, d if self.loss.weights is None else self.reverse(self.counted(self.c)).run())
-
-    def input_seed(self, d: Reverse, norm: float) -> tuple[Seed, Any]:
-        """ψ(d_0) and ‖d_0‖_r^r / r."""
-        d_0 = d.at_input
-        return self.head.input_seed(d_0, norm, self._weights(d_0.dim()))
-
-    def tangent_seed(self, d: Reverse, tangents: Tensor, norm: float) -> tuple[Seed, Any]:
-        """Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j |⟨d_0, τ_j⟩|^r / r."""
-        return self.head.tangent_seed(d.at_input, tangents.to(self._tangent_dtype), norm, self._weights(1))
-
-    def output_seed(self, t: Linear, norm: float) -> tuple[Seed, Any]:
-        """ψ(t_K) and ‖t_K‖_r^r / r."""
-        return self.head.seed(t.at_output, norm, self._weights(self.logits.dim()))
-
-    def hessian(self, t: Linear) -> Tensor:
-        """H t_K."""
-        return self.loss.hessian(t.at_output)
-
-    def fgsm(self, x: Tensor, d: Reverse, epsilon: Any) -> Tensor:
-        """x + ε sign(d_0)."""
-        return self.head.fgsm_step(x, d.at_input, epsilon)
-
-
-@dataclass(eq=False)
-class Step:
-    """One batch, as a recipe sees it: its tensors and the passes it can run."""
-
-    network: Network
-    own: Mapping[str, nn.Parameter]  # the model's parameters
-    criterion: Criterion
-    count: int  # of samples, those of other processes included
-    weights: Tensor | None  # N κ_n [N]; None where all samples count alike
-    x: Tensor
-    y: Tensor
-    tangents: Tensor | None
-    extra: Mapping[str, Any]
-    parameters: Mapping[str, Tensor]
-    program: Program
-    used: set[str] = field(default_factory=set)  # the parameters that took part in a forward pass
-    first: Pass | None = None
-    penalty: Any = None  # the numbers of the objective's penalty, without its coefficient
-    _passes: int = 0
-    _start: Snapshot | None = None
-
-    @property
-    def zero(self) -> Tensor:
-        """The objective of no samples."""
-        dtype = self.network.dtype or self.x.dtype
-        return torch.zeros((), dtype=torch.float32 if dtype in HALF else dtype, device=self.x.device)
-
-    @property
-    def divisor(self) -> int:
-        """What sums over the samples are divided by."""
-        return self.criterion.divisor(self.count)
-
-    def objective(self, a: Pass, *parts: tuple[Any, Any], penalty: tuple[Any, Any] | None = None) -> Tensor:
-        """Σ coefficient · Σ numbers over the losses and the penalty, mean over the batch."""
-        if penalty is None:
-            return a.head.objective(self.divisor, *parts)
-        self.penalty = penalty[1]
-        return a.head.objective(self.divisor, *parts, penalty)
-
-    def without(self, beta: Any) -> Pass | None:
-        """Where β is the number 0 the pass whose gradient ``of_data`` takes; the penalty's is another one."""
-        return self.forward() if none(beta) else None
-
-    def of_data(self, a: Pass, penalty: Any) -> Recipe:
-        """The recipe of the data's loss alone, beside a penalty that is only reported."""
-        yield self.objective(a, (1, a.losses), penalty=(0, penalty))
-        yield g(a, a.reverse(a.counted(a.c)))
-
-    def plain_labels(self, method: str) -> None:
-        """Refuse a criterion other than cross-entropy on class numbers."""
-        if not isinstance(self.criterion, CrossEntropy) or self.criterion.module is not None:
-            raise MethodError(f"{method} is defined for plain cross-entropy on class numbers: leave criterion= out")
-
-    def normal(self, *shape: int) -> Tensor:
-        """A method's own standard normal numbers; drawn before the first forward pass."""
-        return self._own(torch.randn, shape)
-
-    def uniform(self, *shape: int) -> Tensor:
-        """A method's own numbers from [0, 1); drawn before the first forward pass."""
-        return self._own(torch.rand, shape)
-
-    def _own(self, draw: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
-        if self._passes:
-            raise MethodError("a recipe draws its own numbers before its first forward pass")
-        return draw(shape, dtype=self.x.dtype, device=self.x.device)
-
-    def classes(self) -> int:
-        """The number of logits."""
-        return self.network.classes(self.x, self.extra)
-
-    def forward(self, x: Tensor | None = None) -> Pass:
-        """At x, by default the batch's; later passes see the first one's random numbers, and buffers move only once."""
-        untried = self.network.reentrant is None or self.program.steep
-        if self._passes == 0 and (self.program.passes > 1 or untried):
-            self._start = Snapshot.of(self.network.model, self.x)
-        first, self._passes = self._passes == 0, self._passes + 1
-        x = self.x if x is None else x
-        if first or self._start is None:
-            return self._forward(x)
-        with self._start.again(self.x):
-            return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Pass:
-        number = self._passes - 1
-        plain = number in self.program.plain and self.network.keeps_to_autograd(self.own)
-        steep = number in self.program.steep and self.network.keeps_to_autograd(self.own)
-        if plain or (steep and self.network.mostly_whole()):
-            found = self._on_tape(x, number, curved=not plain)
-        else:
-            found = self._recorded(x, number)
-            if steep and self._start is not None and self.network.mostly_whole():  # as is known now
-                with self._start.again(x):
-                    found = self._on_tape(x, number, curved=True)
-        self.first = self.first or found
-        return found
-
-    def retreat(self, error: RuntimeError) -> None:
-        """Back to before a step that autograd could not take, so that sweeps can.
-
-        Because of a reentrant checkpoint at the first step, or without second derivatives of the model's functions.
-
-        Raises:
-            RuntimeError: any other.
-            ModelError: for a model whose checkpoint comes later than its first batch.
-        """
-        if self.first is not None and self.first.curved and self._start is not None:
-            self._start.restore()
-            self.network.bends = False
-            return
-        if "use_reentrant" not in str(error):
-            raise error
-        if self._start is None:
-            raise ModelError(
-                "the model has begun to use reentrant checkpoints, which torch.autograd.grad refuses: pass "
-                "use_reentrant=False to torch.utils.checkpoint"
-            ) from error
-        self._start.restore()
-        self.network.reentrant = True
-
-    def _on_tape(self, x: Tensor, number: int, curved: bool) -> Pass:
-        plan, trained = self.program, {name: p for name, p in self.own.items() if p.requires_grad}
-        given = {name: p.detach().requires_grad_(name in trained) for name, p in self.parameters.items()}
-        leaves = {name: given.get(name, p) for name, p in trained.items()}
-        x = x.detach().requires_grad_(number in plan.read)
-        with sdpa_kernel(SDPBackend.MATH) if curved else nullcontext():  # the attention kernel with second derivatives
-            output = self.network.plain_forward(x, self.extra, given)
-        if curved:
-            loss = self.criterion.at(output.detach(), self.y, head, self.weights)
-            return Pass(head, CurvedTape(output, x, leaves, self.divisor, loss), loss)
-        runs = plan.runs[number] + (self.weights is not None and number in plan.kept & plan.read)  # see Pass.data
-        trace = Tape(output, x, leaves if number in plan.kept else None, self.divisor, runs)
-        return Pass(head, trace, self.criterion.at(trace.logits, self.y, head, self.weights))
-
-    def _recorded(self, x: Tensor, number: int) -> Pass:
-        frugal = not self.program.bends
-        trace = self.network.forward(x, self.parameters, self.extra, own=self.own, frugal=frugal, keep=False)
-        self.used.update(trace.graph.parameters.values())
-        loss = self.criterion.at(trace.logits, self.y, trace.head, self.weights)
-        return Pass(trace.head, trace, loss, number not in self.program.kept and frugal)
 
 
 class Parts(NamedTuple):
@@ -534,11 +288,6 @@ class Method:
     def __repr__(self) -> str:
         shown = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "criterion" or self.criterion)
         return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in shown)})"
-
-
-def none(strength: Any) -> bool:
-    """Whether it is the number 0; a tensor's number may lie on a device, and is not read."""
-    return isinstance(strength, (int, float)) and strength == 0
 
 
 def _shown(value: Any) -> str:

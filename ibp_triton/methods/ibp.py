@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ibp_triton.methods.base import Method, Pass, Recipe, Step, Strength, none
+from ibp_triton.methods.base import Method, Strength
+from ibp_triton.methods.passes import Pass, Recipe, Step, none
 from ibp_triton.sweeps import Reverse, Term, g
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ibp_triton.errors import MethodError
 from ibp_triton.layer import wide
-from ibp_triton.methods.base import Method, Recipe, Step, Strength
+from ibp_triton.methods.base import Method, Strength
+from ibp_triton.methods.passes import Recipe, Step
 from ibp_triton.sweeps import g
 
 

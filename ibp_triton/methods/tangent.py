@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ibp_triton.methods.base import Method, Recipe, Step, Strength
+from ibp_triton.methods.base import Method, Strength
 from ibp_triton.methods.ibp import along
+from ibp_triton.methods.passes import Recipe, Step
 from ibp_triton.sweeps import g
 
 

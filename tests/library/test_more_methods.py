@@ -7,8 +7,8 @@ from torch import nn
 
 import ibp_triton as ibp
 from ibp_triton.errors import MethodError
-from ibp_triton.methods.base import Method, g
-from ibp_triton.sweeps import Reverse
+from ibp_triton.methods.base import Method
+from ibp_triton.sweeps import Reverse, g
 from tests.library.comparing import error, oracle, ours
 from tests.library.networks import build
 
