@@ -146,8 +146,8 @@ class CurvedTape(Tape):
         if not pairs:
             return {}
         outputs, seeds = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, list(own.values()), seeds, allow_unused=True)
-        return {name: part for name, part in zip(own, found, strict=True) if part is not None}
+        found = torch.autograd.grad(outputs, [*own.values(), self.input], seeds, allow_unused=True)  # x: see Steady
+        return {name: part for name, part in zip(own, found, strict=False) if part is not None}
 
 
 class _Slope(torch.autograd.Function):

@@ -80,6 +80,24 @@ def test_nothing_outlives_a_step():
     assert all(one() is None for one in kept)
 
 
+def test_nothing_outlives_a_step_by_second_derivatives():
+    kept = []
+
+    class Watched(Recurrent):
+        def forward(self, x):
+            y = super().forward(x)
+            kept.append(weakref.ref(y))
+            return y
+
+    network = ibp.Network(Watched())
+    for _ in range(3):
+        ibp.LossIBP(0.1, semantics="exact").gradients(network, torch.randn(4, 7, 6), torch.arange(4))
+    gc.collect()
+    assert network.mostly_whole()
+    assert len(kept) == 4
+    assert all(one() is None for one in kept)
+
+
 def test_a_models_own_writes_leave_x_alone():
     class Writes(nn.Module):
         def __init__(self):
