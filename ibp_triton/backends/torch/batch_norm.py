@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ibp_triton.backends.torch.normalisation import Normalisation
+from ibp_triton.checks import readable
 from ibp_triton.layer import HALF, Layer, Names, Tangents, memory_format, wide, without, without_tangents, wrapped
 
 
@@ -295,8 +296,8 @@ class InstanceNormEval(BatchNormEval):
 
 
 def _divides(weight: Tensor | None) -> bool:
-    """Whether all of γ can be divided by; not asked on a device, which would have to be waited for."""
-    return weight is not None and weight.device.type == "cpu" and bool(weight.all())
+    """Whether all of γ can be divided by; not asked on a device, or while operations are recorded."""
+    return weight is not None and readable(weight) and bool(weight.all())
 
 
 _NAMES = ("input", "weight", "bias")
