@@ -315,18 +315,54 @@ def _run_in(folder: Path) -> Run:
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")], quiet: QUIET = False
+    directories: Annotated[list[Path], typer.Argument(help="folder of an experiment, as in runs/NAME, or two folders")],
+    data_dir: Annotated[str | None, typer.Option(help="folder of the data files, for pictures")] = None,
+    quiet: QUIET = False,
 ) -> None:
-    """Write report.html, tables.md, results.csv, curves.csv and figures from what is finished so far."""
-    from ibp_triton.harness.report import write_report  # matplotlib doubles the time to start
+    """Write report.html, tables.md, results.csv, curves.csv and figures from what is finished so far.
 
+    Of two experiments: against_FIRST.html and .md in the folder of the second, which compare them row by row.
+    """
+    from ibp_triton.harness.report import (  # matplotlib doubles the time to start
+        Findings,
+        write_comparison,
+        write_report,
+    )
+
+    found = [_stored(directory) for directory in directories]
+    if len(found) > 2:
+        raise ConfigError(f"{len(found)} folders; give one, or two to compare, or see ibp-triton leaderboard")
+    if len(found) == 2:
+        first, second = (Findings(*each) for each in found)
+        return _print_paths(write_comparison(first, second, directories[1]), quiet)
+    _print_paths(write_report(*found[0], directories[0], data_dir=data_dir), quiet)
+
+
+@app.command()
+def leaderboard(
+    directories: Annotated[list[Path], typer.Argument(help="folders of experiments, as in runs/NAME")],
+    to: Annotated[Path, typer.Option(help="the page to write; Markdown beside it")] = Path("leaderboard.html"),
+    quiet: QUIET = False,
+) -> None:
+    """Gather the rows of many experiments in one page, the lowest error first, apart for each data set and size."""
+    from ibp_triton.harness.report import Findings, write_leaderboard
+
+    found = [Findings(*_stored(directory)) for directory in directories]
+    _print_paths(write_leaderboard(found, to), quiet)
+
+
+def _print_paths(paths: list[Path], quiet: bool) -> None:
+    console = Console(emoji=False, markup=False, quiet=quiet)
+    for path in paths:
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def _stored(directory: Path) -> tuple[ExperimentFile, Path]:
+    """The plan in an experiment's folder, and the folder of its runs; raises ConfigError for any other folder."""
     if not (directory / PLAN).exists():
         raise ConfigError(f"{directory}: no {PLAN}; give the folder that `ibp-triton run` writes to, like runs/NAME")
     plan = loading.load(directory / PLAN)
-    root = Path(plan.experiment.runs) if plan.experiment.runs else directory / "runs"
-    console = Console(emoji=False, markup=False, quiet=quiet)
-    for path in write_report(plan, root, directory):
-        console.print(str(path), highlight=False, soft_wrap=True)
+    return plan, Path(plan.experiment.runs) if plan.experiment.runs else directory / "runs"
 
 
 def main() -> None:

@@ -118,13 +118,13 @@ class Findings:
         """The folder of a run."""
         return self.root / run.name
 
-    def metrics(self, row: ResultRow, key: str) -> tuple[list[int], list[float]]:
-        """Epochs and the mean over seeds of a metric, where every seed of the row has it."""
+    def metrics(self, row: ResultRow, key: str) -> tuple[list[int], list[list[float]]]:
+        """Epochs for which every seed of the row has a metric, and its values [seeds][epochs]."""
         series = [
             {one["epoch"]: one[key] for one in self._metrics(run) if one.get(key) is not None} for run in row.runs
         ]
         epochs = sorted(set.intersection(*(set(one) for one in series))) if series else []
-        return epochs, [fmean(one[epoch] for one in series) for epoch in epochs]
+        return epochs, [[one[epoch] for epoch in epochs] for one in series]
 
     def _metrics(self, run: Run) -> list[store.Record]:
         if run.name not in self._records:
@@ -183,6 +183,30 @@ class Findings:
             return None
         return mcnemar(*(torch.stack([part[seeds] for seeds in common]) for part in (first, second)))
 
+    @cached_property
+    def corrected(self) -> dict[tuple[str, str], tuple[Mcnemar, float]]:
+        """By variant and label `against_base` and its p-value, corrected (Holm) over all the chosen rows."""
+        tests = {(row.variant, row.label): test for row in self.chosen if (test := self.against_base(row))}
+        fair = stats.holm([test.p for test in tests.values()])
+        return {key: (test, p) for (key, test), p in zip(tests.items(), fair, strict=True)}
+
+    def robust(self, row: ResultRow) -> tuple[str, Curve] | None:
+        """What a row is robust to, in words, and its error at the middle level of the first curve it has."""
+        for name in ("pgd", "adversarial", "gaussian"):
+            curve = next((curve for one, curve in self.curves[name] if one is row), None)
+            if curve and curve.levels[-1]:
+                at = len(curve.levels) // 2
+                words = f"{evaluate.CURVES[name].title.lower()}, {evaluate.CURVES[name].symbol} = {curve.levels[at]:g}"
+                parts = (curve.levels, curve.mean, curve.low, curve.high)
+                return words, Curve(curve.name, *([part[at]] for part in parts))
+        return None
+
+    def classes(self, row: ResultRow) -> list[float]:
+        """Error in per cent on the test examples of each class, the seeds pooled; empty where it is not stored."""
+        found = [one["by_class"] for run in row.runs if (one := self._summaries[run.name]) and "by_class" in one]
+        wrong, count = ([sum(n) for n in zip(*(one[key] for one in found), strict=True)] for key in ("wrong", "count"))
+        return [100 * w / n if n else math.nan for w, n in zip(wrong, count, strict=True)]
+
     def maskings(self, row: ResultRow) -> list[store.Record]:
         """Stored gradient-masking checks of the row's runs."""
         stored = (self._summaries[run.name] for run in row.runs)
@@ -208,3 +232,9 @@ def pairs_in_order(rows: Sequence[tuple[ResultRow, Published]]) -> tuple[int, in
     pairs = [(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :] if a[1].mean != b[1].mean]
     same = sum((a[0].mean < b[0].mean) == (a[1].mean < b[1].mean) for a, b in pairs)
     return same, len(pairs)
+
+
+def in_order(findings: Findings, variant: str) -> tuple[int, int]:
+    """`pairs_in_order` of the chosen rows of a variant that the paper has too."""
+    rows = [row for row in findings.chosen if row.variant == variant and row.errors]
+    return pairs_in_order([(row, paper) for row in rows if (paper := findings.published(row))])
