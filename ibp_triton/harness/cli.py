@@ -351,6 +351,21 @@ def leaderboard(
     _print_paths(write_leaderboard(found, to), quiet)
 
 
+@app.command()
+def claims(
+    directory: Annotated[Path, typer.Argument(help="folder of experiments' folders, such as results")],
+    quiet: QUIET = False,
+) -> None:
+    """Write claims.md there: each statement of the paper beside what its experiments have found."""
+    from ibp_triton.harness.report import Findings, claims_text, kept
+
+    found = kept(directory, lambda folder: Findings(*_stored(folder)))
+    if not found:
+        raise ConfigError(f"{directory}: no folder in it has an {PLAN}; give the folder above those of experiments")
+    store.write_bytes(directory / "claims.md", claims_text(found).encode())
+    _print_paths([directory / "claims.md"], quiet)
+
+
 def _print_paths(paths: list[Path], quiet: bool) -> None:
     console = Console(emoji=False, markup=False, quiet=quiet)
     for path in paths:

@@ -16,7 +16,16 @@ def band(right: Tensor, resamples: int = 500, share: float = 0.95) -> Band:
 
     Seeds and examples are resampled with replacement, examples alike in every seed and level; fixed draws.
     """
-    wrong = (~right).numpy().astype(np.float32)
+    return _band((~right).numpy().astype(np.float32), resamples, share)
+
+
+def difference_band(first: Tensor, second: Tensor, resamples: int = 500, share: float = 0.95) -> Band:
+    """`band` of the error of the first outcomes less that of the second, paired by seed and example."""
+    wrong = ((~part).numpy().astype(np.float32) for part in (first, second))
+    return _band(np.subtract(*wrong), resamples, share)
+
+
+def _band(wrong: npt.NDArray[np.float32], resamples: int, share: float) -> Band:
     seeds, levels, examples = wrong.shape
     draws = np.random.default_rng(0)
     weights = draws.multinomial(examples, np.full(examples, 1 / examples), resamples).astype(np.float32).T / examples
