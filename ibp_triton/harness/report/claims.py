@@ -274,7 +274,7 @@ def _is(row: ResultRow, size: int, augment: bool) -> bool:
     return _count(row) == size and (row.runs[0].training.augment is not None) == augment
 
 
-def kept(folder: Path, read: Callable[[Path], Findings]) -> dict[str, Findings]:
+def experiments_in(folder: Path, read: Callable[[Path], Findings]) -> dict[str, Findings]:
     """The experiments in the folders of `folder`, by name."""
     found = [read(path.parent) for path in sorted(folder.glob("*/experiment.yaml"))]
     return {findings.experiment.name: findings for findings in found}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.evaluation import Mcnemar, mcnemar
-from ibp_triton.harness import evaluate, grid, provenance, stats, store, summary
+from ibp_triton.harness import evaluate, grid, kept, provenance, stats, store, summary
 from ibp_triton.harness.config import Experiment, Seeds
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.loading import ExperimentFile
@@ -34,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Findings:
-    """An experiment and what its runs have stored so far under `root`."""
+    """An experiment and what its runs have stored so far under `root`, or what is kept of them beside it."""
 
     plan: ExperimentFile
     root: Path
@@ -45,20 +47,32 @@ class Findings:
         return self.plan.experiment
 
     @cached_property
+    def _opened(self) -> tuple[Path, list[str]]:
+        stack = ExitStack()
+        found = stack.enter_context(kept.opened(self.root))
+        weakref.finalize(self, stack.close)
+        return found
+
+    @property
+    def place(self) -> Path:
+        """The folder to read runs from: `root`, or one for as long as these findings are in use."""
+        return self._opened[0]
+
+    @cached_property
     def runs(self) -> list[Run]:
         """Every run of the plan, by the folder that holds it."""
-        return provenance.settle(grid.runs(self.plan), self.root)
+        return provenance.settle(grid.runs(self.plan), self.place)
 
     @cached_property
     def results(self) -> dict[str, store.Record]:
         """The sound results by the name of their run, read once."""
-        return summary.results(self.runs, self.root)
+        return summary.results(self.runs, self.place)
 
     @cached_property
     def damaged(self) -> list[str]:
         """Files that should tell a result and cannot: their runs count as not finished."""
         paths = (self.folder(run) / store.RESULT for run in self.runs if run.name not in self.results)
-        return sorted({str(path) for path in paths if path.exists()})
+        return [*self._opened[1], *sorted({str(path) for path in paths if path.exists()})]
 
     @cached_property
     def unevaluated(self) -> list[Run]:
@@ -74,7 +88,7 @@ class Findings:
     @cached_property
     def rows(self) -> list[ResultRow]:
         """One row for each variant, label and method that has a finished run."""
-        return summary.rows(self.runs, self.root, self.results)
+        return summary.rows(self.runs, self.place, self.results)
 
     @cached_property
     def chosen(self) -> list[ResultRow]:
@@ -116,7 +130,7 @@ class Findings:
 
     def folder(self, run: Run) -> Path:
         """The folder of a run."""
-        return self.root / run.name
+        return self.place / run.name
 
     def metrics(self, row: ResultRow, key: str) -> tuple[list[int], list[list[float]]]:
         """Epochs for which every seed of the row has a metric, and its values [seeds][epochs]."""
@@ -138,7 +152,7 @@ class Findings:
     @cached_property
     def _summaries(self) -> dict[str, store.Record | None]:
         choice = self.experiment.evaluate
-        return {name: evaluate.summary_of(self.root / name, choice) for name in self.results}
+        return {name: evaluate.summary_of(self.place / name, choice) for name in self.results}
 
     @cached_property
     def _stored(self) -> dict[str, dict[str, Tensor]]:
