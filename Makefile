@@ -13,7 +13,7 @@ TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightni
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test wheel zoo boards docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full mutants clean
+.PHONY: setup quickstart test wheel zoo boards browser docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full mutants clean
 
 setup: $(STAMP)
 
@@ -72,6 +72,17 @@ $(VENV)/boards/.complete: $(STAMP)
 	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
 		"$$($(VENV)/boards/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
 	$(VENV)/boards/bin/python -m pip install --quiet --disable-pip-version-check wandb 'trackio>=0.20'
+	touch $@
+
+# The report in a real browser. Debian's package chromium is wanted; EXPECT_CHROMIUM=1 makes its absence a failure.
+browser: $(VENV)/browser/.complete
+	. $(VENV)/browser/bin/activate && $(TEST_ENV) python -m pytest tests/harness/test_page.py
+
+$(VENV)/browser/.complete: $(STAMP)
+	$(VENV)/bin/python -m venv $(VENV)/browser
+	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
+		"$$($(VENV)/browser/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(VENV)/browser/bin/python -m pip install --quiet --disable-pip-version-check playwright
 	touch $@
 
 # What the constraints say is a whole for each version of Python: an index of packages is asked, nothing is installed.

@@ -185,7 +185,7 @@ class Robustness:
 
     def to_latex(self, path: str | Path | None = None) -> str:
         """A LaTeX tabular, error in per cent with its 95 % interval; written to ``path`` too if that is given."""
-        rows = [" & ".join(_latex(cell) for cell in cells) + r" \\" for cells in self._cells()]
+        rows = [" & ".join(latex_cell(cell) for cell in cells) + r" \\" for cells in self._cells()]
         head = [r"\begin{tabular}{llrrr}", r"\hline", r"model & attack & size & error \% & 95 \% \\", r"\hline"]
         return _written("\n".join([*head, *rows, r"\hline", r"\end{tabular}"]) + "\n", path)
 
@@ -461,5 +461,12 @@ def csv_cell(label: str) -> str:
     return f"'{label}" if label.startswith(("=", "+", "-", "@", "\t", "\r")) else label
 
 
-def _latex(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", r"\textbackslash ")).replace("–", "--")
+def latex_cell(text: str) -> str:
+    """A text that LaTeX sets as it is, Greek letters and signs as formulas."""
+    return re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", "\0")).translate(_LATEX)
+
+
+_SIGNS = {"±": "pm", "×": "times", "ε": "varepsilon", "β": "beta", "σ": "sigma", "λ": "lambda", "∇": "nabla"}
+_LATEX = {ord(sign): f"$\\{name}$" for sign, name in _SIGNS.items()}
+_LATEX |= {0: r"\textbackslash{}", ord("−"): "$-$", ord("–"): "--", ord("~"): r"\textasciitilde{}", ord("^"): r"\^{}"}
+_LATEX |= {ord("<"): "$<$", ord(">"): "$>$", ord("|"): "$|$"}

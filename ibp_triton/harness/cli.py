@@ -24,7 +24,19 @@ import ibp_triton as ibp
 from ibp_triton.bench import bench_command
 from ibp_triton.errors import ConfigError, IBPError, LaunchError
 from ibp_triton.evaluation import Robustness
-from ibp_triton.harness import estimates, foreign, grid, loading, plugins, provenance, schema, shipped, store, summary
+from ibp_triton.harness import (
+    estimates,
+    foreign,
+    grid,
+    kept,
+    loading,
+    plugins,
+    provenance,
+    schema,
+    shipped,
+    store,
+    summary,
+)
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import Log
 from ibp_triton.harness.config import Evaluate
@@ -78,14 +90,14 @@ def output_of(plan: ExperimentFile) -> Path:
     return Path(plan.experiment.output or f"runs/{plan.experiment.name}")
 
 
-def runs_folder(plan: ExperimentFile) -> Path:
-    """Folder that holds one folder a run."""
-    return Path(plan.experiment.runs) if plan.experiment.runs else output_of(plan) / "runs"
+def _root_of(plan: ExperimentFile, folder: Path) -> Path:
+    """Folder that holds one folder a run, of an experiment whose report is in `folder`."""
+    return Path(plan.experiment.runs) if plan.experiment.runs else folder / "runs"
 
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="YAML file, or an experiment's name: see ibp-triton list")],
+    config: Annotated[Path, typer.Argument(help="YAML file, an experiment's name (ibp-triton list) or its folder")],
     workers: Annotated[int | None, typer.Option(min=1, help="local processes, one CPU thread each")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and their time, train nothing")] = False,
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
@@ -98,17 +110,24 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="a dry run's list for programs")] = False,
 ) -> None:
     """Train every run of an experiment that is not finished yet, then print the comparison."""
-    plan = loading.load(shipped.find(config), override or [])
-    root = runs_folder(plan)
-    chosen = provenance.settle(grid.select(grid.runs(plan), only or []), root)
-    job = Job(chosen, root, data_dir, plan.experiment.evaluate, accept_changed)
+    plan = loading.load(_plan_in(config) if config.is_dir() else shipped.find(config), override or [])
+    folder = config if config.is_dir() else output_of(plan)
+    root = _root_of(plan, folder)
     count = workers or plan.experiment.workers
+
+    def job_in(place: Path) -> Job:
+        chosen = provenance.settle(grid.select(grid.runs(plan), only or []), place)
+        return Job(chosen, place, data_dir, plan.experiment.evaluate, accept_changed)
+
     if dry_run:
-        return _list(job, count, as_json)
+        with kept.opened(root) as (place, _):
+            return _list(job_in(place), count, as_json)
     if as_json:
         raise ConfigError("--json is of a dry run's list; add --dry-run, or read the results with ibp-triton report")
-    store.write_bytes(output_of(plan) / PLAN, plan.text().encode())
-    _train(job, count, output_of(plan), [*(log or []), *(["tensorboard"] if tensorboard else [])], quiet)
+    kept.unpack_all(root)
+    job = job_in(root)
+    store.write_bytes(folder / PLAN, plan.text().encode())
+    _train(job, count, folder, [*(log or []), *(["tensorboard"] if tensorboard else [])], quiet)
 
 
 def _train(job: Job, workers: int, folder: Path, boards: list[str], quiet: bool) -> None:
@@ -160,7 +179,8 @@ def log(
         runs, root = [_run_in(directory)], directory.resolve().parent
     else:
         assert plan is not None
-        root = Path(plan.experiment.runs) if plan.experiment.runs else folder / "runs"
+        root = _root_of(plan, folder)
+        kept.unpack_all(root)
         runs = provenance.settle(grid.runs(plan), root)
     console = Console(emoji=False, quiet=quiet)
     logging = Log(boards, root, plan.experiment.evaluate if plan else Evaluate(), data_dir, _saying(console))
@@ -317,18 +337,98 @@ def _run_in(folder: Path) -> Run:
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")], quiet: QUIET = False
+    directories: Annotated[list[Path], typer.Argument(help="folder of an experiment, as in runs/NAME, or two folders")],
+    data_dir: Annotated[str | None, typer.Option(help="folder of the data files, for pictures")] = None,
+    quiet: QUIET = False,
 ) -> None:
-    """Write report.html, tables.md, results.csv, curves.csv and figures from what is finished so far."""
-    from ibp_triton.harness.report import write_report  # matplotlib doubles the time to start
+    """Write report.html, tables.md, results.csv, curves.csv and figures from what is finished so far.
 
+    Of two experiments: against_FIRST.html and .md in the folder of the second, which compare them row by row.
+    """
+    from ibp_triton.harness.report import (  # matplotlib doubles the time to start
+        Findings,
+        write_comparison,
+        write_report,
+    )
+
+    found = [_stored(directory) for directory in directories]
+    if len(found) > 2:
+        raise ConfigError(f"{len(found)} folders; give one, or two to compare, or see ibp-triton leaderboard")
+    if len(found) == 2:
+        first, second = (Findings(*each) for each in found)
+        return _print_paths(write_comparison(first, second, directories[1]), quiet)
+    _print_paths(write_report(*found[0], directories[0], data_dir=data_dir), quiet)
+
+
+@app.command()
+def leaderboard(
+    directories: Annotated[list[Path], typer.Argument(help="folders of experiments, as in runs/NAME")],
+    to: Annotated[Path, typer.Option(help="the page to write; Markdown beside it")] = Path("leaderboard.html"),
+    quiet: QUIET = False,
+) -> None:
+    """Gather the rows of many experiments in one page, the lowest error first, apart for each data set and size."""
+    from ibp_triton.harness.report import Findings, write_leaderboard
+
+    found = [Findings(*_stored(directory)) for directory in directories]
+    _print_paths(write_leaderboard(found, to), quiet)
+
+
+@app.command()
+def claims(
+    directory: Annotated[Path, typer.Argument(help="folder of experiments' folders, such as results")],
+    quiet: QUIET = False,
+) -> None:
+    """Write claims.md there: each statement of the paper beside what its experiments have found."""
+    from ibp_triton.harness.report import Findings, claims_text, experiments_in
+
+    found = experiments_in(directory, lambda folder: Findings(*_stored(folder)))
+    if not found:
+        raise ConfigError(f"{directory}: no folder in it has an {PLAN}; give the folder above those of experiments")
+    store.write_bytes(directory / "claims.md", claims_text(found).encode())
+    _print_paths([directory / "claims.md"], quiet)
+
+
+@app.command()
+def keep(
+    directory: Annotated[Path, typer.Argument(help="folder of an experiment, as in runs/NAME")],
+    to: Annotated[Path, typer.Argument(help="where to keep it, as in results/NAME; may be the same")],
+    quiet: QUIET = False,
+) -> None:
+    """Keep an experiment small: its YAML, its report, and finished runs in one runs.jsonl, without checkpoints.
+
+    `report` and `run` read runs.jsonl as they do the folders, which may be deleted then. Runs of an experiment that
+    names a folder in `runs:` are kept with the experiment that has that folder.
+    """
+    from ibp_triton.harness.report import write_report
+
+    plan, root = _stored(directory)
+    written = [to / PLAN]
+    if plan.experiment.runs is None:
+        file = kept.file_of(to / "runs")
+        if not kept.keep(root, file):
+            raise ConfigError(f"{root}: no run is finished; train some with ibp-triton run")
+        written.append(file)
+    store.write_bytes(to / PLAN, plan.text().encode())
+    again, place = _stored(to)
+    _print_paths([*written, *write_report(again, place, to, png=False)], quiet)
+
+
+def _print_paths(paths: list[Path], quiet: bool) -> None:
+    console = Console(emoji=False, markup=False, quiet=quiet)
+    for path in paths:
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def _stored(directory: Path) -> tuple[ExperimentFile, Path]:
+    """The plan in an experiment's folder, and the folder of its runs; raises ConfigError for any other folder."""
+    plan = loading.load(_plan_in(directory))
+    return plan, _root_of(plan, directory)
+
+
+def _plan_in(directory: Path) -> Path:
     if not (directory / PLAN).exists():
         raise ConfigError(f"{directory}: no {PLAN}; give the folder that `ibp-triton run` writes to, like runs/NAME")
-    plan = loading.load(directory / PLAN)
-    root = Path(plan.experiment.runs) if plan.experiment.runs else directory / "runs"
-    console = Console(emoji=False, markup=False, quiet=quiet)
-    for path in write_report(plan, root, directory):
-        console.print(str(path), highlight=False, soft_wrap=True)
+    return directory / PLAN
 
 
 def main() -> None:

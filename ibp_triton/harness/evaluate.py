@@ -117,6 +117,9 @@ def evaluate(
             harm = kind.perturbation(model, levels, choice)
             outcomes[name] = _outcomes(model, x, labels, choice, harm, share.part(name))
     summary = {"run": run.name, "examples": len(labels), **_errors(outcomes, choice)}
+    classes = labels.cpu()
+    wrong, count = (torch.bincount(y, minlength=dataset.classes) for y in (classes[~outcomes[CLEAN][0]], classes))
+    summary["by_class"] = {"wrong": wrong.tolist(), "count": count.tolist()}
     if choice.masking is not None:
         summary["masking"] = masking(model, x, labels, choice)
         share.part("masking")(len(labels))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ibp_triton.errors import LaunchError
-from ibp_triton.harness import grid, loading, plugins, provenance, store
+from ibp_triton.harness import grid, kept, loading, plugins, provenance, store
 from ibp_triton.harness.cli import app
 from ibp_triton.harness.launch import Job, launch, remaining
 
@@ -53,10 +52,11 @@ def run_all(task: Job) -> list[str]:
 
 
 def test_stored_runs_keep_their_names() -> None:
-    configs = {path: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results").rglob("config.json")}
-    assert configs
-    for path, stored in configs.items():
-        assert grid.Run.from_config(stored).name == path.parent.name
+    files = [kept.read(file) for file in (ROOT / "results").rglob("runs.jsonl")]
+    records = {name: record for stored, _ in files for name, record in stored.items()}
+    assert len(records) > 50
+    for name, record in records.items():
+        assert grid.Run.from_config(record["config"]).name == name
 
 
 @pytest.mark.parametrize("what", ["data", "code", "part"])

@@ -14,10 +14,11 @@ import pytest
 from typer.testing import CliRunner
 
 import ibp_triton as ibp
-from ibp_triton.harness import grid, loading, store
+from ibp_triton.errors import ConfigError
+from ibp_triton.harness import evaluate, grid, loading, stats, store
 from ibp_triton.harness.cli import app
 from ibp_triton.harness.launch import Job, launch
-from ibp_triton.harness.report import csvfiles, tables, write_report
+from ibp_triton.harness.report import csvfiles, tables, verdict, write_report
 from ibp_triton.harness.report.gather import Findings, pairs_in_order
 from ibp_triton.harness.report.paper import TABLES
 from ibp_triton.harness.summary import ResultRow
@@ -154,7 +155,7 @@ def test_labels_are_shown_as_they_are(tree: Tree, write: Write, tmp_path: Path) 
     assert "| a\\|b |" in text
     assert text.startswith("# &lt;b>\\$x\\$ \\| \\[y\\](z)")
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page
+    assert "<script>alert" not in page
     figure = (tmp_path / "out" / "figures" / "gaussian.svg").read_text(encoding="utf-8")
     assert all(html.escape(label, quote=False) in figure for label in LABELS)
     lines = list(csv.DictReader(io.StringIO((tmp_path / "out" / "results.csv").read_text(encoding="utf-8"))))
@@ -206,6 +207,12 @@ def test_report_of_a_trained_grid(tree: Tree, write: Write, tmp_path: Path) -> N
         "adversarial",
         "gaussian",
         "sizes",
+        "errors",
+        "tradeoff",
+        "cost",
+        "samples",
+        "tangents",
+        "filters",
         "training_loss",
         "semantics_cosine",
         "semantics_norms",
@@ -216,8 +223,8 @@ def test_report_of_a_trained_grid(tree: Tree, write: Write, tmp_path: Path) -> N
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == len(names)
     assert "A &lt;tiny&gt; experiment" in page
-    assert not re.search(r'(?:src|href)="(?!#)', page.replace("xlink:href", "href").replace('href="#', ""))
-    assert "<script" not in page
+    assert not re.search(r'(?:src|href)="', re.sub(r'href="(data:|#)', "", page))
+    assert page.index("<svg") < page.index("<h2>Figures") < page.index("<table")
     assert "prefers-color-scheme: dark" in page
     assert "crop: null" not in page
     text = (tmp_path / "report" / "tables.md").read_text(encoding="utf-8")
@@ -270,3 +277,84 @@ def test_equal_findings_give_equal_bytes(stored: Findings, tmp_path: Path) -> No
     first, second = (write_report(stored.plan, stored.root, tmp_path / name) for name in ("a", "b"))
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes(), one.name
+
+
+def test_the_verdict_comes_first_and_says_what_stands(stored: Findings, tmp_path: Path) -> None:
+    best, paper, rest = verdict.sentences(stored)
+    assert best == "loss_ibp has the lowest error, 1.20 ± 0.14 %, where bp has 1.25 ± 0.07 %."
+    assert paper.startswith("1 of the 1 pairs of methods that differ in the paper lie the same way round here; 2 of 2")
+    assert rest == "This rests on 6 of 6 runs, 2 seeds a row."
+    nothing = Findings(stored.plan, tmp_path / "none")
+    assert verdict.sentences(nothing) == ["Nothing can be said yet: no run is finished with an error."]
+
+
+def test_holm_corrects_each_family_of_tests(tree: Tree, write: Write, tmp_path: Path) -> None:
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.6]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+    plan = loading.load(write({**tree, "methods": {"bp": None, "at": {"epsilon": 0.1}, "fast_at": {"epsilon": 0.3}}}))
+    launch(Job(grid.runs(plan), tmp_path / "runs"), 1, lambda _: None)
+    found = Findings(plan, tmp_path / "runs")
+    raw = [test.p for row in found.chosen if (test := found.against_base(row))]
+    assert [p for _, p in found.corrected.values()] == pytest.approx(stats.holm(raw))
+    table = tables.comparison(found)
+    assert f"p = {stats.holm(raw)[0]:.2g}" in table.cells[0][-1]
+    assert "Holm-corrected for the 2 tests" in table.note
+
+
+def test_a_table_is_data_in_csv_and_latex() -> None:
+    table = tables.Table("t", ["method", "β", "diff"], [["a,b_&", "0.03", "-0.10"], ["=x", "1 ± 2", "+3 −1, p = 1"]])
+    assert list(csv.reader(io.StringIO(table.csv()))) == [
+        ["method", "β", "diff"],
+        ["a,b_&", "0.03", "-0.10"],
+        ["'=x", "1 ± 2", "'+3 −1, p = 1"],
+    ]
+    assert r"a,b\_\& & 0.03 & -0.10 \\" in table.latex()
+    assert r"method & $\beta$ & diff \\" in table.latex()
+    assert r"1 $\pm$ 2 & +3 $-$1" in table.latex()
+
+
+def test_errors_by_class_add_up(tree: Tree, write: Write, tmp_path: Path) -> None:
+    plan = loading.load(write({**tree, "methods": {"bp": None}}))
+    launch(Job(grid.runs(plan), tmp_path / "runs", evaluate=plan.experiment.evaluate), 1, lambda _: None)
+    found = Findings(plan, tmp_path / "runs")
+    (row,) = found.chosen
+    summaries = [evaluate.summary_of(found.folder(run), plan.experiment.evaluate) for run in row.runs]
+    wrong = sum(sum(one["by_class"]["wrong"]) for one in summaries if one)
+    assert 100 * wrong / 64 == pytest.approx(row.mean)
+    assert tables.classes(found).columns == ["method", "0", "1", "2", "3"]
+    assert len(tables.classes(found).compact().cells) == 1
+
+
+def test_two_experiments_are_compared_and_many_gathered(tree: Tree, write: Write, tmp_path: Path) -> None:
+    folders = []
+    for name, more in (("first", {"beta": 0.03}), ("second", {"beta": 0.3})):
+        methods = {"bp": None, "loss_ibp": more, f"only_{name}": {"method": "fast_at", "epsilon": 0.1}}
+        path = write({**tree, "name": name, "methods": methods, "output": str(tmp_path / name)})
+        assert CliRunner().invoke(app, ["run", str(path), "--quiet"]).exit_code == 0
+        folders.append(str(tmp_path / name))
+    done = CliRunner().invoke(app, ["report", *folders])
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "second" / "against_first.md").read_text(encoding="utf-8")
+    bp, ibp_line = [line.split(" | ") for line in text.splitlines() if line.startswith(("| bp", "| loss_ibp"))]
+    assert bp[1] == bp[1].strip()
+    assert bp[4:] == ["+0.00", "+0 −0, p = 1 |"]
+    assert ibp_line[1] == "β = 0.03 → β = 0.3"
+    assert "Only in one of the two: only_first, only_second." in text.replace("\\_", "_")
+    page = tmp_path / "board.html"
+    done = CliRunner().invoke(app, ["leaderboard", *folders, "--to", str(page)])
+    assert done.exit_code == 0, done.output
+    lines = [
+        line for line in page.with_suffix(".md").read_text(encoding="utf-8").splitlines() if "| paper_mnist |" in line
+    ]
+    shown = [float(line.split(" | ")[-2].split(" ±")[0]) for line in lines if " ± " in line]
+    assert len(lines) == 6
+    assert shown == sorted(shown)
+    assert "<table" in page.read_text(encoding="utf-8")
+
+
+def test_folders_that_cannot_be_compared_are_refused(stored: Findings, tmp_path: Path) -> None:
+    (tmp_path / "experiment.yaml").write_text(stored.plan.text(), encoding="utf-8")
+    for command in (["report", *[str(tmp_path)] * 3], ["leaderboard", str(tmp_path / "none")]):
+        result = CliRunner().invoke(app, command)
+        assert isinstance(result.exception, ConfigError), result.output

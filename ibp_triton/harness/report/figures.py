@@ -1,95 +1,65 @@
-"""Figures: robustness curves with bands, error against the size of the training set, training curves, time ratios."""
+"""Figures: errors beside the paper's, robustness, trade-offs, training, sizes, time; bands wherever there are any."""
 
 from __future__ import annotations
 
-import html
-import io
-import math
-import re
-import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from statistics import fmean
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ibp_triton.harness.evaluate import CLEAN, CURVES
 from ibp_triton.harness.report.gather import Curve, Findings, title
+from ibp_triton.harness.report.sketch import COLOURS, Sketch, look, plain
+from ibp_triton.harness.summary import ResultRow
 
-INK = "#0a0b0c"
-COLOURS = ("#808080", "#1f8fe0", "#2aa775", "#d9822b", "#b08d1a", "#a66bd4", "#d4569a", "#e0483e", "#3aa6a6", "#8f8f3a")
 MOST = 40  # lines of a figure
-MARKERS = "osD^vPX*<>"
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-    "grid.color": INK,
-}
-
-
-class Sketch:
-    """One figure: its file name, its caption and its drawing."""
-
-    def __init__(self, name: str, caption: str, xlabel: str, ylabel: str) -> None:
-        self.name, self.caption = name, caption
-        with _styled():
-            self.figure = Figure(figsize=(5.6, 3.8))
-            self.axes: Axes = self.figure.add_subplot()
-        self.axes.set_xlabel(xlabel)
-        self.axes.set_ylabel(ylabel)
-
-    def grow(self, inches: float) -> None:
-        """Make the figure higher."""
-        width, height = self.figure.get_size_inches()
-        self.figure.set_size_inches(width, height + inches)
-
-    def svg(self) -> str:
-        """SVG text, the same bytes for the same drawing."""
-        return self._svg
-
-    @cached_property
-    def _svg(self) -> str:
-        buffer = io.StringIO()
-        with _styled({"svg.hashsalt": self.name}), _any_letter():
-            self.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        return buffer.getvalue()
-
-    def inline(self) -> str:
-        """SVG for a page: the ink follows the page's text colour, the size its column."""
-        text = self.svg()
-        body = text[text.index("<svg") :].replace(INK, "currentColor")
-        head, _, rest = body.partition(">")
-        head = re.sub(r' (width|height)="[^"]*"', "", head)
-        return f'{head} role="img" aria-label="{html.escape(self.caption)}">{rest}'
-
-    def png(self) -> bytes:
-        """PNG on white at 160 dots an inch."""
-        buffer = io.BytesIO()
-        with _styled(), _any_letter():
-            self.figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-        return buffer.getvalue()
 
 
 def sketches(findings: Findings) -> Iterator[Sketch]:
-    """Every figure there are results for."""
+    """Every figure there are results for, after the one of the verdict."""
     for name in CURVES:
         yield from _robustness(findings, name)
+    yield from _tradeoff(findings)
+    yield from _cost(findings)
     yield from _sizes(findings)
     yield from _training(findings)
     yield from _ratios(findings)
+
+
+def errors(findings: Findings) -> Iterator[Sketch]:
+    """The verdict's figure: each row's error with an interval, the paper's beside it."""
+    rows = [row for row in findings.chosen if row.errors]
+    if not rows:
+        return
+    clean = {id(row): curve for row, curve in findings.curves[CLEAN]}
+    known = any(findings.published(row) for row in rows)
+    interval = "95 % over seeds and examples" if clean else "± sd over seeds"
+    beside = "; the paper's mean ± sd hollow" if known else ""
+    sketch = Sketch("errors", f"Error on the test set, {interval}{beside}{_cut(len(rows))}", "error %", "")
+    rows = rows[:MOST]
+    sketch.grow(min(0.0, 0.45 * len(rows) - 2.6) + max(0.0, 0.32 * len(rows) - 3.0))
+    for number, row in enumerate(rows):
+        low, high = _interval(row, clean.get(id(row)))
+        sketch.whisker(number, "w", (low, high), (number, number))
+        sketch.line(number, title(row), ([row.mean], [number]), marker="o", markersize=6, linestyle="none")
+        paper = findings.published(row)
+        sketch.tip(f"{sketch.name}--s{number}", f"{title(row)}: {row.mean:.2f} % ({low:.2f} … {high:.2f})")
+        if paper:
+            ends = (paper.mean - paper.sd, paper.mean + paper.sd)
+            sketch.axes.plot(ends, (number + 0.28,) * 2, color=look(number)["color"], lw=1, linestyle=":")
+            place: dict[str, Any] = {"marker": "D", "markersize": 5, "markerfacecolor": "none", "linestyle": "none"}
+            (drawn,) = sketch.axes.plot([paper.mean], [number + 0.28], color=look(number)["color"], **place)
+            drawn.set_gid(f"{sketch.name}--p{number}")
+            sketch.tip(f"{sketch.name}--p{number}", f"{title(row)} in the paper: {paper.mean:.2f} ± {paper.sd:.2f} %")
+    sketch.axes.set_yticks(list(range(len(rows))), [plain(title(row)) for row in rows])
+    sketch.axes.invert_yaxis()
+    yield sketch
+
+
+def _interval(row: ResultRow, clean: Curve | None) -> tuple[float, float]:
+    return (clean.low[0], clean.high[0]) if clean else (row.mean - (row.sd or 0.0), row.mean + (row.sd or 0.0))
 
 
 def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
@@ -100,13 +70,66 @@ def _robustness(findings: Findings, name: str) -> Iterator[Sketch]:
     caption = f"{kind.title}: error with 95 % bands over seeds and examples{_cut(len(curves))}"
     sketch = Sketch(name, caption, f"{kind.symbol} {kind.of}", "error %")
     for number, (_, curve) in enumerate(curves[:MOST]):
-        _banded(sketch, number, curve, markersize=3)
-    yield _legend(sketch)
+        _banded(sketch, number, curve)
+    _small_levels(sketch.axes, curves[0][1].levels)
+    _spread(sketch.axes, [curve for _, curve in curves[:MOST]])
+    yield sketch.legend()
 
 
-def _banded(sketch: Sketch, number: int, curve: Curve, markersize: int) -> None:
-    sketch.axes.plot(curve.levels, curve.mean, label=plain(curve.name), markersize=markersize, **_look(number))
-    sketch.axes.fill_between(curve.levels, curve.low, curve.high, color=_look(number)["color"], alpha=0.15, lw=0)
+def _banded(sketch: Sketch, number: int, curve: Curve) -> None:
+    sketch.line(number, curve.name, (curve.levels, curve.mean), (curve.low, curve.high))
+
+
+def _small_levels(axes: Axes, levels: list[float]) -> None:
+    """A scale that is linear up to the smallest size and logarithmic from there, ticks at sizes that were measured."""
+    positive = [level for level in levels if level > 0]
+    if len(positive) < 3:
+        return
+    axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
+    ticks, last = [level for level in levels if level == 0], 0.0
+    for level in positive:
+        if level >= 1.9 * last:
+            ticks.append(level)
+            last = level
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def _spread(axes: Axes, curves: list[Curve]) -> None:
+    """A logarithmic axis of errors where they differ by much, in plain numbers."""
+    least, most = min(min(curve.low) for curve in curves), max(max(curve.high) for curve in curves)
+    if least > 0 and most / least > 5:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _tradeoff(findings: Findings) -> Iterator[Sketch]:
+    found = [(row, *robust) for row in findings.chosen if row.errors and (robust := findings.robust(row))]
+    if len(found) < 2:
+        return
+    clean = {id(row): curve for row, curve in findings.curves[CLEAN]}
+    caption = f"Clean error against robust error, 95 % over seeds and examples{_cut(len(found))}"
+    sketch = Sketch("tradeoff", caption, "clean error %", f"error %, {found[0][1]}")
+    for number, (row, _, curve) in enumerate(found[:MOST]):
+        sketch.whisker(number, "w", _interval(row, clean.get(id(row))), (curve.mean[0], curve.mean[0]))
+        sketch.whisker(number, "v", (row.mean, row.mean), (curve.low[0], curve.high[0]))
+        sketch.line(number, title(row), ([row.mean], curve.mean), linestyle="none", markersize=7)
+    yield sketch.legend()
+
+
+def _cost(findings: Findings) -> Iterator[Sketch]:
+    rows = [row for row in findings.chosen if row.measured is not None and row.errors]
+    if len(rows) < 2:
+        return
+    clean = {id(row): curve for row, curve in findings.curves[CLEAN]}
+    sketch = Sketch("cost", f"Error against the time of an epoch{_cut(len(rows))}", "× bp, measured", "error %")
+    for number, row in enumerate(rows[:MOST]):
+        at = row.measured or 0.0
+        sketch.whisker(number, "w", (at, at), _interval(row, clean.get(id(row))))
+        sketch.line(number, title(row), ([at], [row.mean]), linestyle="none", markersize=7)
+    yield sketch.legend()
 
 
 def _sizes(findings: Findings) -> Iterator[Sketch]:
@@ -124,12 +147,12 @@ def _sizes(findings: Findings) -> Iterator[Sketch]:
     for number, (label, line) in enumerate(list(lines.items())[:MOST]):
         sizes = sorted(line)
         mean, low, high = ([getattr(line[size], name)[0] for size in sizes] for name in ("mean", "low", "high"))
-        _banded(sketch, number, Curve(label, [float(size) for size in sizes], mean, low, high), markersize=4)
+        _banded(sketch, number, Curve(label, [float(size) for size in sizes], mean, low, high))
     sketch.axes.set_xscale("log")
     every = sorted(set().union(*lines.values()))
     sketch.axes.set_xticks(every, [f"{size:,}".replace(",", "\u202f") for size in every], rotation=45)
     sketch.axes.minorticks_off()
-    yield _legend(sketch)
+    yield sketch.legend()
 
 
 def _training(findings: Findings) -> Iterator[Sketch]:
@@ -140,18 +163,20 @@ def _training(findings: Findings) -> Iterator[Sketch]:
         ("norm_ratio", "semantics_norms", "norm of paper's over exact penalty gradient"),
     ):
         lines = [(row, *findings.metrics(row, key)) for row in findings.chosen[:MOST]]
-        shown = [(number, row, epochs, values) for number, (row, epochs, values) in enumerate(lines) if epochs]
+        shown = [(number, row, epochs, seeds) for number, (row, epochs, seeds) in enumerate(lines) if epochs]
         if not shown:
             continue
-        caption = f"{label[0].upper()}{label[1:]} over training, mean over seeds{_cut(len(findings.chosen))}"
-        sketch = Sketch(name, caption, "epoch", label)
-        for number, row, epochs, values in shown:
-            style = {**_look(number), "marker": "" if len(epochs) > 12 else _look(number)["marker"]}
-            sketch.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            sketch.axes.plot(epochs, values, label=plain(title(row)), markersize=3, **style)
-        if key in ("loss", "norm_ratio") and min(min(values) for *_, values in shown) > 0:
+        caption = f"{label[0].upper()}{label[1:]} over training, mean, lowest and highest of the seeds"
+        sketch = Sketch(name, caption + _cut(len(findings.chosen)), "epoch", label)
+        sketch.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for number, row, epochs, seeds in shown:
+            at_once = list(zip(*seeds, strict=True))
+            band = ([min(v) for v in at_once], [max(v) for v in at_once]) if len(seeds) > 1 else None
+            points = (epochs, [fmean(v) for v in at_once])
+            sketch.line(number, title(row), points, band, markevery=max(1, len(epochs) // 10))
+        if key in ("loss", "norm_ratio") and min(min(map(min, seeds)) for *_, seeds in shown) > 0:
             sketch.axes.set_yscale("log")
-        yield _legend(sketch)
+        yield sketch.legend()
 
 
 def _ratios(findings: Findings) -> Iterator[Sketch]:
@@ -162,53 +187,19 @@ def _ratios(findings: Findings) -> Iterator[Sketch]:
     rows = rows[:MOST]
     sketch.grow(max(0.0, 0.3 * (len(rows) - 8)))
     positions = range(len(rows))
-    measured = [row.measured or 0.0 for row in rows]
-    sketch.axes.barh([p - 0.2 for p in positions], measured, 0.38, label="measured", color=COLOURS[1])
-    sketch.axes.barh(
-        [p + 0.2 for p in positions], [r.predicted for r in rows], 0.38, label="predicted", color=COLOURS[3]
-    )
+    for name, offset, colour, values in (
+        ("measured", -0.2, COLOURS[1], [row.measured or 0.0 for row in rows]),
+        ("predicted", 0.2, COLOURS[3], [row.predicted for row in rows]),
+    ):
+        bars = sketch.axes.barh([p + offset for p in positions], values, 0.38, label=name, color=colour)
+        for row, position, bar, value in zip(rows, positions, bars, values, strict=True):
+            bar.set_gid(f"{sketch.name}--{name}{position}")
+            sketch.tip(f"{sketch.name}--{name}{position}", f"{title(row)}: {value:.2f} × bp, {name}")
     sketch.axes.set_yticks(list(positions), [plain(title(row)) for row in rows])
     sketch.axes.invert_yaxis()
-    yield _legend(sketch)
+    yield sketch.legend()
 
 
 def _cut(count: int) -> str:
     """What a caption says of a figure of which not all lines can be drawn."""
     return f"; the first {MOST} of {count}" if count > MOST else ""
-
-
-def plain(label: str) -> str:
-    """A label that matplotlib shows as it is: no formula, and not hidden from the legend."""
-    shown = label.replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
-
-
-def _look(number: int) -> dict[str, Any]:
-    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-
-
-def _legend(sketch: Sketch) -> Sketch:
-    """Inside the axes for a few lines; below them, in a figure that grows, for many."""
-    labels = sketch.axes.get_legend_handles_labels()[1]
-    with _styled():
-        if len(labels) <= 4:
-            sketch.axes.legend(fontsize=8)
-        else:
-            longest = max(map(len, labels))
-            columns = 4 if longest < 16 else 2 if longest < 34 else 1
-            sketch.grow(0.19 * math.ceil(len(labels) / columns))
-            sketch.figure.legend(loc="outside lower center", ncols=columns, fontsize=8)
-    return sketch
-
-
-@contextmanager
-def _any_letter() -> Iterator[None]:
-    """Labels may hold letters that the font lacks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-def _styled(more: dict[str, Any] | None = None) -> AbstractContextManager[None]:
-    choice: Any = {**STYLE, **(more or {})}
-    return matplotlib.rc_context(choice)

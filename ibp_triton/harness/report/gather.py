@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.evaluation import Mcnemar, mcnemar
-from ibp_triton.harness import evaluate, grid, provenance, stats, store, summary
+from ibp_triton.harness import evaluate, grid, kept, provenance, stats, store, summary
 from ibp_triton.harness.config import Experiment, Seeds
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.loading import ExperimentFile
@@ -34,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Findings:
-    """An experiment and what its runs have stored so far under `root`."""
+    """An experiment and what its runs have stored so far under `root`, or what is kept of them beside it."""
 
     plan: ExperimentFile
     root: Path
@@ -45,20 +47,32 @@ class Findings:
         return self.plan.experiment
 
     @cached_property
+    def _opened(self) -> tuple[Path, list[str]]:
+        stack = ExitStack()
+        found = stack.enter_context(kept.opened(self.root))
+        weakref.finalize(self, stack.close)
+        return found
+
+    @property
+    def place(self) -> Path:
+        """The folder to read runs from: `root`, or one for as long as these findings are in use."""
+        return self._opened[0]
+
+    @cached_property
     def runs(self) -> list[Run]:
         """Every run of the plan, by the folder that holds it."""
-        return provenance.settle(grid.runs(self.plan), self.root)
+        return provenance.settle(grid.runs(self.plan), self.place)
 
     @cached_property
     def results(self) -> dict[str, store.Record]:
         """The sound results by the name of their run, read once."""
-        return summary.results(self.runs, self.root)
+        return summary.results(self.runs, self.place)
 
     @cached_property
     def damaged(self) -> list[str]:
         """Files that should tell a result and cannot: their runs count as not finished."""
         paths = (self.folder(run) / store.RESULT for run in self.runs if run.name not in self.results)
-        return sorted({str(path) for path in paths if path.exists()})
+        return [*self._opened[1], *sorted({str(path) for path in paths if path.exists()})]
 
     @cached_property
     def unevaluated(self) -> list[Run]:
@@ -74,7 +88,7 @@ class Findings:
     @cached_property
     def rows(self) -> list[ResultRow]:
         """One row for each variant, label and method that has a finished run."""
-        return summary.rows(self.runs, self.root, self.results)
+        return summary.rows(self.runs, self.place, self.results)
 
     @cached_property
     def chosen(self) -> list[ResultRow]:
@@ -116,15 +130,15 @@ class Findings:
 
     def folder(self, run: Run) -> Path:
         """The folder of a run."""
-        return self.root / run.name
+        return self.place / run.name
 
-    def metrics(self, row: ResultRow, key: str) -> tuple[list[int], list[float]]:
-        """Epochs and the mean over seeds of a metric, where every seed of the row has it."""
+    def metrics(self, row: ResultRow, key: str) -> tuple[list[int], list[list[float]]]:
+        """Epochs for which every seed of the row has a metric, and its values [seeds][epochs]."""
         series = [
             {one["epoch"]: one[key] for one in self._metrics(run) if one.get(key) is not None} for run in row.runs
         ]
         epochs = sorted(set.intersection(*(set(one) for one in series))) if series else []
-        return epochs, [fmean(one[epoch] for one in series) for epoch in epochs]
+        return epochs, [[one[epoch] for epoch in epochs] for one in series]
 
     def _metrics(self, run: Run) -> list[store.Record]:
         if run.name not in self._records:
@@ -138,7 +152,7 @@ class Findings:
     @cached_property
     def _summaries(self) -> dict[str, store.Record | None]:
         choice = self.experiment.evaluate
-        return {name: evaluate.summary_of(self.root / name, choice) for name in self.results}
+        return {name: evaluate.summary_of(self.place / name, choice) for name in self.results}
 
     @cached_property
     def _stored(self) -> dict[str, dict[str, Tensor]]:
@@ -183,6 +197,30 @@ class Findings:
             return None
         return mcnemar(*(torch.stack([part[seeds] for seeds in common]) for part in (first, second)))
 
+    @cached_property
+    def corrected(self) -> dict[tuple[str, str], tuple[Mcnemar, float]]:
+        """By variant and label `against_base` and its p-value, corrected (Holm) over all the chosen rows."""
+        tests = {(row.variant, row.label): test for row in self.chosen if (test := self.against_base(row))}
+        fair = stats.holm([test.p for test in tests.values()])
+        return {key: (test, p) for (key, test), p in zip(tests.items(), fair, strict=True)}
+
+    def robust(self, row: ResultRow) -> tuple[str, Curve] | None:
+        """What a row is robust to, in words, and its error at the middle level of the first curve it has."""
+        for name in ("pgd", "adversarial", "gaussian"):
+            curve = next((curve for one, curve in self.curves[name] if one is row), None)
+            if curve and curve.levels[-1]:
+                at = len(curve.levels) // 2
+                words = f"{evaluate.CURVES[name].title.lower()}, {evaluate.CURVES[name].symbol} = {curve.levels[at]:g}"
+                parts = (curve.levels, curve.mean, curve.low, curve.high)
+                return words, Curve(curve.name, *([part[at]] for part in parts))
+        return None
+
+    def classes(self, row: ResultRow) -> list[float]:
+        """Error in per cent on the test examples of each class, the seeds pooled; empty where it is not stored."""
+        found = [one["by_class"] for run in row.runs if (one := self._summaries[run.name]) and "by_class" in one]
+        wrong, count = ([sum(n) for n in zip(*(one[key] for one in found), strict=True)] for key in ("wrong", "count"))
+        return [100 * w / n if n else math.nan for w, n in zip(wrong, count, strict=True)]
+
     def maskings(self, row: ResultRow) -> list[store.Record]:
         """Stored gradient-masking checks of the row's runs."""
         stored = (self._summaries[run.name] for run in row.runs)
@@ -208,3 +246,9 @@ def pairs_in_order(rows: Sequence[tuple[ResultRow, Published]]) -> tuple[int, in
     pairs = [(a, b) for i, a in enumerate(rows) for b in rows[i + 1 :] if a[1].mean != b[1].mean]
     same = sum((a[0].mean < b[0].mean) == (a[1].mean < b[1].mean) for a, b in pairs)
     return same, len(pairs)
+
+
+def in_order(findings: Findings, variant: str) -> tuple[int, int]:
+    """`pairs_in_order` of the chosen rows of a variant that the paper has too."""
+    rows = [row for row in findings.chosen if row.variant == variant and row.errors]
+    return pairs_in_order([(row, paper) for row in rows if (paper := findings.published(row))])

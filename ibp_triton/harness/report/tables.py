@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ibp_triton.harness import provenance, store
+from ibp_triton.evaluation import csv_cell, latex_cell
+from ibp_triton.harness import provenance, stats, store
 from ibp_triton.harness.evaluate import CLEAN, CURVES
-from ibp_triton.harness.report.gather import Findings, pairs_in_order, title
-from ibp_triton.harness.report.paper import Published
+from ibp_triton.harness.report.gather import Findings, in_order, title
 from ibp_triton.harness.summary import ResultRow, error_text, headings
 
 PAIRS_NOTE = (
     "Test examples gained less those lost by the method of the line against that of the column, the seeds of both "
-    "pooled; p is McNemar's exact test."
+    "pooled; p is McNemar's exact test, Holm-corrected for the tests of this table."
 )
 
 
@@ -36,12 +38,30 @@ class Table:
         cells = [[line[number] for number in kept] for line in self.cells]
         return Table(self.heading, [self.columns[number] for number in kept], cells, self.note)
 
+    def csv(self) -> str:
+        """Head and rows with commas; a cell that a spreadsheet would take for a formula is quoted, a number is not."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerows([[_csv_value(cell) for cell in line] for line in (self.columns, *self.cells)])
+        return buffer.getvalue()
+
+    def latex(self) -> str:
+        """A tabular of the package booktabs."""
+        head, *lines = (" & ".join(latex_cell(cell) for cell in line) + r" \\" for line in (self.columns, *self.cells))
+        spec = "l" + "r" * (len(self.columns) - 1)
+        body = [r"\toprule", head, r"\midrule", *lines, r"\bottomrule"]
+        return "\n".join([rf"\begin{{tabular}}{{{spec}}}", *body, r"\end{tabular}", ""])
+
     def markdown(self) -> str:
         """A section of a Markdown file."""
         columns, *cells = ([plain(cell) for cell in line] for line in (self.columns, *self.cells))
         lines = [columns, ["---"] * len(columns), *cells]
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"## {plain(self.heading)}\n\n{body}\n" + (f"\n{plain(self.note)}\n" if self.note else "")
+
+
+def _csv_value(text: str) -> str:
+    return text if re.fullmatch(r"[+-]?[\d.]+", text) else csv_cell(text)
 
 
 def plain(text: str) -> str:
@@ -54,7 +74,7 @@ def plain(text: str) -> str:
 def tables(findings: Findings) -> list[Table]:
     """Every table there is something to say in."""
     candidates = [comparison(findings), diverged(findings), *pairs(findings), every_parameter(findings)]
-    candidates += [ratios(findings)]
+    candidates += [ratios(findings), classes(findings)]
     candidates += [*robustness(findings), masking(findings)]
     return [table.compact() for table in candidates if table and table.cells]
 
@@ -102,9 +122,13 @@ def pairs(findings: Findings) -> list[Table]:
         rows = [row for row in findings.chosen if row.variant == variant and findings.outcomes(row, CLEAN)]
         if len(rows) > 2:
             columns = [f"vs {row.label}" for row in rows[:-1]]
-            cells = [[_against(findings, base, row) for base in rows[:number]] for number, row in enumerate(rows)]
+            tests = {(a, b): findings.paired(rows[b], rows[a]) for a in range(len(rows)) for b in range(a)}
+            known = {place: test for place, test in tests.items() if test}
+            fair = dict(zip(known, stats.holm([test.p for test in known.values()]), strict=True))
+            texts = {place: f"{test.gained - test.lost:+d}, p = {fair[place]:.2g}" for place, test in known.items()}
             lines = [
-                [row.label, *line, *[""] * (len(columns) - len(line))] for row, line in zip(rows, cells, strict=True)
+                [row.label, *(texts.get((number, place), "") for place in range(len(columns)))]
+                for number, row in enumerate(rows)
             ]
             heading = "Methods in pairs" + (f", {variant}" if variant else "")
             found.append(Table(heading, ["method", *columns], lines[1:], PAIRS_NOTE))
@@ -142,6 +166,14 @@ def ratios(findings: Findings) -> Table:
     clock = ", or ".join(kinds[kind] for kind in sorted(findings.clocks()))
     note = f"The median epoch of a run, mean over seeds, training alone; {clock}. bp skips the first layer's vjp."
     return Table("Time of an epoch", columns, cells, note)
+
+
+def classes(findings: Findings) -> Table:
+    """Error on the test examples of each class."""
+    found = [(row, errors) for row in findings.chosen if (errors := findings.classes(row))]
+    count = max((len(errors) for _, errors in found), default=0)
+    cells = [[title(row), *("" if math.isnan(e) else f"{e:.2f}" for e in errors)] for row, errors in found]
+    return Table("Error by class", ["method", *map(str, range(count))], cells, "Errors in %, the seeds pooled.")
 
 
 def masking(findings: Findings) -> Table:
@@ -253,13 +285,8 @@ def _word(sign: int) -> str:
 
 
 def _mcnemar(findings: Findings, row: ResultRow) -> str:
-    test = findings.against_base(row)
-    return f"+{test.gained} −{test.lost}, p = {test.p:.2g}" if test else ""
-
-
-def _against(findings: Findings, base: ResultRow, row: ResultRow) -> str:
-    test = findings.paired(base, row)
-    return f"{test.gained - test.lost:+d}, p = {test.p:.2g}" if test else ""
+    found = findings.corrected.get((row.variant, row.label))
+    return f"+{found[0].gained} −{found[0].lost}, p = {found[1]:.2g}" if found else ""
 
 
 def _paper_ratio(findings: Findings, row: ResultRow) -> str:
@@ -269,17 +296,15 @@ def _paper_ratio(findings: Findings, row: ResultRow) -> str:
 
 
 def _note(findings: Findings) -> str:
-    known = [(row, paper) for row in findings.chosen if row.errors and (paper := findings.published(row))]
     notes = []
-    if any(findings.against_base(row) for row in findings.chosen):
-        notes.append("+ examples gained and − lost against bp, the seeds of both pooled; p is McNemar's exact test.")
-    for variant in dict.fromkeys(row.variant for row, _ in known):
-        same, total = pairs_in_order(_of(known, variant))
+    if findings.corrected:
+        count = len(findings.corrected)
+        family = f"Holm-corrected for the {count} test{'s' if count > 1 else ''} of this table"
+        pooled = "+ examples gained and − lost against bp, the seeds of both pooled"
+        notes.append(f"{pooled}; p is McNemar's exact test, {family}.")
+    for variant in dict.fromkeys(row.variant for row in findings.chosen):
+        same, total = in_order(findings, variant)
         if total:
             where = f" ({variant})" if variant else ""
             notes.append(f"{same} of {total} pairs of methods that differ in the paper lie the same way round{where}.")
     return " ".join(notes)
-
-
-def _of(known: Iterable[tuple[ResultRow, Published]], variant: str) -> list[tuple[ResultRow, Published]]:
-    return [(row, paper) for row, paper in known if row.variant == variant]

@@ -9,46 +9,86 @@ from jinja2 import Environment
 
 from ibp_triton.harness import store, yamltext
 from ibp_triton.harness.loading import ExperimentFile
-from ibp_triton.harness.report import csvfiles, figures, tables
-from ibp_triton.harness.report.figures import Sketch
+from ibp_triton.harness.report import compare, csvfiles, figures, tables, verdict
 from ibp_triton.harness.report.gather import Findings
+from ibp_triton.harness.report.samples import samples
+from ibp_triton.harness.report.sketch import INK, Sketch
+from ibp_triton.harness.report.tables import Table
 
 PROTOCOLS = 50
 LABELS_ONLY = ("name", "title", "output", "runs", "workers")
 
 
-def write_report(plan: ExperimentFile, root: Path, folder: Path) -> list[Path]:
-    """report.html, tables.md, results.csv, curves.csv and figures/* in `folder`, from the runs under `root`."""
+def write_report(
+    plan: ExperimentFile, root: Path, folder: Path, png: bool = True, data_dir: str | None = None
+) -> list[Path]:
+    """report.html, tables.md, results.csv, curves.csv and figures/* in `folder`, from the runs under `root`.
+
+    Pictures of examples are drawn where `root` has checkpoints and their data are there, in `data_dir` if given.
+    """
     findings = Findings(plan, root)
-    sketches = list(figures.sketches(findings))
+    first = list(figures.errors(findings))
+    others = [*figures.sketches(findings), *samples(findings, data_dir)]
     contents: dict[str, bytes] = {
-        "report.html": page(findings, sketches).encode(),
+        "report.html": _experiment_page(findings, first, others).encode(),
         "tables.md": tables.markdown(findings).encode(),
         "results.csv": csvfiles.results_csv(findings).encode(),
         "curves.csv": csvfiles.curves_csv(findings).encode(),
     }
-    for sketch in sketches:
-        contents[f"figures/{sketch.name}.svg"] = sketch.svg().replace(figures.INK, "#000000").encode()
-        contents[f"figures/{sketch.name}.png"] = sketch.png()
+    for sketch in [*first, *others]:
+        contents[f"figures/{sketch.name}.svg"] = sketch.svg().replace(INK, "#000000").encode()
+        if png:
+            contents[f"figures/{sketch.name}.png"] = sketch.png()
     for name, content in contents.items():
         store.write_bytes(folder / name, content)
     return [folder / name for name in contents]
 
 
-def page(findings: Findings, sketches: list[Sketch]) -> str:
-    """The HTML page: no scripts, nothing loaded from elsewhere."""
-    template = resources.files("ibp_triton.harness.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+def write_comparison(first: Findings, second: Findings, folder: Path) -> list[Path]:
+    """against_NAME.html and .md in `folder`, NAME the first experiment's."""
+    found = compare.against(first, second)
+    names = " and ".join(findings.experiment.title or findings.experiment.name for findings in (first, second))
+    return _write(folder / f"against_{first.experiment.name}.html", names, compare.verdict(found), [found.compact()])
+
+
+def write_leaderboard(experiments: list[Findings], file: Path) -> list[Path]:
+    """The page `file`, and the same as Markdown beside it."""
+    found = compare.leaderboard(experiments)
+    count = sum(len(table.cells) for table in found)
+    sentence = f"{count} rows of {len(experiments)} experiments, the lowest error first."
+    return _write(file, "Leaderboard", [sentence], found)
+
+
+def _write(file: Path, heading: str, sentences: list[str], shown: list[Table]) -> list[Path]:
+    text = f"# {tables.plain(heading)}\n\n{tables.plain(' '.join(sentences))}\n\n"
+    text += "\n".join(table.markdown() for table in shown)
+    store.write_bytes(file, page(heading, sentences, [table for table in shown if table.cells]).encode())
+    store.write_bytes(file.with_suffix(".md"), text.encode())
+    return [file, file.with_suffix(".md")]
+
+
+def _experiment_page(findings: Findings, first: list[Sketch], others: list[Sketch]) -> str:
+    return page(
+        findings.experiment.title or findings.experiment.name,
+        verdict.sentences(findings),
+        tables.tables(findings),
+        first=first,
+        figures=others,
+        state=tables.state(findings),
+        protocols=protocols(findings),
+        environments=[_yaml(environment) for environment in findings.environments()],
+    )
+
+
+def page(heading: str, sentences: list[str], shown: list[Table], **more: object) -> str:
+    """An HTML page with its script inside, which loads nothing: the verdict, figures, tables."""
+    files = resources.files("ibp_triton.harness.report")
+    template = files.joinpath("page.html.j2").read_text(encoding="utf-8")
+    script = files.joinpath("page.js").read_text(encoding="utf-8")
     return (
         Environment(autoescape=True, trim_blocks=True)
         .from_string(template)
-        .render(
-            heading=findings.experiment.title or findings.experiment.name,
-            state=tables.state(findings),
-            tables=tables.tables(findings),
-            figures=[{"svg": sketch.inline(), "caption": sketch.caption} for sketch in sketches],
-            protocols=protocols(findings),
-            environments=[_yaml(environment) for environment in findings.environments()],
-        )
+        .render(heading=heading, verdict=sentences, tables=shown, script=script, **more)
     )
 
 
