@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,20 +139,33 @@ def select(operation: str, shape: str, tensor: Tensor) -> Config:
 
 
 def chip(device: torch.device) -> str:
-    """The chip family of a device: its own, or the nearest older one in `FAMILIES`; sm_90 for the interpreter."""
+    """The chip family whose rows serve a device; sm_90 for the interpreter."""
     if _forced:
         return _forced[-1]
-    return _family(device.index or 0) if device.type == "cuda" else "sm_90"
+    return _device(device.index).family if device.type == "cuda" else "sm_90"
+
+
+@dataclass(frozen=True)
+class _Device:
+    """What is asked of a real device."""
+
+    family: str
+    tf32: bool  # whether its matrix units have it
+    multiprocessors: int
 
 
 @cache
-def _family(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
+def _device(index: int | None) -> _Device:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    count = properties.multi_processor_count
     if torch.version.hip:
-        return "gfx942" if properties.gcnArchName.startswith("gfx9") else "gfx1100"
+        name = properties.gcnArchName
+        return _Device("gfx942" if name.startswith("gfx9") else "gfx1100", name.startswith("gfx94"), count)
+    # 12.x has Ampere's matrix instructions and shared memory, not those of 10.x; else the nearest older family
+    version = 80 if properties.major >= 12 else 10 * properties.major + properties.minor
     known = [int(name.removeprefix("sm_")) for name in NVIDIA]
-    version = 10 * properties.major + properties.minor
-    return f"sm_{max((sm for sm in known if sm <= version), default=known[0])}"
+    family = f"sm_{max((sm for sm in known if sm <= version), default=known[0])}"
+    return _Device(family, properties.major >= 8, count)
 
 
 @contextmanager
@@ -171,6 +185,8 @@ def on_chip(family: str) -> Iterator[None]:
 
 def multiprocessors(tensor: Tensor) -> int:
     """How many programs keep the chip of `tensor` busy."""
+    if tensor.device.type == "cuda" and not _forced:
+        return _device(tensor.device.index).multiprocessors
     return MULTIPROCESSORS[chip(tensor.device)]
 
 
@@ -186,6 +202,17 @@ def splits(tensor: Tensor, programs: int, steps: int) -> int:
 
 
 def precision(tensor: Tensor) -> str:
-    """How float32 products are computed: torch's setting for matrix products, `ieee` where the chip has no tf32."""
-    allowed = torch.backends.cuda.matmul.allow_tf32 and chip(tensor.device) != "gfx1100"
-    return "tf32" if allowed and tensor.dtype == torch.float32 else "ieee"
+    """How the products of a float32 tensor are computed: `tf32` where torch's setting and the chip say so, or `ieee`.
+
+    The setting is that of torch's own operation: cuDNN's convolutions for images [..., C, H, W], matrix products for
+    the rest. AMD's convolutions have none and follow the matrix products'. It is read by `fp32_precision`, which knows
+    what was set by `allow_tf32` too, while `allow_tf32` can't be read once the other was set.
+    """
+    if tensor.dtype != torch.float32:
+        return "ieee"
+    family = chip(tensor.device)
+    exists = _device(tensor.device.index).tf32 if tensor.device.type == "cuda" and not _forced else family != "gfx1100"
+    image = tensor.dim() > 3 and family in NVIDIA
+    cudnn: Any = torch.backends.cudnn  # its settings are made at run time
+    setting = cudnn.conv if image else torch.backends.cuda.matmul
+    return "tf32" if exists and setting.fp32_precision == "tf32" else "ieee"

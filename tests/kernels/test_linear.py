@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ibp_triton.kernels.cases import allowing_tf32
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from tests.kernels.support import DTYPES, assert_close, randn, unchanged
 
@@ -43,11 +44,8 @@ def test_tf32_follows_torch():
     x, weight = randn(1, 16, 64), randn(16, 64)
     exact = x.double() @ weight.double().T
     assert_close(linear(x, weight), exact, torch.float32)
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    with allowing_tf32(True):
         error = (linear(x, weight).double() - exact).abs().max()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
     assert 1e-5 < error / exact.square().mean().sqrt() < 1e-2
 
 

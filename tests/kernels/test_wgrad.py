@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ibp_triton.kernels.cases import allowing_tf32
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import DTYPES, assert_close, last, randn, unchanged
@@ -94,14 +95,11 @@ def test_the_penalty_survives_low_precision(dtype):
     tf32 = dtype == "tf32"
     dtype = torch.float32 if tf32 else dtype
     weight, geometry, a, t, d, _ = linear_case(256, 37, 19, dtype)
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    with allowing_tf32(tf32):
         total, _ = weight_gradient([Segment(1.0, a, d), Segment(BETA, t, d)], weight, geometry, dtype=torch.float32)
         base, _ = weight_gradient([Segment(1.0, a, d)], weight, geometry, dtype=torch.float32)
         with pytest.raises(ValueError, match="rounded"):
             weight_gradient([Segment(1.0, a, d, push=t)], weight, geometry)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
     exact = g(t, d, weight, geometry)
     error = ((total.double() - base.double()) / BETA - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     # two float32 sums of size 1/β stand behind the difference; tf32 also truncates t and d, ten bits each
