@@ -191,11 +191,19 @@ def contract_into(
         w: the weight; `w_strides` are those of (column, channel, tap row, tap column).
         geometry: GEOMETRY of the kernel.
         inside: pairs of a position of `out` and a tap that meet a pixel of `x` (for the cost).
+        bias: [columns]; one with gaps is copied.
         mask: dense [samples, ...] like one tangent of `out`.
+
+    Raises ValueError for a bias or a mask of another size.
     """
     tangents, samples = x.shape[:2]
     positions, taps = geometry[2] * geometry[3], geometry[4] * geometry[5]
     rows, depth = samples * positions, channels * taps
+    if bias is not None:
+        bias = bias.contiguous()
+    for name, tensor, expected in (("bias", bias, columns), ("mask", mask, rows * columns)):
+        if tensor is not None and tensor.numel() != expected:
+            raise ValueError(f"the {name} {tuple(tensor.shape)} does not have {expected} elements, as the result asks")
     config = select("contract", _shape_class(tangents, rows, columns, depth, w_strides[0] == 1), x)
     group = min(tangents, config.group)
     tiles = (cdiv(rows, config.block_m), cdiv(columns, config.block_n), cdiv(tangents, max(group, 1)))

@@ -23,7 +23,7 @@ def conv2d(
         x: [T, N, C, H, W], any strides (channels-last ones load 128 bits at a time); float32, bfloat16 or float16.
         weight: [O, C, KH, KW], any strides, of x's dtype.
         geometry: the sizes, as `Geometry.conv` gives them.
-        bias: [O], contiguous; none on the linear sweep.
+        bias: [O]; none on the linear sweep.
         relu: clip the result at zero (the forward pass).
         mask: [N, O, OH, OW], channels last; the result is kept where mask > 0, for every tangent.
         sign: read x as sign(x): the seed of norm 1, without a tensor for it.

@@ -187,7 +187,7 @@ def weight_gradient(
 
     Args:
         segments: one to four; the left sides have the same strides, the right sides are dense, channels last.
-        weight: the weight whose gradient it is; shape, dtype and strides of the result.
+        weight: the weight whose gradient it is; shape, dtype and order of axes of the result, which has no gaps.
         geometry: of the convolution's forward pass; `geometry.ONE` for a linear layer.
         beta: the factor of every `push`.
         scale: 1 / N of the objective's mean.
@@ -228,7 +228,7 @@ def weight_gradient(
             "scale": float(scale),
             **{f"n{i}": s.left.shape[0] for i, s in enumerate(padded)},
             **dict(zip(("x_n", "x_h", "x_w", "x_c"), (sn, sh, sw, 1 if channels == 1 else sc), strict=True)),
-            **dict(zip(("w_j", "w_c", "w_h", "w_w"), (*weight.stride(), 0, 0)[:4], strict=True)),
+            **dict(zip(("w_j", "w_c", "w_h", "w_w"), (*gradient.stride(), 0, 0)[:4], strict=True)),
             "size": weight.numel(),
             "C": channels,
             "J": outputs,

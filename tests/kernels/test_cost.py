@@ -80,7 +80,7 @@ def test_what_a_launch_refuses(monkeypatch):
     with pytest.raises(ValueError, match="several devices"):
         launch(asked.kernel, (1, 1, 1), arguments | {"out": torch.empty(4, device="meta")}, asked.config, asked.cost)
     huge = torch.empty(1, dtype=torch.uint8).expand(2**31)
-    with pytest.raises(ValueError, match="over 2147483647"):
+    with pytest.raises(ValueError, match="spans more than"):
         launch(asked.kernel, (1, 1, 1), arguments | {"x": huge}, asked.config, asked.cost)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="need a CUDA device"):

@@ -5,6 +5,7 @@ import torch
 
 from ibp_triton.kernels.cases import allowing_tf32
 from ibp_triton.kernels.geometry import ONE, Geometry
+from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import DTYPES, assert_close, last, randn, unchanged
 
@@ -72,6 +73,21 @@ def test_the_result_has_the_dtype_and_the_strides_of_the_weight(dtype):
     assert_close(gradient, g(a, d, weight, geometry), dtype)
     plain, _ = weight_gradient([Segment(1.0, a, d)], weight.contiguous(), geometry)
     assert torch.equal(plain, gradient)
+
+
+@pytest.mark.parametrize("samples", [3, 200])  # in one part, and split
+def test_the_gradient_of_a_weight_with_gaps_has_none(samples):
+    geometry = Geometry.conv((6, 6), (3, 3), (1, 1), (0, 0), (1, 1))
+    weight, a, d = randn(3, 2, 5, 5)[:, :, :3, :3], last(randn(samples, 2, 6, 6)), last(randn(samples, 3, 4, 4))
+    with recording() as launches:
+        gradient, bias = weight_gradient([Segment(1.0, a, d, bias=True)], weight, geometry)
+    assert (len(launches) > 1) == (samples > 3)
+    assert gradient.is_contiguous()
+    assert_close(gradient, g(a, d, weight, geometry), torch.float32)
+    assert_close(bias, d.double().sum((0, 2, 3)), torch.float32)
+    rows = randn(5, 14)[:, ::2]
+    a, d = randn(4, 7), randn(4, 5)
+    assert_close(weight_gradient([Segment(1.0, a, d)], rows, ONE)[0], g(a, d, rows, ONE), torch.float32)
 
 
 @pytest.mark.parametrize("sign", [False, True])
