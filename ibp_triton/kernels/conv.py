@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.kernels.contract import contract_into
-from ibp_triton.kernels.geometry import Geometry
+from ibp_triton.kernels.geometry import Geometry, sample_stride
 
 
 def conv2d(
@@ -77,8 +77,8 @@ def channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Strides in the kernels' order: tangent, sample, row, column, channel (1 where the channel axis is trivial)."""
-    t, n, c, h, w = x.stride()
-    return t, n, h, w, 1 if x.shape[2] == 1 else c
+    t, _, c, h, w = x.stride()
+    return t, sample_stride(x, 1), h, w, 1 if x.shape[2] == 1 else c
 
 
 def _dense(mask: Tensor | None) -> Tensor | None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.kernels.contract import contract_into
-from ibp_triton.kernels.geometry import ONE
+from ibp_triton.kernels.geometry import ONE, sample_stride
 
 
 def linear(
@@ -34,7 +34,7 @@ def linear(
     out = x.new_empty((tangents, samples, outputs))
     contract_into(
         out, x, weight, ONE.constants,
-        x_strides=(x.stride(0), x.stride(1), 0, 0, 1), w_strides=(inputs, 1, 0, 0),
+        x_strides=(x.stride(0), sample_stride(x, 1), 0, 0, 1), w_strides=(inputs, 1, 0, 0),
         channels=inputs, columns=outputs, inside=1, sign=sign, bias=bias, relu=relu, mask=mask,
     )  # fmt: skip
     return out
@@ -56,7 +56,7 @@ def linear_vjp(d: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     out = d.new_empty((tangents, samples, inputs))
     contract_into(
         out, d, weight, ONE.constants,
-        x_strides=(d.stride(0), d.stride(1), 0, 0, 1), w_strides=(1, inputs, 0, 0),
+        x_strides=(d.stride(0), sample_stride(d, 1), 0, 0, 1), w_strides=(1, inputs, 0, 0),
         channels=outputs, columns=inputs, inside=1, mask=mask,
     )  # fmt: skip
     return out

@@ -52,7 +52,7 @@ def test_costs_are_what_the_interpreter_counts(instruments):
     with recording() as launches:
         everything()
     assert len(launches) == len(instruments) > 30
-    assert sum(launch.arguments.get("SPLITS", 1) > 1 for launch in launches) > 6
+    assert sum(launch.arguments.get("splits", 1) > 1 for launch in launches) > 6
     for asked, seen in zip(launches, instruments, strict=True):
         assert asked.name == seen.kernel
         assert asked.cost.loaded == seen.total("loaded"), asked

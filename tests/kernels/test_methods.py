@@ -173,6 +173,18 @@ def test_float64_and_odd_calls_keep_torch_rules():
     assert not ibp.Network(model.float()).native  # "auto", on a CPU
 
 
+@pytest.mark.parametrize("key", ["loss_ibp", "tbp"])
+def test_a_batch_of_one(key):
+    """One sample has no stride to the next: torch gives it any, and none of them is read."""
+    model, x, labels, tangents = setting(cifar10)
+    x, labels, tangents = x[:1], labels[:1], tangents[:, :1]
+    model, method = model.to(memory_format=torch.channels_last), ibp.METHODS[key](0.3)
+    tau = tangents if method.needs_tangents else None
+    _, found = method.gradients(ibp.Network(model, backend="triton"), x, labels, tau)
+    _, expected = method.gradients(ibp.Network(model, backend="torch"), x, labels, tau)
+    assert errors(found, expected) < TOLERANCE
+
+
 def test_frozen_weights_and_missing_biases():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.ReLU(), nn.Linear(7, 10))

@@ -131,6 +131,16 @@ def test_tangents_lie_behind_one_another_as_rows():
     assert_close(total, exact, torch.float32)
 
 
+def test_one_sample_beside_several_and_none_at_all():
+    weight, a, d = randn(3, 7), randn(4, 7), randn(4, 3)
+    one = torch.as_strided(a, (1, 7), (1, 1))  # its stride to the next sample says nothing
+    total, _ = weight_gradient([Segment(1.0, one, d[:1]), Segment(1.0, a, d)], weight, ONE)
+    assert_close(total, g(a, d, weight, ONE) + g(a[:1], d[:1], weight, ONE), torch.float32)
+    total, bias = weight_gradient([Segment(1.0, a[:0], d[:0], bias=True)], weight, ONE)
+    assert not total.any()
+    assert not bias.any()
+
+
 def test_what_is_rejected():
     a, d, weight = randn(4, 7), randn(4, 3), randn(3, 7)
     with pytest.raises(ValueError, match="1 to 4"):
