@@ -94,7 +94,7 @@ class Backward:
     """A reverse sweep over a tape from δ_K = ``d`` [N, M] or [T, N, M]; it runs when it is read."""
 
     def __init__(self, trace: Tape, d: Tensor) -> None:
-        self.trace, self.seed = trace, d / trace.divisor
+        self.trace, self.seed, self.start = trace, (d / trace.divisor).to(trace.logits.dtype), d
         self.parts: dict[str, Tensor] | None = None  # the parameters' derivatives, divided; None before it has run
         self._by_x: Tensor | None = None
 
