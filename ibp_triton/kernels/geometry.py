@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 from torch import Tensor
@@ -83,9 +84,14 @@ class Geometry:
         return self._along(0) * self._along(1)
 
     def _along(self, axis: int) -> int:
-        n, m, k = self.size[axis], self.out[axis], self.kernel[axis]
-        s, p, d = self.stride[axis], self.padding[axis], self.dilation[axis]
-        return sum(0 <= o * s - p + i * d < n for o, i in product(range(m), range(k)))
+        sizes = (self.size, self.out, self.kernel, self.stride, self.padding, self.dilation)
+        return _meeting(*(pair[axis] for pair in sizes))
+
+
+@lru_cache(256)
+def _meeting(n: int, m: int, k: int, s: int, p: int, d: int) -> int:
+    """Pairs of a position and a tap along one axis that meet a pixel; asked for at each launch."""
+    return sum(0 <= o * s - p + i * d < n for o, i in product(range(m), range(k)))
 
 
 def sample_stride(x: Tensor, axis: int) -> int:
