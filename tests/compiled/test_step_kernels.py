@@ -4,6 +4,8 @@ from functools import cache
 
 import pytest
 import torch
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 import ibp_triton as ibp
 from ibp_triton.bench import modern
@@ -28,15 +30,30 @@ def network(name):
 
 
 @cache
-def launches(name, method, batch, kind="float32", chip="sm_90"):
-    """One launch for each signature of a step that is recorded and not run."""
+def recorded(name, method, batch, kind="float32", chip="sm_90"):
+    """The launches of a step that is not run."""
     (model, shape), (dtype, tf32) = network(name), KINDS[kind]
     x = torch.zeros(batch, *shape).contiguous(memory_format=torch.channels_last)
     tau = torch.zeros(5, batch, shape[1], shape[2], shape[0]).movedim(-1, 2) if method.needs_tangents else None
     wrapped = ibp.Network(model, backend="triton", dtype=dtype)
     with tiles.on_chip(chip), allowing_tf32(tf32), recording(execute=False) as record:
         method.gradients(wrapped, x, torch.zeros(batch, dtype=torch.int64), tau)
-    return {aot.signature(launch): launch for launch in record}
+    return record
+
+
+def launches(name, method, batch, kind="float32", chip="sm_90"):
+    """One launch for each signature."""
+    return {aot.signature(launch): launch for launch in recorded(name, method, batch, kind, chip)}
+
+
+def test_triton_tells_the_same_kernels_apart():
+    """By its own key of a launch, which needs no device: what decides whether it compiles."""
+    backend, pairs = make_backend(aot.CHIPS["sm_90"].target), set()
+    for batch in (32, *TAILS):
+        for launch in recorded("mnist", METHODS[0], batch):
+            key = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+            pairs.add((aot.signature(launch), launch.name, str(key(**launch.arguments)[1]), launch.config))
+    assert len(pairs) == len({own for own, *_ in pairs}) == len({tuple(key) for _, *key in pairs}) > 25
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
