@@ -116,7 +116,7 @@ class _Target:
 
     def __init__(self, method: Any, y: Any, x: Tensor) -> None:
         self.criterion, self.y, self.batch = getattr(method, "criterion", None), torch.as_tensor(y), x.shape[0]
-        self.weights = self._weights(torch.ones(self.batch, dtype=x.dtype))
+        self.weights = self._weights(x.new_ones(self.batch))
 
     def _weights(self, ones: Tensor) -> Tensor:
         """N κ_n: what each sample counts in the criterion on the batch."""

@@ -445,4 +445,6 @@ def _plain(value: Any) -> Any:
 
 def _flags() -> tuple[Any, ...]:
     """torch's switches that choose between kernels."""
-    return torch.get_float32_matmul_precision(), torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic
+    cudnn: Any = torch.backends.cudnn  # its settings are made at run time
+    precisions = (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+    return *precisions, cudnn.enabled, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()

@@ -94,6 +94,7 @@ class Reverse(Sweep):
     ) -> None:
         super().__init__([None] * len(trace.graph.nodes))
         self.trace, self.to_input, self.bends, self.passing = trace, to_input, bends, passing
+        self.start = d  # before it was rounded to the logits' dtype
         self[trace.graph.output] = d
 
     @property

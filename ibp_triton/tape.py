@@ -98,7 +98,7 @@ class Backward:
     """A reverse sweep over a tape from δ_K = ``d`` [N, M] or [T, N, M]; it runs when it is read."""
 
     def __init__(self, trace: Tape, d: Tensor) -> None:
-        self.trace, self.seed = trace, d / trace.divisor
+        self.trace, self.seed, self.start = trace, (d / trace.divisor).to(trace.logits.dtype), d
         self.parts: dict[str, Tensor] | None = None  # the parameters' derivatives, divided; None before it has run
         self._by_x: Tensor | None = None
 
@@ -156,11 +156,11 @@ class _Slope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, loss: Loss) -> Tensor:
         ctx.loss = loss
-        return loss.c.clone()
+        return loss.c.to(z.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        return ctx.loss.hessian(v), None
+        return ctx.loss.hessian(v.to(ctx.loss.c.dtype)).to(v.dtype), None
 
 
 class Climb(Backward):

@@ -92,7 +92,7 @@ def _case(arguments: dict[str, Any]) -> str:
             words.append(word)
     if arguments.get("AXPY"):
         words.append("a + βt")
-    for name, word in (("GROUP", "tangents"), ("SEGMENTS", "terms"), ("SPLITS", "splits")):
+    for name, word in (("GROUP", "tangents"), ("SEGMENTS", "terms"), ("splits", "splits")):
         if arguments.get(name, 1) > 1:
             words.append(f"{arguments[name]} {word}")
     if "GROUP" not in arguments and arguments.get("tangents", 1) > 1:

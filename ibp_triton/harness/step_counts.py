@@ -150,16 +150,20 @@ def count(network: str, method: Method, batch: int, tangents: int = 5) -> StepCo
 
 
 def recorded(network: str, method: Method, batch: int, tangents: int = 5) -> tuple[list[Any], Operators]:
-    """The launches of one step by the Triton backend, none of them run, and the torch operators between them."""
-    from ibp_triton.kernels.launcher import recording  # here, so that the harness does without triton
+    """The launches of one step by the Triton backend, none of them run, and the torch operators between them.
+
+    In exact float32, whatever torch's settings are.
+    """
+    from ibp_triton.kernels.cases import allowing_tf32  # here, so that the harness does without triton
+    from ibp_triton.kernels.launcher import recording
 
     model, x, labels, tau = _setting(network, method, batch, tangents, "cpu")
     model = model.to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
     wrapped = Network(model, backend="triton")
-    with recording(execute=False):
+    with allowing_tf32(False), recording(execute=False):
         wrapped.forward(x, {})  # finds the kernels; the step itself follows
-    with recording(execute=False) as launches, Operators() as others:
+    with allowing_tf32(False), recording(execute=False) as launches, Operators() as others:
         method.gradients(wrapped, x, labels, tau)
     return launches, others
 

@@ -135,18 +135,23 @@ def signature(launch: Launch) -> tuple[Any, ...]:
 
 
 def _source(launch: Launch) -> ASTSource:
-    """The kernel specialised as the launcher would: integers of 1 are constants, multiples of 16 are known to be so."""
+    """The kernel specialised as the launcher would: integers of 1 are constants, multiples of 16 are known to be so.
+
+    Unless the kernel does without, for an argument that changes from batch to batch.
+    """
     names = launch.kernel.arg_names
     constant = {p.name for p in launch.kernel.params if p.is_constexpr}
+    general = {p.name for p in launch.kernel.params if p.do_not_specialize}
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes = {}
     for index, name in enumerate(names):
         value = launch.arguments[name]
-        if name in constant or (type(value) is int and value == 1):
+        if name in constant or (type(value) is int and value == 1 and name not in general):
             types[name], constants[name] = "constexpr", value
             continue
         aligned = value.data_ptr() % 16 == 0 if isinstance(value, Tensor) else type(value) is int and value % 16 == 0
+        aligned = aligned and name not in general
         types[name] = (
             f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32" if type(value) is int else "fp32"
         )

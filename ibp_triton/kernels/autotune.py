@@ -17,8 +17,9 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from ibp_triton.kernels import tiles as table
-from ibp_triton.kernels.tiles import Config, Key
+from ibp_triton.kernels.tiles import FAMILIES, FLOATS, Config, Key
 
+VERSION = 2  # of the file
 CANDIDATES = {
     "contract": [
         Config(*tile, warps=warps, stages=stages)
@@ -46,14 +47,15 @@ def tune(
         step: runs the work to be tuned for, without changing what it works on (`method.gradients`, say).
         path: a JSON file to keep the result in, for `load`.
         candidates: tiles to try, by operation.
-        clock: milliseconds of one call; by default `triton.testing.do_bench`, which needs a device.
+        clock: milliseconds of one call; by default those of a CUDA graph of it, for at small batches the time of a
+            plain call is that of its Python.
 
     Returns: the tile chosen for each key; it is in force from now on, the table's where nothing was faster.
     Raises: RuntimeError without a CUDA device, unless a clock is given.
     """
     if clock is None and not torch.cuda.is_available():
         raise RuntimeError("autotune.tune needs a CUDA device; without one the table of kernels.tiles stands")
-    clock = clock or triton.testing.do_bench
+    clock = clock or triton.testing.do_bench_cudagraph
     tiles: Mapping[str, Sequence[Config]] = candidates or CANDIDATES
     seen: set[Key] = set()
     table.watchers.append(seen)
@@ -66,7 +68,8 @@ def tune(
     chosen = {key: table.tuned[key] for key in sorted(seen) if key in table.tuned}
     if path is not None:
         entries = [{"key": list(key), "config": asdict(tile)} for key, tile in chosen.items()]
-        Path(path).write_text(json.dumps({"version": 1, "entries": entries}, indent=1) + "\n", encoding="utf-8")
+        content = {"version": VERSION, "device": _device(), "entries": entries}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return chosen
 
 
@@ -75,27 +78,59 @@ def _tune_one(
 ) -> float:
     """Leave the fastest tile in force for `key`; the milliseconds that the step then takes."""
     kept = table.tuned.get(key)
-    for tile in tiles:
-        table.tuned[key] = tile
-        try:
-            time = clock(step)
-        except OutOfResources:  # more shared memory or registers than the chip has
-            continue
-        if time < best:
-            kept, best = tile, time
-    if kept is None:
-        table.tuned.pop(key, None)
-    else:
-        table.tuned[key] = kept
+    try:
+        for tile in tiles:
+            table.tuned[key] = tile
+            try:
+                time = clock(step)
+            except OutOfResources:  # more shared memory or registers than the chip has
+                continue
+            if time < best:
+                kept, best = tile, time
+    finally:  # whatever stops it, no tile that was only tried stays in force
+        if kept is None:
+            table.tuned.pop(key, None)
+        else:
+            table.tuned[key] = kept
     return best
 
 
 def load(path: str | Path) -> int:
-    """Put the tiles of a file of `tune` in force; returns how many. Raises ValueError for another kind of file."""
+    """Put the tiles of a file of `tune` in force; returns how many.
+
+    Raises ValueError for another kind of file, for one of another device, and for numbers that are no tile.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = {tuple(e["key"]): Config(**e["config"]) for e in content["entries"] if content["version"] == 1}
+        entries = {tuple(e["key"]): Config(**e["config"]) for e in content["entries"]}
+        version, device = content["version"], content["device"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of autotune.tune: {error!r}") from error
+    if version != VERSION:
+        raise ValueError(f"{path} is of version {version} of such files, and {VERSION} is read: tune anew")
+    if device != _device():
+        raise ValueError(f"{path} was measured on {device!r}, and this is {_device()!r}: tune here, into another file")
+    for key, tile in entries.items():
+        known = len(key) == 4 and key[0] in CANDIDATES and key[2] in FAMILIES and key[3] in FLOATS
+        if not (known and _is_tile(tile)):
+            raise ValueError(f"{path}: {list(key)} with {tile} is no tile of a kernel: tune anew")
     table.tuned.update(entries)
     return len(entries)
+
+
+def _device() -> str:
+    """The name of the device at hand; "" without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def _is_tile(tile: Config) -> bool:
+    """Blocks that matrix products take, and launch options that a chip has."""
+    numbers = asdict(tile).values()
+    blocks = (tile.block_m, tile.block_n, tile.block_k)
+    return (
+        all(type(n) is int for n in numbers)
+        and all(16 <= n <= 256 and n & (n - 1) == 0 for n in blocks)
+        and tile.warps in (1, 2, 4, 8, 16)
+        and 1 <= tile.stages <= 8
+        and 1 <= tile.group <= 8
+    )

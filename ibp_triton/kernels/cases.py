@@ -5,6 +5,7 @@ The shapes are the paper's networks' at batch 32, channels last: the ones the ta
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -103,10 +104,14 @@ def launches(family: str, dtype: torch.dtype, tf32: bool = False) -> list[Launch
 
 @contextmanager
 def allowing_tf32(allowed: bool) -> Iterator[None]:
-    """torch's setting for float32 matrix products, for a block."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    """torch's settings for float32 matrix products and convolutions, for a block."""
+    cudnn: Any = torch.backends.cudnn  # its settings are made at run time
+    settings = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
     try:
+        for setting in settings:
+            setting.fp32_precision = "tf32" if allowed else "ieee"
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

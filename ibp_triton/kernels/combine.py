@@ -10,8 +10,10 @@ from torch import Tensor
 from ibp_triton.kernels.launcher import Cost, cdiv, launch
 from ibp_triton.kernels.tiles import select
 
+ROUND = 8  # parts whose loads are under way together
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["tangents", "splits"])
 def combine(
     partial,
     bias,
@@ -23,17 +25,18 @@ def combine(
     size,
     extra_size,
     columns,
-    SPLITS: tl.constexpr,
+    splits,
     BIAS: tl.constexpr,
     RELU: tl.constexpr,
     MASK: tl.constexpr,
     EXTRA: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[t, i] = epilogue(scale * sum_s partial[s, t, i]); grid (blocks of i).
 
     Pointers:
-        partial: [SPLITS, tangents, size + extra_size] float32.
+        partial: [splits, tangents, size + extra_size] float32.
         bias: [columns], added to element i as bias[i % columns]; read when BIAS.
         mask: [size], shared by the tangents; the result is kept where mask > 0; read when MASK.
         out: [tangents, size], any float type.
@@ -48,8 +51,10 @@ def combine(
         alive = tl.load(mask + i, mask=ok, other=0.0) > 0
     for t in range(tangents):
         y = tl.zeros((BLOCK,), dtype=tl.float32)
-        for s in range(SPLITS):
-            y += tl.load(partial + (s * tangents + t) * width + i, mask=ok, other=0.0)
+        for start in range(0, splits, ROUND):
+            s = start + tl.arange(0, ROUND)
+            at = (s * tangents + t)[:, None] * width + i[None, :]
+            y += tl.sum(tl.load(partial + at, mask=(s < splits)[:, None] & ok[None, :], other=0.0), 0)
         y *= scale
         if BIAS:
             y += shift
@@ -95,11 +100,12 @@ def combine_parts(
             "size": size,
             "extra_size": extra_size,
             "columns": 1 if bias is None else bias.numel(),
-            "SPLITS": partial.shape[0],
+            "splits": partial.shape[0],
             "BIAS": bias is not None,
             "RELU": relu,
             "MASK": mask is not None,
             "EXTRA": extra is not None,
+            "ROUND": ROUND,
             "BLOCK": config.block_m,
         },
         config,

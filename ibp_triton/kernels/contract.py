@@ -21,7 +21,8 @@ from ibp_triton.kernels.launcher import Cost, cdiv, launch
 from ibp_triton.kernels.tiles import precision, select, splits
 
 
-@triton.jit
+# What a batch's size changes is no constant, so that an epoch's last batch finds the kernels of the others.
+@triton.jit(do_not_specialize=["samples", "tangents", "steps", "splits", "x_t"])
 def contract(
     x,
     w,
@@ -31,6 +32,7 @@ def contract(
     samples,
     tangents,
     steps,
+    splits,
     x_t,
     x_n: tl.constexpr,
     x_h: tl.constexpr,
@@ -50,20 +52,20 @@ def contract(
     RELU: tl.constexpr,
     MASK: tl.constexpr,
     GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Contract channels and taps of x with w; grid (row tiles, column tiles, SPLITS * tangent groups).
+    """Contract channels and taps of x with w; grid (row tiles, column tiles, splits * tangent groups).
 
     Pointers:
         x: [T, samples, C, H, W] by the strides x_t * UNIT, x_n, x_c, x_h, x_w; any float type.
         w: [J, C, KH, KW] by the strides w_j, w_c, w_h, w_w; of x's type.
         bias: [J]; read when BIAS.
         mask: [rows, J], contiguous, shared by the tangents; the result is kept where mask > 0; read when MASK.
-        out: [T, rows, J], contiguous, rows = samples * OH * OW; with SPLITS > 1 a float32 [SPLITS, T, rows, J]
+        out: [T, rows, J], contiguous, rows = samples * OH * OW; if SPLIT a float32 [splits, T, rows, J]
             workspace of partial sums, and BIAS, RELU and MASK are left to `combine`.
 
     All strides but that of tangents are constants, and that one has the constant factor UNIT: so the compiler knows
@@ -85,8 +87,8 @@ def contract(
 
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2) % SPLITS
-    first = tl.program_id(2) // SPLITS * GROUP  # tangent of the first accumulator
+    split = tl.program_id(2) % splits
+    first = tl.program_id(2) // splits * GROUP  # tangent of the first accumulator
     rows = samples * OH * OW
     row_ok = row < rows
     col_ok = col < J
@@ -146,7 +148,7 @@ def contract(
 
     at = row[:, None] * J + col[None, :]
     keep = row_ok[:, None] & col_ok[None, :]
-    if SPLITS > 1:
+    if SPLIT:
         for t in tl.static_range(GROUP):
             place = (split * tangents + first + t) * rows * J + at
             tl.store(out + place, sums[t], mask=keep & (first + t < tangents))
@@ -191,11 +193,19 @@ def contract_into(
         w: the weight; `w_strides` are those of (column, channel, tap row, tap column).
         geometry: GEOMETRY of the kernel.
         inside: pairs of a position of `out` and a tap that meet a pixel of `x` (for the cost).
+        bias: [columns]; one with gaps is copied.
         mask: dense [samples, ...] like one tangent of `out`.
+
+    Raises ValueError for a bias or a mask of another size.
     """
     tangents, samples = x.shape[:2]
     positions, taps = geometry[2] * geometry[3], geometry[4] * geometry[5]
     rows, depth = samples * positions, channels * taps
+    if bias is not None:
+        bias = bias.contiguous()
+    for name, tensor, expected in (("bias", bias, columns), ("mask", mask, rows * columns)):
+        if tensor is not None and tensor.numel() != expected:
+            raise ValueError(f"the {name} {tuple(tensor.shape)} does not have {expected} elements, as the result asks")
     config = select("contract", _shape_class(tangents, rows, columns, depth, w_strides[0] == 1), x)
     group = min(tangents, config.group)
     tiles = (cdiv(rows, config.block_m), cdiv(columns, config.block_n), cdiv(tangents, max(group, 1)))
@@ -204,7 +214,7 @@ def contract_into(
     parts = cdiv(steps, cdiv(steps, parts))  # no part is empty
     target = out if parts == 1 else out.new_empty((parts, tangents, rows * columns), dtype=torch.float32)
     size, loads = x.element_size(), (bias, mask) if parts == 1 else (None, None)
-    unit = math.gcd(x_strides[0], 16) if tangents > 1 else 16  # 16 is what Triton looks for
+    unit = math.gcd(*x_strides[:2], 16) if tangents > 1 else 16  # 16 is what Triton looks for
     pointers = {
         "x": size * tangents * tiles[1] * samples * inside * channels,
         "w": size * tiles[0] * tiles[2] * depth * columns,
@@ -237,6 +247,7 @@ def contract_into(
             "samples": samples,
             "tangents": tangents,
             "steps": cdiv(steps, parts),
+            "splits": parts,
             "x_t": x_strides[0] // unit if tangents > 1 else 0,
             **dict(zip(("x_n", "x_h", "x_w", "x_c"), x_strides[1:], strict=True)),
             **dict(zip(("w_j", "w_c", "w_h", "w_w"), w_strides, strict=True)),
@@ -250,7 +261,7 @@ def contract_into(
             "RELU": relu and parts == 1,
             "MASK": loads[1] is not None,
             "GROUP": group,
-            "SPLITS": parts,
+            "SPLIT": parts > 1,
             "PRECISION": precision(x),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.kernels.contract import contract_into
-from ibp_triton.kernels.geometry import Geometry
+from ibp_triton.kernels.geometry import Geometry, sample_stride
 
 
 def conv2d(
@@ -23,7 +23,7 @@ def conv2d(
         x: [T, N, C, H, W], any strides (channels-last ones load 128 bits at a time); float32, bfloat16 or float16.
         weight: [O, C, KH, KW], any strides, of x's dtype.
         geometry: the sizes, as `Geometry.conv` gives them.
-        bias: [O], contiguous; none on the linear sweep.
+        bias: [O]; none on the linear sweep.
         relu: clip the result at zero (the forward pass).
         mask: [N, O, OH, OW], channels last; the result is kept where mask > 0, for every tangent.
         sign: read x as sign(x): the seed of norm 1, without a tensor for it.
@@ -77,8 +77,8 @@ def channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Strides in the kernels' order: tangent, sample, row, column, channel (1 where the channel axis is trivial)."""
-    t, n, c, h, w = x.stride()
-    return t, n, h, w, 1 if x.shape[2] == 1 else c
+    t, _, c, h, w = x.stride()
+    return t, sample_stride(x, 1), h, w, 1 if x.shape[2] == 1 else c
 
 
 def _dense(mask: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ from ibp_triton.kernels.launcher import Cost, cdiv, launch
 from ibp_triton.kernels.tiles import select
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tangents"])
 def gate(x, mask, out, size, tangents, MASK: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = x[t] where mask > 0, else 0 (MASK), or max(x[t], 0); grid (blocks of elements).
 

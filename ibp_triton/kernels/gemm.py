@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.kernels.contract import contract_into
-from ibp_triton.kernels.geometry import ONE
+from ibp_triton.kernels.geometry import ONE, sample_stride
 
 
 def linear(
@@ -21,7 +21,7 @@ def linear(
     Args:
         x: [T, N, I], the last axis contiguous; float32, bfloat16 or float16.
         weight: [O, I], contiguous, of x's dtype.
-        bias: [O], contiguous; none on the linear sweep.
+        bias: [O]; none on the linear sweep.
         relu: clip the result at zero (the forward pass).
         mask: [N, O], contiguous; the result is kept where mask > 0, for every tangent (the linear sweep's ReLU).
         sign: read x as sign(x): the seed of norm 1, without a tensor for it.
@@ -29,12 +29,12 @@ def linear(
     Returns: [T, N, O], contiguous, of x's dtype.
     Raises: ValueError for a shape, dtype or stride other than these.
     """
-    _check(x, weight, x.shape[2], weight.shape[1])
+    _check(x, weight, x.shape[2], weight.shape[1], mask)
     (outputs, inputs), (tangents, samples) = weight.shape, x.shape[:2]
     out = x.new_empty((tangents, samples, outputs))
     contract_into(
         out, x, weight, ONE.constants,
-        x_strides=(x.stride(0), x.stride(1), 0, 0, 1), w_strides=(inputs, 1, 0, 0),
+        x_strides=(x.stride(0), sample_stride(x, 1), 0, 0, 1), w_strides=(inputs, 1, 0, 0),
         channels=inputs, columns=outputs, inside=1, sign=sign, bias=bias, relu=relu, mask=mask,
     )  # fmt: skip
     return out
@@ -51,21 +51,23 @@ def linear_vjp(d: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns: [T, N, I], contiguous, of d's dtype.
     Raises: ValueError for a shape, dtype or stride other than these.
     """
-    _check(d, weight, d.shape[2], weight.shape[0])
+    _check(d, weight, d.shape[2], weight.shape[0], mask)
     (outputs, inputs), (tangents, samples) = weight.shape, d.shape[:2]
     out = d.new_empty((tangents, samples, inputs))
     contract_into(
         out, d, weight, ONE.constants,
-        x_strides=(d.stride(0), d.stride(1), 0, 0, 1), w_strides=(1, inputs, 0, 0),
+        x_strides=(d.stride(0), sample_stride(d, 1), 0, 0, 1), w_strides=(1, inputs, 0, 0),
         channels=outputs, columns=inputs, inside=1, mask=mask,
     )  # fmt: skip
     return out
 
 
-def _check(x: Tensor, weight: Tensor, features: int, expected: int) -> None:
+def _check(x: Tensor, weight: Tensor, features: int, expected: int, mask: Tensor | None) -> None:
     if features != expected:
         raise ValueError(f"{features} features do not meet a weight of shape {tuple(weight.shape)}")
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtypes {x.dtype} and {weight.dtype}: both must be the same of float32, bfloat16, float16")
     if not weight.is_contiguous() or (x.numel() and x.stride(-1) != 1):
         raise ValueError(f"strides {x.stride()} and {weight.stride()}: the last axis must be contiguous")
+    if mask is not None and not mask.is_contiguous():
+        raise ValueError(f"a mask must be contiguous; this one has strides {mask.stride()}")

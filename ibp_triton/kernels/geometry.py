@@ -1,7 +1,11 @@
 """Sizes of a convolution or a pooling: the constants of a kernel, and the counts that its cost follows from."""
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
+
+from torch import Tensor
 
 Pair = tuple[int, int]
 
@@ -80,9 +84,19 @@ class Geometry:
         return self._along(0) * self._along(1)
 
     def _along(self, axis: int) -> int:
-        n, m, k = self.size[axis], self.out[axis], self.kernel[axis]
-        s, p, d = self.stride[axis], self.padding[axis], self.dilation[axis]
-        return sum(0 <= o * s - p + i * d < n for o, i in product(range(m), range(k)))
+        sizes = (self.size, self.out, self.kernel, self.stride, self.padding, self.dilation)
+        return _meeting(*(pair[axis] for pair in sizes))
+
+
+@lru_cache(256)
+def _meeting(n: int, m: int, k: int, s: int, p: int, d: int) -> int:
+    """Pairs of a position and a tap along one axis that meet a pixel; asked for at each launch."""
+    return sum(0 <= o * s - p + i * d < n for o, i in product(range(m), range(k)))
+
+
+def sample_stride(x: Tensor, axis: int) -> int:
+    """The stride from one sample to the next; that of dense samples where there is one, whose own may be anything."""
+    return x.stride(axis) if x.shape[axis] > 1 else math.prod(x.shape[axis + 1 :])
 
 
 ONE = Geometry((1, 1), (1, 1), (1, 1))  # a linear layer: one position, one tap

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ibp_triton.kernels.tiles import Config
 
-INT32_MAX = 2**31 - 1
+SPAN = 2**31 - 2**16  # offsets are 32-bit, and a last block counts beyond the end of its tensor
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,19 @@ def recording(execute: bool = True) -> Iterator[list[Launch]]:
 def launch(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], config: Config, cost: Cost) -> None:
     """Launch `kernel` on the device of its tensors; an empty grid launches nothing.
 
-    Raises ValueError for a tensor with more than 2^31 - 1 elements (offsets are 32-bit), for tensors on several
-    devices and for a grid that no chip accepts, and RuntimeError where kernels cannot run (no CUDA device, and no
-    interpreter).
+    Raises ValueError for a tensor whose last element lies `SPAN` elements or more behind its first, for tensors on
+    several devices and for a grid that no chip accepts, and RuntimeError where kernels cannot run (no CUDA device, and
+    no interpreter).
     """
     if 0 in grid:
         return
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
-        if tensor.numel() > INT32_MAX:
-            raise ValueError(f"{kernel.__name__}: {name} has {tensor.numel()} elements, over {INT32_MAX}")
+        if max(tensor.numel(), span(tensor)) > SPAN:
+            raise ValueError(
+                f"{kernel.__name__}: {name} {tuple(tensor.shape)} by {tensor.stride()} spans more than {SPAN} "
+                "elements, the reach of 32-bit offsets: use smaller batches, or a copy without gaps"
+            )
     if max(grid[1:]) > 65535:
         raise ValueError(f"{kernel.__name__}: grid {grid} is over 65535 in its second or third axis")
     for record in _records:
@@ -100,6 +103,13 @@ def launch(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], c
         raise RuntimeError(f"{kernel.__name__}: Triton kernels need a CUDA device (these tensors are on {device})")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
+
+
+def span(tensor: Tensor) -> int:
+    """Elements from the first to the last of a tensor, the gaps between them included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def interpreted() -> bool:

@@ -15,7 +15,7 @@ from ibp_triton.kernels.tiles import Config, select
 MAX_CLASSES = 8192  # one row of logits must fit a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def cross_entropy_head(
     z, labels, loss, c, correct, samples, z_n, M: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -47,7 +47,7 @@ def cross_entropy_head(
     tl.store(correct + n, (at == label).to(tl.int32), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "tangents"])
 def softmax_hessian(z, t, out, samples, tangents, z_n, M: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):
     """out[s] = p * (t[s] - <p, t[s]>) with p = softmax(z); grid (row blocks).
 
@@ -70,7 +70,7 @@ def softmax_hessian(z, t, out, samples, tangents, z_n, M: tl.constexpr, WIDE: tl
         tl.store(out + at, p * (u - tl.sum(p * u, 1)[:, None]), mask=full)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["u_size"])
 def weighted_sum(u, v, out, u_size, v_size, a, b, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr):
     """out = a * sum u + b * sum v (of |v| if ABSOLUTE), in a fixed order; one program.
 

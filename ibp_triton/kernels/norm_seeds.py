@@ -52,7 +52,7 @@ def seed(u, x, out, value, features, epsilon, norm, ONE: tl.constexpr, TWO: tl.c
         tl.store(value + tl.program_id(0), tl.sum(total, 0) / norm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tangents"])
 def tangent_seed(d, tau, out, value, tangents, features, tau_t, norm, ONE: tl.constexpr, TWO: tl.constexpr,
                  LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """out = sum_j ψ(s_j) tau_j with s_j = <d, tau_j>, value = sum_j |s_j|^r / r; grid (samples).

@@ -88,7 +88,7 @@ def window_weight(top, left, GEOMETRY: tl.constexpr, COUNT_PADDING: tl.constexpr
     return 1.0 / tl.maximum(high * wide, 1).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tangents"])
 def pool_gather(
     t,
     code,
@@ -151,7 +151,7 @@ def pool_gather(
             tl.store(out + s * o_t + at, v, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tangents"])
 def pool_scatter(
     d,
     code,

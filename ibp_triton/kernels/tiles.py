@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,11 @@ TABLE = (
         "no spills at any shape, 128-bit loads; 64×64 tiles spill"),
     TileRow("contract", "tangents", ("gfx942",), HALF, Config(32, 32, 32, warps=2, stages=2),
         "128-bit loads of 32×32 halves (weights, mask) feed 128 threads, not 256; as many waves fit (144–174 VGPRs)"),
-    TileRow("contract", "tangents", NVIDIA, HALF, Config(32, 32, 64, warps=4, stages=2),
-        "as in tf32; a step of 64 halves is as many bytes as one of 32 floats, and half as many barriers"),
     TileRow("contract", "tangents", NVIDIA, ("float32",), Config(32, 32, 32, warps=8, stages=2),
         "FFMA alone: 66–80 registers (126 on sm_100); 4 warps take up to 164, or spill on sm_80"),
     TileRow("contract", "tangents", FAMILIES, FLOATS, Config(32, 32, 32, warps=4, stages=2),
-        "five accumulators of 32×32 take 40 registers a thread; two stages of six tiles fit 64 KiB of LDS"),
+        "five accumulators of 32×32 take 40 registers a thread; two stages of six tiles fit 64 KiB of LDS; in halves a "
+        "step of 64 spills 8 to 32 bytes in the first convolution"),
     TileRow("contract", "few rows", ("gfx942",), HALF, Config(32, 32, 64, warps=2, stages=2),
         "as below; 128-bit loads of a mask of 32×32 halves feed 128 threads, not 256"),
     TileRow("contract", "few rows", FAMILIES, FLOATS, Config(32, 32, 64, warps=4, stages=3),
@@ -70,8 +70,9 @@ TABLE = (
         "as below; 64 threads take 128 bits of the weights each; HGMMA wants 4 warps, and would leave them at 64"),
     TileRow("contract", "shallow", ("gfx942",), FLOATS, Config(64, 32, 16, warps=2, stages=2),
         "as below; 128-bit loads of a weight tile of 16×32 floats feed 128 threads"),
-    TileRow("contract", "shallow", FAMILIES, FLOATS, Config(64, 32, 16, warps=4, stages=2),
-        "a patch of 16 (the first convolution on one channel) is one step; a deeper one would load padding"),
+    TileRow("contract", "shallow", NVIDIA, FLOATS, Config(64, 32, 16, warps=4, stages=3),
+        "a patch of 16 (the first convolution on one channel) is one step; a deeper one would load padding; with two "
+        "stages ptxas takes 72 registers and spills 8 bytes on sm_80"),
     TileRow("contract", "narrow", FAMILIES, HALF, Config(64, 32, 64, warps=4, stages=2),
         "32 columns or fewer; a step of 64 halves fills 128-bit loads on gfx942's 256 threads"),
     TileRow("contract", "narrow", ("sm_90", "sm_100"), ("tf32",), Config(32, 32, 32, warps=4, stages=3),
@@ -80,8 +81,8 @@ TABLE = (
         "32 columns or fewer (the first convolution): a wider tile would compute padding"),
     TileRow("contract", "by columns", ("sm_90", "sm_100"), ("tf32",), Config(32, 64, 32, warps=4, stages=3),
         "tf32 HGMMA wants the depth contiguous: with 64 rows the weight's loads fall to 32 bits; 32 rows take HMMA"),
-    TileRow("contract", "any", NVIDIA, ("float32",), Config(64, 64, 16, warps=8, stages=3),
-        "FFMA alone: 4 warps take up to 162 registers, or spill, for 64×64"),
+    TileRow("contract", "any", NVIDIA, ("float32",), Config(64, 64, 16, warps=8, stages=2),
+        "FFMA alone: 4 warps take up to 162 registers, or spill, for 64×64; a third stage spills at 3 channels"),
     TileRow("contract", "any", FAMILIES, FLOATS, Config(64, 64, 32, warps=4, stages=3),
         "the largest tile without spills on every target; 48 KiB of stages fit gfx942's 64 KiB"),
     # wgrad: rows are output channels, columns channels times taps, the depth samples times positions
@@ -89,6 +90,8 @@ TABLE = (
         "no float32 matrix unit: 64×64 spills 2500 VGPRs, this takes 150"),
     TileRow("wgrad", "any", ("gfx1100",), HALF, Config(32, 32, 32, warps=4, stages=2),
         "117 of 256 VGPRs, 128-bit loads"),
+    TileRow("wgrad", "narrow", NVIDIA, ("float32",), Config(32, 32, 32, warps=8, stages=2),
+        "FFMA alone: with the push of a + βt, 4 warps or a step of 64 take 255 registers and spill 400 bytes"),
     TileRow("wgrad", "narrow", FAMILIES, FLOATS, Config(32, 32, 64, warps=4, stages=2),
         "32 output channels or fewer, or a short patch (the first convolution): no padded rows, a deep step"),
     TileRow("wgrad", "any", ("sm_90", "sm_100"), ("tf32",), Config(32, 64, 32, warps=4, stages=2),
@@ -138,20 +141,33 @@ def select(operation: str, shape: str, tensor: Tensor) -> Config:
 
 
 def chip(device: torch.device) -> str:
-    """The chip family of a device: its own, or the nearest older one in `FAMILIES`; sm_90 for the interpreter."""
+    """The chip family whose rows serve a device; sm_90 for the interpreter."""
     if _forced:
         return _forced[-1]
-    return _family(device.index or 0) if device.type == "cuda" else "sm_90"
+    return _device(device.index).family if device.type == "cuda" else "sm_90"
+
+
+@dataclass(frozen=True)
+class _Device:
+    """What is asked of a real device."""
+
+    family: str
+    tf32: bool  # whether its matrix units have it
+    multiprocessors: int
 
 
 @cache
-def _family(index: int) -> str:
-    properties = torch.cuda.get_device_properties(index)
+def _device(index: int | None) -> _Device:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    count = properties.multi_processor_count
     if torch.version.hip:
-        return "gfx942" if properties.gcnArchName.startswith("gfx9") else "gfx1100"
+        name = properties.gcnArchName
+        return _Device("gfx942" if name.startswith("gfx9") else "gfx1100", name.startswith("gfx94"), count)
+    # 12.x has Ampere's matrix instructions and shared memory, not those of 10.x; else the nearest older family
+    version = 80 if properties.major >= 12 else 10 * properties.major + properties.minor
     known = [int(name.removeprefix("sm_")) for name in NVIDIA]
-    version = 10 * properties.major + properties.minor
-    return f"sm_{max((sm for sm in known if sm <= version), default=known[0])}"
+    family = f"sm_{max((sm for sm in known if sm <= version), default=known[0])}"
+    return _Device(family, properties.major >= 8, count)
 
 
 @contextmanager
@@ -171,6 +187,8 @@ def on_chip(family: str) -> Iterator[None]:
 
 def multiprocessors(tensor: Tensor) -> int:
     """How many programs keep the chip of `tensor` busy."""
+    if tensor.device.type == "cuda" and not _forced:
+        return _device(tensor.device.index).multiprocessors
     return MULTIPROCESSORS[chip(tensor.device)]
 
 
@@ -186,6 +204,17 @@ def splits(tensor: Tensor, programs: int, steps: int) -> int:
 
 
 def precision(tensor: Tensor) -> str:
-    """How float32 products are computed: torch's setting for matrix products, `ieee` where the chip has no tf32."""
-    allowed = torch.backends.cuda.matmul.allow_tf32 and chip(tensor.device) != "gfx1100"
-    return "tf32" if allowed and tensor.dtype == torch.float32 else "ieee"
+    """How the products of a float32 tensor are computed: `tf32` where torch's setting and the chip say so, or `ieee`.
+
+    The setting is that of torch's own operation: cuDNN's convolutions for images [..., C, H, W], matrix products for
+    the rest. AMD's convolutions have none and follow the matrix products'. It is read by `fp32_precision`, which knows
+    what was set by `allow_tf32` too, while `allow_tf32` can't be read once the other was set.
+    """
+    if tensor.dtype != torch.float32:
+        return "ieee"
+    family = chip(tensor.device)
+    exists = _device(tensor.device.index).tf32 if tensor.device.type == "cuda" and not _forced else family != "gfx1100"
+    image = tensor.dim() > 3 and family in NVIDIA
+    cudnn: Any = torch.backends.cudnn  # its settings are made at run time
+    setting = cudnn.conv if image else torch.backends.cuda.matmul
+    return "tf32" if exists and setting.fp32_precision == "tf32" else "ieee"

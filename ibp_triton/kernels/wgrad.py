@@ -18,14 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ibp_triton.kernels.combine import combine_parts
-from ibp_triton.kernels.geometry import Geometry
+from ibp_triton.kernels.geometry import Geometry, sample_stride
 from ibp_triton.kernels.launcher import Cost, cdiv, launch
 from ibp_triton.kernels.tiles import precision, select, splits
 
 MAX_SEGMENTS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "splits"])  # as in `contract`
 def wgrad(
     x0,
     x1,
@@ -51,6 +51,7 @@ def wgrad(
     n1,
     n2,
     n3,
+    splits,
     x_n: tl.constexpr,
     x_h: tl.constexpr,
     x_w: tl.constexpr,
@@ -67,19 +68,19 @@ def wgrad(
     AXPY: tl.constexpr,
     SIGN: tl.constexpr,
     BIAS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """G[j, k] = scale * sum_i c_i sum_r d_i[r, j] patch(x_i)[r, k]; grid (tiles of j, tiles of k, SPLITS).
+    """G[j, k] = scale * sum_i c_i sum_r d_i[r, j] patch(x_i)[r, k]; grid (tiles of j, tiles of k, splits).
 
     Pointers, for the segments i < SEGMENTS (rows r = n_i samples times OH * OW positions):
         x_i: [n_i, C, H, W] by the strides x_n, x_c, x_h, x_w; any float type.
         y_i: like x_i; where bit i of AXPY is set, x_i + beta * y_i is read instead of x_i.
         d_i: [n_i, J, OH, OW], dense with the channels last.
-        out: [J, C, KH, KW] by the strides w_j, w_c, w_h, w_w; with SPLITS > 1 a float32 [SPLITS, size + J] workspace
+        out: [J, C, KH, KW] by the strides w_j, w_c, w_h, w_w; if SPLIT a float32 [splits, size + J] workspace
             of unscaled parts, each laid out like the result.
         bias: [J], scale * sum_i c_i sum_r d_i over the segments in the bits of BIAS; written when BIAS.
 
@@ -116,7 +117,7 @@ def wgrad(
     for i in tl.static_range(SEGMENTS):
         part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         rows = ns[i] * OH * OW
-        steps = tl.cdiv(rows, BLOCK_K * SPLITS)
+        steps = tl.cdiv(rows, BLOCK_K * splits)
         for step in range(steps):
             r = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
             r_ok = r < rows
@@ -146,7 +147,7 @@ def wgrad(
     at = (j * w_j)[:, None] + (c * w_c + kh * w_h + kw * w_w)[None, :]
     ok = j_ok[:, None] & k_ok[None, :]
     own = j_ok & (tl.program_id(1) == 0)
-    if SPLITS > 1:
+    if SPLIT:
         place = out + split * (size + (J if BIAS > 0 else 0))
         tl.store(place + at, total, mask=ok)
         if BIAS > 0:
@@ -187,7 +188,7 @@ def weight_gradient(
 
     Args:
         segments: one to four; the left sides have the same strides, the right sides are dense, channels last.
-        weight: the weight whose gradient it is; shape, dtype and strides of the result.
+        weight: the weight whose gradient it is; shape, dtype and order of axes of the result, which has no gaps.
         geometry: of the convolution's forward pass; `geometry.ONE` for a linear layer.
         beta: the factor of every `push`.
         scale: 1 / N of the objective's mean.
@@ -201,7 +202,8 @@ def weight_gradient(
     first = segments[0].left
     outputs, channels = weight.shape[:2]
     tapped = first.dim() == 4
-    sn, sc, sh, sw = first.stride() if tapped else (*first.stride(), 0, 0)
+    _, sc, sh, sw = first.stride() if tapped else (*first.stride(), 0, 0)
+    sn = sample_stride(max((s.left for s in segments), key=len), 0)  # the strides of one sample alone say nothing
     config = select("wgrad", "narrow" if min(outputs, channels * geometry.taps) <= 32 else "any", first)
     tiles = (cdiv(outputs, config.block_m), cdiv(channels * geometry.taps, config.block_n))
     rows = [s.left.shape[0] * geometry.positions for s in segments]
@@ -227,8 +229,9 @@ def weight_gradient(
             "beta": float(beta),
             "scale": float(scale),
             **{f"n{i}": s.left.shape[0] for i, s in enumerate(padded)},
+            "splits": parts,
             **dict(zip(("x_n", "x_h", "x_w", "x_c"), (sn, sh, sw, 1 if channels == 1 else sc), strict=True)),
-            **dict(zip(("w_j", "w_c", "w_h", "w_w"), (*weight.stride(), 0, 0)[:4], strict=True)),
+            **dict(zip(("w_j", "w_c", "w_h", "w_w"), (*gradient.stride(), 0, 0)[:4], strict=True)),
             "size": weight.numel(),
             "C": channels,
             "J": outputs,
@@ -237,7 +240,7 @@ def weight_gradient(
             "AXPY": _bits([s.push is not None for s in segments]),
             "SIGN": _bits([s.sign for s in segments]),
             "BIAS": _bits(biased),
-            "SPLITS": parts,
+            "SPLIT": parts > 1,
             "PRECISION": precision(first),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
@@ -286,7 +289,7 @@ def _same_strides(x: Tensor, y: Tensor) -> bool:
     """Equal strides where they matter: samples may differ in number, and an axis of length 1 has no stride."""
     return (
         x.shape[1:] == y.shape[1:]
-        and x.stride(0) == y.stride(0)
+        and (min(len(x), len(y)) <= 1 or x.stride(0) == y.stride(0))
         and all(a == b for a, b, n in zip(x.stride()[1:], y.stride()[1:], x.shape[1:], strict=True) if n > 1)
     )
 
@@ -294,14 +297,14 @@ def _same_strides(x: Tensor, y: Tensor) -> bool:
 def _check(segments: Sequence[Segment], weight: Tensor) -> None:
     if not 1 <= len(segments) <= MAX_SEGMENTS:
         raise ValueError(f"{len(segments)} segments: one launch takes 1 to {MAX_SEGMENTS}")
-    first, dtype = segments[0].left, segments[0].left.dtype
+    most, dtype = max((s.left for s in segments), key=len), segments[0].left.dtype
     for s in segments:
         left, right = tuple(s.left.shape), tuple(s.right.shape)
         if left[0] != right[0] or (right[1], left[1]) != tuple(weight.shape[:2]):
             raise ValueError(f"left {left} and right {right} do not give a weight of {tuple(weight.shape)}")
         if s.left.dtype != dtype or s.right.dtype != dtype:
             raise ValueError("all sides of a weight gradient must have one dtype")
-        if not _same_strides(s.left, first) or (s.push is not None and not _same_strides(s.push, s.left)):
+        if not _same_strides(s.left, most) or (s.push is not None and not _same_strides(s.push, s.left)):
             raise ValueError("the left sides of one launch must have the same strides")
         flat = s.right if s.right.dim() == 2 else s.right.permute(0, 2, 3, 1)
         if not flat.is_contiguous():

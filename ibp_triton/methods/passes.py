@@ -51,7 +51,7 @@ class Pass:
 
     @property
     def c(self) -> Tensor:
-        """∂ℓ_n/∂z_n of each sample, in the logits' shape; zero for one that does not count."""
+        """∂ℓ_n/∂z_n of each sample, in the logits' shape, float32 of float16 ones; zero for one that does not count."""
         return self.loss.c
 
     def counted(self, u: Tensor, rank: int | None = None) -> Tensor:
@@ -73,11 +73,16 @@ class Pass:
         for _, t in bends:
             assert t.at_output is not None  # curvature reads the tangents of all layers
         start = seed.tensor if isinstance(seed, Seed) else seed
+        sweep: Any
         if isinstance(self.trace, CurvedTape) and start is self.loss.c:
-            return Climb(self.trace, start)
-        if isinstance(self.trace, Tape):
-            return Backward(self.trace, start)
-        return Reverse(self.trace, start, to_input=False, bends=bends, passing=self.passing)
+            sweep = Climb(self.trace, start)
+        elif isinstance(self.trace, Tape):
+            sweep = Backward(self.trace, start)
+        else:
+            own = start if start is None else start.to(self.logits.dtype)
+            sweep = Reverse(self.trace, own, to_input=False, bends=bends, passing=self.passing)
+        sweep.start = start
+        return sweep
 
     def tangent(self, seed: Any) -> Linear:
         """t from t_0 = seed, a ``Seed`` or tangents [N, ...] or [T, N, ...]."""
@@ -99,14 +104,37 @@ class Pass:
         """The criterion's own gradient, d being the reverse sweep from c: one more where samples count differently."""
         return g(self, d if self.loss.weights is None else self.reverse(self.counted(self.c)).run())
 
+    def _slopes(self, d: Any) -> Tensor:
+        """d_0 up to a positive factor for each sample, for those that read its signs alone.
+
+        float16 has no number below 6e-8, where most of a sure sample's derivatives are: a sweep of its own starts with
+        each sample scaled by a power of two, so that its largest number is between 1/2 and 1.
+        """
+        if self.logits.dtype != torch.float16 or self.curved:
+            return d.at_input  # type: ignore[no-any-return]
+        _, exponents = torch.frexp(d.start.abs().flatten(1).amax(1))
+        exponents = exponents.clamp(min=-100).view(-1, *[1] * (d.start.dim() - 1))
+        start = torch.ldexp(d.start, -exponents)
+        if isinstance(self.trace, Tape):
+            return self.trace.run(start.to(self.logits.dtype), to_input=True)[0]
+        return self.reverse(start).at_input  # type: ignore[no-any-return]
+
     def input_seed(self, d: Reverse, norm: float) -> tuple[Seed, Any]:
         """ψ(d_0) and ‖d_0‖_r^r / r."""
         d_0 = d.at_input
-        return self.head.input_seed(d_0, norm, self._weights(d_0.dim()))
+        weights = self._weights(d_0.dim())
+        seed, penalty = self.head.input_seed(d_0, norm, weights)
+        if norm == 1 and d_0.dtype == torch.float16:
+            seed, _ = self.head.input_seed(self._slopes(d), norm, weights)
+        return seed, penalty
 
     def tangent_seed(self, d: Reverse, tangents: Tensor, norm: float) -> tuple[Seed, Any]:
         """Σ_j ψ(⟨d_0, τ_j⟩) τ_j and Σ_j |⟨d_0, τ_j⟩|^r / r."""
-        return self.head.tangent_seed(d.at_input, tangents.to(self._tangent_dtype), norm, self._weights(1))
+        d_0, tau, weights = d.at_input, tangents.to(self._tangent_dtype), self._weights(1)
+        seed, penalty = self.head.tangent_seed(d_0, tau, norm, weights)
+        if norm == 1 and d_0.dtype == torch.float16:
+            seed, _ = self.head.tangent_seed(self._slopes(d), tau, norm, weights)
+        return seed, penalty
 
     def output_seed(self, t: Linear, norm: float) -> tuple[Seed, Any]:
         """ψ(t_K) and ‖t_K‖_r^r / r."""
@@ -114,11 +142,11 @@ class Pass:
 
     def hessian(self, t: Linear) -> Tensor:
         """H t_K."""
-        return self.loss.hessian(t.at_output)
+        return self.loss.hessian(t.at_output.to(self.loss.c.dtype)).to(t.at_output.dtype)
 
     def fgsm(self, x: Tensor, d: Reverse, epsilon: Any) -> Tensor:
         """x + ε sign(d_0)."""
-        return self.head.fgsm_step(x, d.at_input, epsilon)
+        return self.head.fgsm_step(x, self._slopes(d), epsilon)
 
 
 @dataclass(eq=False)
@@ -248,17 +276,22 @@ class Step:
         with sdpa_kernel(SDPBackend.MATH) if curved else nullcontext():  # the attention kernel with second derivatives
             output = self.network.plain_forward(x, self.extra, given)
         if curved:
-            loss = self.criterion.at(output.detach(), self.y, head, self.weights)
+            loss = self._loss(output.detach(), head)
             return Pass(head, CurvedTape(output, x, leaves, self.divisor, loss), loss)
-        runs = plan.runs[number] + (self.weights is not None and number in plan.kept & plan.read)  # see Pass.data
+        again = self.weights is not None or output.dtype == torch.float16  # see Pass.data and Pass._slopes
+        runs = plan.runs[number] + (again and number in plan.kept & plan.read)
         trace = Tape(output, x, leaves if number in plan.kept else None, self.divisor, runs)
-        return Pass(head, trace, self.criterion.at(trace.logits, self.y, head, self.weights))
+        return Pass(head, trace, self._loss(trace.logits, head))
+
+    def _loss(self, z: Tensor, head: Head) -> Loss:
+        """The criterion at the logits; in float16, which cuts small derivatives off, at their float32 copy."""
+        return self.criterion.at(z.float() if z.dtype == torch.float16 else z, self.y, head, self.weights)
 
     def _recorded(self, x: Tensor, number: int) -> Pass:
         frugal = not self.program.bends
         trace = self.network.forward(x, self.parameters, self.extra, own=self.own, frugal=frugal, keep=False)
         self.used.update(trace.graph.parameters.values())
-        loss = self.criterion.at(trace.logits, self.y, trace.head, self.weights)
+        loss = self._loss(trace.logits, trace.head)
         return Pass(trace.head, trace, loss, number not in self.program.kept and frugal)
 
 

@@ -124,7 +124,7 @@ def weight_gradient(
         coefficients: one for each term.
         biased: whether a term counts in the bias gradient, one flag for each.
         signs: whether a left side (of the first, its push if there is one) is read as its sign, one flag for each.
-        weight: [O, I], or [O, C, KH, KW]; gives shape and strides.
+        weight: [O, I], or [O, C, KH, KW]; gives shape and order of axes.
         stride, padding, dilation: of the convolution; [1, 1], [0, 0], [1, 1] for a linear layer.
         scale: 1 / N.
         wide: a float32 result whatever the dtype of the weight.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ibp_triton as ibp
+from ibp_triton.kernels.cases import allowing_tf32
 from tests.kernels import test_conv, test_linear, test_methods, test_pool, test_seeds_and_loss, test_wgrad
 
 pytestmark = [
@@ -17,12 +18,13 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def device() -> Iterator[None]:
-    """Every new tensor on the GPU, fresh memory filled with NaN."""
+    """Exact float32, every new tensor on the GPU, fresh memory filled with NaN."""
     torch.manual_seed(0)
     torch.set_default_device("cuda")
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with allowing_tf32(False):
+            yield
     finally:
         torch.set_default_device(None)
         torch.use_deterministic_algorithms(False)

@@ -23,6 +23,13 @@ def test_loss_ibp_on_mnist():
     assert step.unique_bytes <= step.bytes
 
 
+@pytest.mark.parametrize("method", step_counts.all_methods(), ids=repr)
+def test_every_method_is_counted(method):
+    step = step_counts.count("mnist", method, 2)
+    assert 0 < step.fraction_of_operators < 1
+    assert step.eager_flops > 0
+
+
 def test_five_tangents_share_masks_offsets_and_weights():
     """TBP at batch 32: loads of the linear sweep and the reverse sweep of tangents, by pointer."""
     sums = {}

@@ -1,9 +1,12 @@
 """Every row of the table, compiled for every chip family it names: it fits, spills nothing, uses the matrix units."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
 
 from ibp_triton.kernels import aot, cases, tiles
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
@@ -49,6 +52,43 @@ def test_the_table_compiles(family, dtype, tf32):
             one_channel = 1 in (launch.arguments["C"], launch.arguments["J"])  # the first convolution
             assert all(allowed.values()) != one_channel, what
     assert len(seen) >= 12
+
+
+# chips served by the rows of another one: target, family, shared memory of a program
+GUESTS = {
+    "sm_89": (GPUTarget("cuda", 89, 32), "sm_80", 101376),
+    "sm_120": (GPUTarget("cuda", 120, 32), "sm_80", 101376),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), "gfx942", 65536),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), "gfx942", 65536),
+}
+
+
+@pytest.mark.parametrize("name", GUESTS)
+def test_chips_without_rows_of_their_own(name, monkeypatch):
+    """Linear layers and their weight gradients: they fit; tf32 is no type of gfx90a and gfx950, and never asked for."""
+    target, family, shared = GUESTS[name]
+    monkeypatch.setitem(aot.CHIPS, name, replace(aot.CHIPS[family], target=target, shared=shared))
+    monkeypatch.setattr(cases, "matrix_cases", linear_cases)
+    monkeypatch.setattr(cases, "other_cases", lambda make: None)
+    for dtype in (torch.float32, torch.bfloat16):
+        for launch in cases.launches(family, dtype):
+            built = aot.compile_launch(launch, name)
+            assert (built.fits, built.spills) == (True, 0), f"{launch.name} {dtype} {launch.config}: {built}"
+    tf32 = [launch for launch in cases.launches(family, torch.float32, True) if launch.name == "contract"]
+    for launch in tf32:
+        if target.backend == "cuda":
+            assert aot.compile_launch(launch, name).matrix == "HMMA"
+        else:
+            with pytest.raises(CompilationError):
+                aot.compile_launch(launch, name)
+
+
+def linear_cases(make):
+    """A layer at batch 32, and its weight gradient."""
+    x, w, d = make(1, 32, 3136), make(256, 3136), make(1, 32, 256)
+    linear(x, w)
+    linear_vjp(d, w)
+    weight_gradient([Segment(1.0, x[0], d[0], bias=True)], w, ONE)
 
 
 def other_channels(make, channels, outputs):

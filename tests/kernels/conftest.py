@@ -16,15 +16,16 @@ if "triton" in sys.modules:  # pragma: no cover - a guard on the order of collec
     assert type(triton.language.sum).__name__ == "InterpretedFunction", "triton was imported before TRITON_INTERPRET=1"
 
 from ibp_triton.kernels import lab
+from ibp_triton.kernels.cases import allowing_tf32
 
 
 @pytest.fixture(autouse=True)
 def instruments(request: pytest.FixtureRequest) -> Iterator[list[lab.Observation]]:
-    """Every access checked, fresh memory filled with NaN, random numbers seeded by the test's name."""
+    """Exact float32, every access checked, fresh memory filled with NaN, random numbers seeded by the test's name."""
     torch.manual_seed(sum(map(ord, request.node.name)))
     torch.use_deterministic_algorithms(True)  # with it, torch fills every torch.empty with NaN
     try:
-        with lab.observe() as seen:
+        with allowing_tf32(False), lab.observe() as seen:
             yield seen
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,5 +1,7 @@
 """The autotuner, with a clock that prefers what a test wants it to."""
 
+import json
+
 import pytest
 
 from ibp_triton.kernels import autotune, tiles
@@ -43,6 +45,40 @@ def test_the_table_stands_where_nothing_is_faster():
         lambda: linear(x, weight), candidates=tried, clock=lambda step: step() is None or next(times)
     )
     assert chosen == {}
+    assert tiles.tuned == {}
+
+
+def test_an_error_leaves_no_tile_in_force_that_was_only_tried():
+    x, weight = randn(1, 3, 5), randn(4, 5)
+    times = iter([2.0, 1.0])  # the table's, the first tile's; the second fails
+
+    def clock(step):
+        step()
+        time = next(times, None)
+        if time is None:
+            raise RuntimeError("an illegal memory access")
+        return time
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        autotune.tune(lambda: linear(x, weight), candidates={"contract": [FAST, SLOW]}, clock=clock)
+    assert tiles.tuned == {KEY: FAST}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "another card"}, "was measured on 'another card'"),
+        ({"version": 1}, "is of version 1"),
+        ({"entries": [{"key": list(KEY), "config": {"block_m": 48, "block_n": 16, "block_k": 32}}]}, "is no tile"),
+        ({"entries": [{"key": list(KEY), "config": {"block_m": 16, "block_n": 16, "block_k": "32"}}]}, "is no tile"),
+        ({"entries": [{"key": ["pool", *KEY[1:]], "config": {"block_m": 16}}]}, "is no tile"),
+    ],
+)
+def test_a_file_that_does_not_fit_changes_nothing(change, message, tmp_path):
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"version": 2, "device": "", "entries": [], **change}))
+    with pytest.raises(ValueError, match=message):
+        autotune.load(path)
     assert tiles.tuned == {}
 
 

@@ -57,6 +57,15 @@ def test_any_strides_of_the_image_and_of_the_weight():
     assert torch.equal(conv2d_vjp(d, weight, geometry), conv2d_vjp(last(d), last(weight), geometry))
 
 
+def test_a_weight_and_a_bias_with_gaps():
+    x, weight, bias = last(randn(1, 2, 3, 6, 6)), randn(4, 3, 5, 5)[:, :, :3, :3], randn(8)[::2]
+    geometry = Geometry.conv((6, 6), (3, 3), (1, 1), (1, 1), (1, 1))
+    dense = weight.contiguous()
+    expected = conv2d(x, dense, geometry, bias.contiguous())
+    assert torch.equal(conv2d(x, weight, geometry, bias), expected)
+    assert torch.equal(conv2d_vjp(expected, weight, geometry), conv2d_vjp(expected, dense, geometry))
+
+
 def test_what_is_rejected():
     geometry = Geometry.conv((5, 5), (3, 3), (1, 1), (0, 0), (1, 1))
     with pytest.raises(ValueError, match="do not meet"):

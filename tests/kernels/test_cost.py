@@ -52,7 +52,7 @@ def test_costs_are_what_the_interpreter_counts(instruments):
     with recording() as launches:
         everything()
     assert len(launches) == len(instruments) > 30
-    assert sum(launch.arguments.get("SPLITS", 1) > 1 for launch in launches) > 6
+    assert sum(launch.arguments.get("splits", 1) > 1 for launch in launches) > 6
     for asked, seen in zip(launches, instruments, strict=True):
         assert asked.name == seen.kernel
         assert asked.cost.loaded == seen.total("loaded"), asked
@@ -80,7 +80,7 @@ def test_what_a_launch_refuses(monkeypatch):
     with pytest.raises(ValueError, match="several devices"):
         launch(asked.kernel, (1, 1, 1), arguments | {"out": torch.empty(4, device="meta")}, asked.config, asked.cost)
     huge = torch.empty(1, dtype=torch.uint8).expand(2**31)
-    with pytest.raises(ValueError, match="over 2147483647"):
+    with pytest.raises(ValueError, match="spans more than"):
         launch(asked.kernel, (1, 1, 1), arguments | {"x": huge}, asked.config, asked.cost)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="need a CUDA device"):

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from ibp_triton.kernels.cases import allowing_tf32
+from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_vjp
+from ibp_triton.kernels.launcher import recording, span
 from tests.kernels.support import DTYPES, assert_close, randn, unchanged
 
 # (tangents, samples, inputs, outputs): odd sizes, one sample, one feature, no tangents, more tangents than a group;
@@ -43,11 +46,8 @@ def test_tf32_follows_torch():
     x, weight = randn(1, 16, 64), randn(16, 64)
     exact = x.double() @ weight.double().T
     assert_close(linear(x, weight), exact, torch.float32)
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    with allowing_tf32(True):
         error = (linear(x, weight).double() - exact).abs().max()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
     assert 1e-5 < error / exact.square().mean().sqrt() < 1e-2
 
 
@@ -63,3 +63,37 @@ def test_tf32_follows_torch():
 def test_what_is_rejected(x, weight, message):
     with pytest.raises(ValueError, match=message):
         linear(x, weight)
+
+
+def test_a_bias_with_gaps_and_masks_that_do_not_fit():
+    x, weight, bias = randn(1, 5, 7), randn(4, 7), randn(8)[::2]
+    assert torch.equal(linear(x, weight, bias), linear(x, weight, bias.contiguous()))
+    with pytest.raises(ValueError, match=r"bias .* does not have 4 elements"):
+        linear(x, weight, randn(3))
+    with pytest.raises(ValueError, match=r"mask .* does not have 20 elements"):
+        linear(x, weight, mask=randn(4, 4))
+    with pytest.raises(ValueError, match="mask must be contiguous"):
+        linear(x, weight, mask=randn(4, 5).T)
+    with pytest.raises(ValueError, match="mask must be contiguous"):
+        linear_vjp(randn(1, 5, 4), weight, randn(7, 5).T)
+
+
+def test_offsets_that_32_bits_do_not_reach_are_refused():
+    """Tensors without storage: what is checked are their sizes, and the span of a view with few elements."""
+    weight = torch.empty(4, 7, device="meta")
+    with recording(execute=False):
+        far = torch.empty_strided((1, 3, 7), (0, 2**30, 1), device="meta")
+        with pytest.raises(ValueError, match=r"x .* spans more than"):
+            linear(far, weight)
+        linear(far[:, :2], weight)
+        linear(torch.empty_strided((1, 3, 7), (2**40, 9, 1), device="meta"), weight)  # an axis of one element
+        with pytest.raises(ValueError, match=r"x .* spans more than"):
+            relu(torch.empty(2**31 - 100, device="meta"))  # the last block would count beyond 2^31
+
+
+def test_the_span_of_a_view():
+    assert span(torch.zeros(3, 4)) == 12
+    assert span(torch.zeros(3, 4)[:, ::3]) == 12
+    assert span(torch.zeros(3, 4).T[1:]) == 11
+    assert span(torch.zeros(5).expand(9, 5)) == 5
+    assert span(torch.zeros(0, 5)) == 0

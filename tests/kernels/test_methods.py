@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ibp_triton as ibp
+from ibp_triton.backends.triton.kernel_head import KernelHead
 from ibp_triton.kernels.launcher import recording
+from ibp_triton.methods.passes import Pass
 
 # float32 sweeps over a dozen layers, relative to the largest entry of the gradient
 TOLERANCE = 2e-5
@@ -134,6 +136,28 @@ def test_half_precision_keeps_a_small_penalty(key, dtype):
     assert (found - exact).norm() / exact.norm() < 0.1  # signs of tiny derivatives flip in half precision
 
 
+@pytest.mark.parametrize("key", ["loss_ibp", "at", "fast_tbp"])
+def test_signs_of_small_derivatives_survive_float16(key, monkeypatch):
+    """Samples of a loss around 1e-6: most of their derivatives are below what float16 can hold."""
+    model, x, _, tangents = setting(lambda: mnist(8))
+    with torch.no_grad():
+        model[-1].bias[3] = 16
+    labels, method = torch.tensor([3, 3]), ibp.METHODS[key](0.1)
+    leaf, seeds = x.half().double().requires_grad_(), []
+    losses = nn.functional.cross_entropy(copy.deepcopy(model).half().double()(leaf), labels, reduction="none")
+    (exact,) = torch.autograd.grad(losses.sum(), leaf)
+    fgsm, tangent = KernelHead.fgsm_step, Pass.tangent
+    monkeypatch.setattr(KernelHead, "fgsm_step", lambda self, x, d, e: seeds.append(d) or fgsm(self, x, d, e))
+    monkeypatch.setattr(Pass, "tangent", lambda self, seed: seeds.append(seed.tensor) or tangent(self, seed))
+    network = ibp.Network(model, backend="triton", dtype=torch.float16)
+    monkeypatch.setattr(network, "keeps_to_autograd", lambda own: False)
+    method.gradients(network, x, labels, tangents if method.needs_tangents else None)
+    if method.needs_tangents:
+        slopes = torch.linalg.vecdot(tangents.half().double().flatten(2), exact.flatten(1))
+        exact = (slopes.sign()[..., None, None, None] * tangents).sum(0)
+    assert (seeds[0].double().sign() != exact.sign()).double().mean() < 0.02
+
+
 def test_beta_zero_is_bp_bit_for_bit():
     model, x, labels, tangents = setting(lambda: mnist(8))
     network = ibp.Network(model, backend="triton")
@@ -171,6 +195,18 @@ def test_float64_and_odd_calls_keep_torch_rules():
         ibp.BP().gradients(network, x.double(), labels)
     assert launches == []
     assert not ibp.Network(model.float()).native  # "auto", on a CPU
+
+
+@pytest.mark.parametrize("key", ["loss_ibp", "tbp"])
+def test_a_batch_of_one(key):
+    """One sample has no stride to the next: torch gives it any, and none of them is read."""
+    model, x, labels, tangents = setting(cifar10)
+    x, labels, tangents = x[:1], labels[:1], tangents[:, :1]
+    model, method = model.to(memory_format=torch.channels_last), ibp.METHODS[key](0.3)
+    tau = tangents if method.needs_tangents else None
+    _, found = method.gradients(ibp.Network(model, backend="triton"), x, labels, tau)
+    _, expected = method.gradients(ibp.Network(model, backend="torch"), x, labels, tau)
+    assert errors(found, expected) < TOLERANCE
 
 
 def test_frozen_weights_and_missing_biases():

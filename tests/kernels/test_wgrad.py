@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from ibp_triton.kernels.cases import allowing_tf32
 from ibp_triton.kernels.geometry import ONE, Geometry
+from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import DTYPES, assert_close, last, randn, unchanged
 
@@ -73,6 +75,21 @@ def test_the_result_has_the_dtype_and_the_strides_of_the_weight(dtype):
     assert torch.equal(plain, gradient)
 
 
+@pytest.mark.parametrize("samples", [3, 200])  # in one part, and split
+def test_the_gradient_of_a_weight_with_gaps_has_none(samples):
+    geometry = Geometry.conv((6, 6), (3, 3), (1, 1), (0, 0), (1, 1))
+    weight, a, d = randn(3, 2, 5, 5)[:, :, :3, :3], last(randn(samples, 2, 6, 6)), last(randn(samples, 3, 4, 4))
+    with recording() as launches:
+        gradient, bias = weight_gradient([Segment(1.0, a, d, bias=True)], weight, geometry)
+    assert (len(launches) > 1) == (samples > 3)
+    assert gradient.is_contiguous()
+    assert_close(gradient, g(a, d, weight, geometry), torch.float32)
+    assert_close(bias, d.double().sum((0, 2, 3)), torch.float32)
+    rows = randn(5, 14)[:, ::2]
+    a, d = randn(4, 7), randn(4, 5)
+    assert_close(weight_gradient([Segment(1.0, a, d)], rows, ONE)[0], g(a, d, rows, ONE), torch.float32)
+
+
 @pytest.mark.parametrize("sign", [False, True])
 @pytest.mark.parametrize("case", range(6))
 def test_axpy_reads_the_right_side_once(case, sign, instruments):
@@ -94,14 +111,11 @@ def test_the_penalty_survives_low_precision(dtype):
     tf32 = dtype == "tf32"
     dtype = torch.float32 if tf32 else dtype
     weight, geometry, a, t, d, _ = linear_case(256, 37, 19, dtype)
-    try:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    with allowing_tf32(tf32):
         total, _ = weight_gradient([Segment(1.0, a, d), Segment(BETA, t, d)], weight, geometry, dtype=torch.float32)
         base, _ = weight_gradient([Segment(1.0, a, d)], weight, geometry, dtype=torch.float32)
         with pytest.raises(ValueError, match="rounded"):
             weight_gradient([Segment(1.0, a, d, push=t)], weight, geometry)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
     exact = g(t, d, weight, geometry)
     error = ((total.double() - base.double()) / BETA - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     # two float32 sums of size 1/β stand behind the difference; tf32 also truncates t and d, ten bits each
@@ -115,6 +129,16 @@ def test_tangents_lie_behind_one_another_as_rows():
     total, _ = weight_gradient(segments, weight, ONE)
     exact = d.double().T @ a.double() + 0.5 * sum(u.double().T @ v.double() for u, v in zip(e, t, strict=True))
     assert_close(total, exact, torch.float32)
+
+
+def test_one_sample_beside_several_and_none_at_all():
+    weight, a, d = randn(3, 7), randn(4, 7), randn(4, 3)
+    one = torch.as_strided(a, (1, 7), (1, 1))  # its stride to the next sample says nothing
+    total, _ = weight_gradient([Segment(1.0, one, d[:1]), Segment(1.0, a, d)], weight, ONE)
+    assert_close(total, g(a, d, weight, ONE) + g(a[:1], d[:1], weight, ONE), torch.float32)
+    total, bias = weight_gradient([Segment(1.0, a[:0], d[:0], bias=True)], weight, ONE)
+    assert not total.any()
+    assert not bias.any()
 
 
 def test_what_is_rejected():

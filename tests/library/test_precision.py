@@ -1,9 +1,12 @@
 """Half precision, memory formats, and the penalty's gradient where rounding could lose it."""
 
+import copy
+
 import pytest
 import torch
 
 import ibp_triton as ibp
+from ibp_triton.methods.passes import Pass
 from tests.library.comparing import example, largest, minus
 from tests.library.networks import build
 
@@ -89,3 +92,42 @@ def test_a_channels_last_network_stays_channels_last():
     t = [v for v in ibp.sweeps.linear_sweep(trace, tau, to_output=True) if v is not None and v.dim() == 5]
     assert len(t) >= 9
     assert all(v.flatten(0, 1).is_contiguous(memory_format=torch.channels_last) for v in t)
+
+
+@pytest.mark.parametrize(
+    "method", [ibp.LossIBP(0.1), ibp.LossIBP(0.1, semantics="exact"), ibp.FastTangentBP(0.1)], ids=repr
+)
+def test_signs_of_small_derivatives_survive_float16(method, monkeypatch):
+    model, x, y, tau, exact = sure_batch()
+    seeds, tangent = [], Pass.tangent
+    monkeypatch.setattr(Pass, "tangent", lambda self, seed: seeds.append(seed) or tangent(self, seed))
+    _, found = method.gradients(ibp.Network(model), x, y, tau if method.needs_tangents else None)
+    assert all(g.isfinite().all() for g in found.values())
+    if method.needs_tangents:
+        slopes = torch.linalg.vecdot(tau.double(), exact)
+        exact = (slopes.sign()[..., None] * tau).sum(0)
+    wrong = seeds[0].tensor.double().sign() != exact.sign()
+    assert wrong.double().mean() < 0.01
+
+
+@pytest.mark.parametrize("method", [ibp.FastAdversarialTraining(0.25), ibp.AdversarialTraining(0.25)], ids=repr)
+def test_adversarial_steps_of_sure_samples_move_in_float16(method):
+    model, x, y, _, exact = sure_batch()
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    _, found = method.gradients(ibp.Network(model), x, y)
+    assert all(g.isfinite().all() for g in found.values())
+    assert ((seen[-1] - x).double().sign() != exact.sign()).double().mean() < 0.01
+
+
+def sure_batch():
+    """Samples of a loss around 1e-6, whose derivatives are mostly below what float16 can hold."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.ReLU(), torch.nn.Linear(40, 10)).half()
+    with torch.no_grad():
+        model[2].bias[3] = 16
+    x, y, tau = torch.randn(16, 50).half(), torch.full((16,), 3), torch.randn(3, 16, 50).half()
+    leaf, fine = x.double().requires_grad_(), copy.deepcopy(model).double()
+    losses = torch.nn.functional.cross_entropy(fine(leaf), y, reduction="none")
+    assert losses.max() < 1e-5
+    return model, x, y, tau, torch.autograd.grad(losses.sum(), leaf)[0]

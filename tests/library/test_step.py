@@ -302,6 +302,23 @@ def test_a_failed_capture_leaves_nothing_behind(graphs, monkeypatch):
     assert step.captures == 1
 
 
+def test_another_precision_is_captured_anew(graphs):
+    """Set by torch's new names, which leave the old ones unreadable."""
+    model, method = network(), ibp.BP()
+    step = ibp.CapturedStep(model, method, sgd(model))
+    data = list(batches(method, [6] * 6))
+    for setting in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
+        before = setting.fp32_precision
+        try:
+            for value in ("ieee", "tf32"):
+                setting.fp32_precision, captures = value, step.captures
+                for batch in data:
+                    step(*batch)
+                assert step.captures == captures + 1
+        finally:
+            setting.fp32_precision = before
+
+
 def test_what_cannot_be_captured_is_refused(graphs):
     model = network()
     with pytest.raises(ValueError, match="accumulate=1"):
