@@ -165,7 +165,7 @@ class _Tally:
         return torch.zeros(())
 
     def without(self, beta: Any) -> _Pass | None:
-        return self.forward() if isinstance(beta, (int, float)) and beta == 0 else None
+        return self.forward() if none(beta) else None
 
     def of_data(self, a: _Pass, penalty: Any) -> Iterable[Any]:
         yield self.objective(a)
@@ -181,6 +181,11 @@ class _Tally:
 
     def classes(self) -> int:
         return 2
+
+
+def none(strength: Any) -> bool:
+    """Whether it is the number 0; a tensor's number may lie on a device, and is not read."""
+    return isinstance(strength, (int, float)) and strength == 0
 
 
 def _copies(start: Tensor) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ibp_triton.methods.base import Method, Strength
-from ibp_triton.methods.passes import Pass, Recipe, Step, none
+from ibp_triton.methods.cost import none
+from ibp_triton.methods.passes import Pass, Recipe, Step
 from ibp_triton.sweeps import Reverse, Term, g
 
 

@@ -16,7 +16,7 @@ from ibp_triton.criteria import Criterion, CrossEntropy, Loss
 from ibp_triton.errors import MethodError, ModelError
 from ibp_triton.head import Head
 from ibp_triton.layer import HALF
-from ibp_triton.methods.cost import Program
+from ibp_triton.methods.cost import Program, none
 from ibp_triton.network import Network
 from ibp_triton.recording.snapshot import Snapshot
 from ibp_triton.seeds import Seed
@@ -293,8 +293,3 @@ class Step:
         self.used.update(trace.graph.parameters.values())
         loss = self._loss(trace.logits, trace.head)
         return Pass(trace.head, trace, loss, number not in self.program.kept and frugal)
-
-
-def none(strength: Any) -> bool:
-    """Whether it is the number 0; a tensor's number may lie on a device, and is not read."""
-    return isinstance(strength, (int, float)) and strength == 0

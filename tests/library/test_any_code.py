@@ -774,3 +774,26 @@ def test_parameters_of_two_dtypes():
     with pytest.raises(TypeError, match=r"pass Network\(model, dtype=torch.float32\)"):
         ibp.LossIBP(0.1).gradients(ibp.Network(plain), x, labels)
     ibp.LossIBP(0.1).gradients(ibp.Network(plain, dtype=torch.float32), x, labels)
+
+
+class Turning(torch.autograd.Function):
+    """Right at first; later with a backward that is not linear."""
+
+    later = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, d):
+        return 2 * d + 1 if Turning.later else 2 * d
+
+
+def test_unseen_code_is_checked_at_every_step(monkeypatch):
+    x, labels, _ = batch()
+    network = ibp.Network(Body(lambda m, x: Turning.apply(x)).double())
+    ibp.LossIBP(0.1).gradients(network, x, labels)
+    monkeypatch.setattr(Turning, "later", True)
+    with pytest.raises(RuntimeError, match="no right derivative"):
+        ibp.LossIBP(0.1).gradients(network, x, labels)

@@ -144,7 +144,7 @@ class Generic(Layer):
             if self.wrapped:
                 raise
             try:
-                pushed = [self._pushed_by_reverse(names, row) for row in rows]
+                pushed = [self._walk(names, row, None, [])[0] for row in rows]
             except NotImplementedError as error:
                 raise self._lacking(error) from error
         found = [Pieces(one) if isinstance(one, dict) else one for one in pushed]
@@ -159,8 +159,20 @@ class Generic(Layer):
         """By one walk back over the graph of Jᵀd, for both who ask for it."""
         if self.meeting is not None and self.meeting.d is d and _same(self.meeting.tangents, tangents):
             return self.meeting
+        pushed, rest = self._walk(names, tangents, d, self.sources)
+        bent = {str(i): part for i, part in enumerate(rest) if part is not None}
+        self.meeting = Meeting(d, tuple(tangents), pushed, bent)
+        return self.meeting
+
+    def _walk(
+        self, names: list[str], tangents: Sequence[Tensor], d: Any, more: Sequence[Tensor]
+    ) -> tuple[Any, Sequence[Tensor | None]]:
+        """⟨Jᵀu, t⟩ at u = d (None: 0) differentiated by u, which it is linear in, and by ``more`` (None: zero).
+
+        The former is J t; ⟨J t, J t⟩ = ⟨t, Jᵀ J t⟩ is checked.
+        """
         outputs = {i: y for i, y in enumerate(_tensors(self.graphed)) if y.requires_grad}
-        known = {0: d} if isinstance(self.graphed, Tensor) else _ranks(self.graphed, d)
+        known = {} if d is None else {0: d} if isinstance(self.graphed, Tensor) else _ranks(self.graphed, d)
         with torch.enable_grad():
             seeds = [
                 (torch.zeros_like(y) if known.get(i) is None else known[i].detach()).requires_grad_()
@@ -170,23 +182,19 @@ class Generic(Layer):
             if self.unseen:
                 _refuse_cut(pulled)
             moving = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p.requires_grad]
-            found: Sequence[Tensor | None] = [None] * (len(seeds) + len(self.sources))
+            found: Sequence[Tensor | None] = [None] * (len(seeds) + len(more))
             if moving:
                 sides = [list(side) for side in zip(*moving, strict=True)]
-                found = torch.autograd.grad(
-                    sides[0], [*seeds, *self.sources], sides[1], retain_graph=True, allow_unused=True
-                )
+                found = torch.autograd.grad(sides[0], [*seeds, *more], sides[1], retain_graph=True, allow_unused=True)
         pushed = [torch.zeros_like(y) if p is None else p for p, y in zip(found, seeds, strict=False)]
         self._check(outputs, names, tangents, pushed)
-        bent = {str(i): part for i, part in enumerate(found[len(seeds) :]) if part is not None}
         parts = dict(zip(outputs, pushed, strict=True))
         whole = parts[0] if isinstance(self.graphed, Tensor) else _positions(self.graphed, parts)
-        self.meeting = Meeting(d, tuple(tangents), whole, bent)
-        return self.meeting
+        return whole, found[len(seeds) :]
 
     def _check(self, outputs: dict[int, Tensor], names: list[str], tangents: Any, pushed: list[Tensor]) -> None:
-        """⟨J t, J t⟩ = ⟨t, Jᵀ J t⟩, once for each node: that torch's second derivative of it is right."""
-        if self.node.proven:
+        """That the second derivative is right: once for a function of torch's, at every step for unseen code."""
+        if self.node.proven and not self.unseen:
             return
         back = _grad(list(outputs.values()), [self.sources[int(name)] for name in names], pushed)
         there, here = _inner(pushed, pushed), _inner(tangents, back)
@@ -199,23 +207,6 @@ class Generic(Layer):
             f"{self.node.where or 'the model'}: {self.node.label} has no second derivative, which this method needs "
             f"({error}); bp, at and fast_at work"
         )
-
-    def _pushed_by_reverse(self, names: list[str], tangents: Sequence[Tensor]) -> Any:
-        """J t as the derivative of u ↦ ⟨Jᵀu, t⟩, which is linear in u; ⟨J t, J t⟩ = ⟨t, Jᵀ J t⟩ is checked."""
-        outputs = {i: y for i, y in enumerate(_tensors(self.graphed)) if y.requires_grad}
-        sources = [self.sources[int(name)] for name in names]
-        with torch.enable_grad():
-            seeds = [torch.zeros_like(y).requires_grad_() for y in outputs.values()]
-            pulled = _grad(list(outputs.values()), sources, seeds, create_graph=True)
-            if self.unseen:
-                _refuse_cut(pulled)
-            moving = [(p, t) for p, t in zip(pulled, tangents, strict=True) if p.requires_grad]
-            found = [torch.zeros_like(y) for y in outputs.values()]
-            if moving:
-                found = _grad([p for p, _ in moving], seeds, [t for _, t in moving])
-        self._check(outputs, names, tangents, found)
-        parts = dict(zip(outputs, found, strict=True))
-        return parts[0] if isinstance(self.graphed, Tensor) else _positions(self.graphed, parts)
 
     def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names) -> dict[str, Tensor]:
         """∇_w ⟨Jᵀ r, t⟩: a torch function is one layer, so both semantics agree."""
@@ -359,9 +350,9 @@ class Leaf(Generic):
             if self._can_meet(names, [t[name] for name in names]):
                 return self._met(names, [t[name] for name in names], self._last[0]).pushed
             if t[names[0]].dim() == self.inputs[int(names[0])].dim():
-                return self._pushed_by_reverse(names, [t[name] for name in names])
+                return self._walk(names, [t[name] for name in names], None, [])[0]
             rows = zip(*(t[name].unbind(0) for name in names), strict=True)
-            return _stack([self._pushed_by_reverse(names, row) for row in rows])
+            return _stack([self._walk(names, row, None, [])[0] for row in rows])
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self.node.where}: {self.node.label} has a backward that can't be differentiated again, which the "
