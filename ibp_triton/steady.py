@@ -7,20 +7,13 @@ dies in the reverse sweep of a group norm in channels-last whose input has no de
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-
-class Steady(TorchFunctionMode):
-    """Inside, dropout draws as for contiguous tensors, hardsigmoid is relu6(a + 3) / 6, and group norms don't crash."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = _OWN.get(func, func)
-        return own(*args, **kwargs) if kwargs else own(*args)
 
 
 def dropout_mask(input: Tensor, p: float, axes: int | None) -> Tensor:
@@ -62,3 +55,13 @@ _OWN: dict[Any, Any] = {
     F.group_norm: _group_norm(F.group_norm),
     torch.group_norm: _group_norm(torch.group_norm),
 }
+
+
+class Steady(TorchFunctionMode):
+    """Inside, dropout draws as for contiguous tensors, hardsigmoid is relu6(a + 3) / 6, and group norms don't crash."""
+
+    own: ClassVar[Mapping[Any, Any]] = _OWN
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = self.own.get(func, func)
+        return own(*args, **kwargs) if kwargs else own(*args)

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ibp_triton import image_conv
 from ibp_triton.checks import refuse_mixed
 from ibp_triton.criteria import Loss
 from ibp_triton.errors import MethodError
@@ -27,7 +29,12 @@ UNFORESEEN = "a recipe runs other sweeps, or gives other terms, than when it was
 
 
 class Unmixed(Steady):
-    """Refuses a model that computes under torch.autocast by itself, or in a wrapper of its forward."""
+    """Refuses a model that computes under torch.autocast by itself, or in a wrapper of its forward.
+
+    The data gradient of a convolution over an image is that of the recorded layers.
+    """
+
+    own = {**Steady.own, F.conv2d: image_conv.conv2d}  # noqa: RUF012
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch._C._is_any_autocast_enabled():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ibp_triton import image_conv
 from ibp_triton.layer import HALF, Bilinear, Names, Tangents, fold, memory_format, product, unfold, wide
 
 
@@ -107,61 +107,14 @@ class _Conv(Bilinear):
         """The transposed convolution."""
         folded = fold(d, self.input)
         size = [n + e for n, e in zip(self.input.shape[2:], self.extra[::-2] or [0] * self.spatial, strict=True)]
-        if self._few_channels():
-            back = self._rows_vjp(folded, size) if self._row_fills_vectors() else self._columns_vjp(folded, size)
+        if image_conv.applies(self.input, self.groups):
+            back = image_conv.data_gradient(folded, self.weight, size, self.stride, self.padding, self.dilation)
         else:
             layout = torch.channels_last if folded.dim() == 4 and folded.stride(1) == 1 else memory_format(folded)
             shape = (folded.shape[0], self.input.shape[1], *size)
             like = torch.empty(shape, dtype=d.dtype, device=d.device, memory_format=layout)  # only its shape is read
             back = self._backward(folded, like, [True, False, False])[0]
         return unfold(F.pad(back, [-e for e in self.extra]) if self.extra else back, d, self.input)
-
-    def _few_channels(self) -> bool:
-        """Whether the data gradient is better taken as a matrix product and shifted sums.
-
-        oneDNN fills vectors with channels, and an image has 1 or 3: measured on AVX-512 cores at batch 32, its own
-        kernel takes 4.0 ms where this takes 0.6 ms (1 → 32 channels, 4×4) and 12.2 ms against 4 ms (3 → 64, 5×5).
-        """
-        return self.spatial == 2 and self.groups == 1 and self.input.shape[1] <= 4 and not self.input.is_cuda
-
-    def _columns_vjp(self, d: Tensor, size: list[int]) -> Tensor:
-        """Wᵀ d for every kernel position at once, [k, k, C, N, H_out, W_out], then one shifted sum each."""
-        n, channels, (height, width) = d.shape[0], self.input.shape[1], d.shape[2:]
-        kernel = self.weight.permute(2, 3, 1, 0).reshape(-1, self.weight.shape[0])
-        columns = kernel @ d.permute(1, 0, 2, 3).reshape(d.shape[1], -1)
-        columns = columns.view(*self.weight.shape[2:], channels, n, height, width)
-        padded = [s + 2 * p for s, p in zip(size, self.padding, strict=True)]
-        total = d.new_zeros(channels, n, *padded, dtype=torch.float32 if d.dtype in HALF else d.dtype)
-        for i in range(columns.shape[0]):
-            for j in range(columns.shape[1]):
-                rows = _strided(i * self.dilation[0], height, self.stride[0])
-                total[:, :, rows, _strided(j * self.dilation[1], width, self.stride[1])].add_(columns[i, j])
-        total = total[:, :, self.padding[0] : self.padding[0] + size[0], self.padding[1] : self.padding[1] + size[1]]
-        layout = torch.channels_last if channels > 1 and d.stride(1) == 1 else torch.contiguous_format
-        return total.transpose(0, 1).to(d.dtype).contiguous(memory_format=layout)
-
-    def _row_fills_vectors(self) -> bool:
-        """Whether a kernel row of all channels is at least three quarters of whole vectors of 16 numbers.
-
-        Then sums over the kernel's height are quicker as a convolution: 3.4 ms instead of 4.7, in bfloat16 2.2 instead
-        of 3.2 (3 → 64 channels, 5×5, batch 32).
-        """
-        row, (height, width) = self.input.shape[1] * self.weight.shape[3], self.weight.shape[2:]
-        plain = self.stride == self.dilation == [1, 1] and self.padding[0] < height and self.padding[1] < width
-        return plain and row >= 0.75 * 16 * math.ceil(row / 16)
-
-    def _rows_vjp(self, d: Tensor, size: list[int]) -> Tensor:
-        """Sums over the kernel's height for each of its columns, [N, H, W_out, k, C], then one shifted sum each."""
-        height, width = self.weight.shape[2:]
-        kernel = self.weight.flip(2).permute(3, 1, 0, 2).reshape(-1, self.weight.shape[0], height, 1)
-        rows = F.conv2d(d, kernel, padding=(height - 1 - self.padding[0], 0))
-        rows = wide(rows.permute(0, 2, 3, 1)).unflatten(3, (width, -1))
-        total = rows.new_zeros(d.shape[0], size[0], size[1] + 2 * self.padding[1], self.input.shape[1])
-        for j in range(width):
-            total[:, :, j : j + d.shape[3]].add_(rows[:, :, :, j])
-        total = total[:, :, self.padding[1] : self.padding[1] + size[1]]
-        layout = torch.channels_last if d.stride(1) == 1 else torch.contiguous_format
-        return total.permute(0, 3, 1, 2).to(d.dtype).contiguous(memory_format=layout)  # type: ignore[no-any-return]
 
     def jvp(self, t: Tangents) -> Tensor:
         """The convolution without bias."""
@@ -286,8 +239,3 @@ def _sizes(value: Any, n: int) -> list[int]:
     """A size per axis: 3 → [3, 3], (3,) → [3, 3], (1, 2) → [1, 2]."""
     values = list(value) if isinstance(value, (tuple, list, torch.Size)) else [value]
     return values * n if len(values) == 1 else values
-
-
-def _strided(start: int, count: int, step: int) -> slice:
-    """``count`` positions from ``start``."""
-    return slice(start, start + (count - 1) * step + 1, step)
