@@ -108,7 +108,7 @@ def tangent_seed(d_0: Tensor, tau: Tensor, norm: float, weights: Tensor | None =
     slopes = torch.linalg.vecdot(tau.flatten(2), d_0.flatten(1))  # [T, N]
     factors, penalties = seed(slopes, norm, weights)
     numbers = factors.numbers
-    collapsed = (numbers.view(*numbers.shape, *([1] * (tau.dim() - 2))) * tau).sum(0)
+    collapsed = (numbers.view((*numbers.shape, *([1] * (tau.dim() - 2)))) * tau).sum(0)
     return Seed(collapsed), penalties
 
 

@@ -46,7 +46,7 @@ def _by_columns(d: Tensor, weight: Tensor, size: Sizes, stride: Sizes, padding: 
     n, channels, (height, width) = d.shape[0], weight.shape[1], d.shape[2:]
     kernel = weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
     columns = kernel @ d.permute(1, 0, 2, 3).reshape(d.shape[1], -1)
-    columns = columns.view(*weight.shape[2:], channels, n, height, width)
+    columns = columns.view((*weight.shape[2:], channels, n, height, width))
     padded = [s + 2 * p for s, p in zip(size, padding, strict=True)]
     total = d.new_zeros(channels, n, *padded, dtype=torch.float32 if d.dtype in HALF else d.dtype)
     for i in range(columns.shape[0]):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ibp_triton import ledger
 from ibp_triton.backends import Backend, backend_for
 from ibp_triton.backends.torch.generic import Generic
+from ibp_triton.backends.torch.sync_batch_norm import Synchronised
 from ibp_triton.errors import AutocastError, InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace, explained
 from ibp_triton.graph import Graph
@@ -45,12 +46,15 @@ class Network:
             the result itself, its ``.logits``, or the only tensor of a tuple.
         process_group: of torch.distributed, for data parallelism: each process gives its own samples (as many as it
             has, none too), objective and gradients are those of all samples together, the same on every process. The
-            processes must start from the same weights and take the same steps. Batch statistics and random draws are
-            each process's own.
+            processes must start from the same weights and take the same steps. Random draws are each process's own,
+            and so are batch statistics but those of nn.SyncBatchNorm.
+        sync_batchnorm: whether every batch norm in training normalises by all processes' samples, as nn.SyncBatchNorm
+            does; on any device.
 
     Raises:
         ModelError (a TypeError): for a model wrapped for data parallelism or compiled; the message names the cure.
-        MethodError (a ValueError): for an unknown backend or a dtype that is not floating point.
+        MethodError (a ValueError): for an unknown backend, a dtype that is not floating point, or sync_batchnorm
+            without a process group.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Network:
         x: int | str = 0,
         output: Pick = None,
         process_group: Any = None,
+        sync_batchnorm: bool = False,
     ) -> None:
         model = _unwrapped(model, dtype)
         _check_model(model)
@@ -70,8 +75,11 @@ class Network:
         if dtype is not None and not dtype.is_floating_point:
             raise MethodError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype}")
         self.model, self.backend, self.dtype = model, backend, dtype
-        self.interface = Interface(x, output)
+        if sync_batchnorm and process_group is None:
+            raise MethodError("sync_batchnorm=True needs process_group=, the processes whose samples share statistics")
         self.world = None if process_group is None else World(process_group)
+        within = nullcontext if self.world is None else Synchronised(self.world, sync_batchnorm)
+        self.interface = Interface(x, output, within)
         self._recordings: MutableMapping[str, Recordings] = {}  # by backend
         self._shape: tuple[int, ...] | None = None
         self._classes: int | None = None
@@ -97,6 +105,12 @@ class Network:
     def native(self) -> bool:
         """Whether the Triton kernels are in use: asked for, or parameters on CUDA, and a dtype that they compute in."""
         return self._backend().name == "triton"
+
+    @property
+    def synchronised(self) -> bool:
+        """Whether batch norms share their statistics with other processes."""
+        within = self.interface.within
+        return isinstance(within, Synchronised) and within.applies(self.model)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name, each once."""

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ibp_triton.attacks import fgsm_step
+from ibp_triton.errors import ModelError
 from ibp_triton.recording import calls
 from ibp_triton.recording.interface import Interface
 
@@ -45,8 +46,15 @@ def gradients(
 
     Raises:
         KeyError: for an unknown ``method.key``.
+        ModelError: for a method with a tangent on a model with a scripted module.
     """
     run = ORACLES[method.key]
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted and run in (_seeded, _prediction, _jacobian):
+        raise ModelError(
+            f"the reference cannot judge this method on the scripted module '{scripted[0]}', in which torch drops "
+            "forward-mode derivatives without a word; give it the module as it was before torch.jit.script"
+        )
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         numbers = _own_numbers(model, method, x, interface or Interface(), dict(extra or {}))
@@ -201,7 +209,7 @@ def _seeded(f: Function, parameters: Gradients, method: Any, x: Tensor, target: 
     else:
         slopes = (tangents * d_0).flatten(2).sum(2)
         factors = target.weighted(_psi(slopes, method.norm), 1)
-        seed = (factors.reshape(*slopes.shape, *[1] * (x.dim() - 1)) * tangents).sum(0)
+        seed = (factors.reshape((*slopes.shape, *[1] * (x.dim() - 1))) * tangents).sum(0)
         size = _norm(slopes, method.norm, target, 1)
     if method.semantics == "exact":
         extra = _loss_change(f, parameters, x, target, seed)

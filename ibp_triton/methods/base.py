@@ -189,7 +189,7 @@ class Method:
         return value, found, step
 
     def _gradient(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        if step.x.shape[0] == 0:  # the batch is another process's
+        if not _takes_part(step):
             return step.zero, {}
         recipe = self.recipe(step)
         value, terms = next(recipe), list(recipe)
@@ -216,7 +216,7 @@ class Method:
         """The objective alone, and the step that gave it; arguments as of the call ``method(network, x, y)``."""
         with torch.no_grad():
             step = self._step(network, x, y, tangents, {}, extra, None)
-            value: Tensor = next(self.recipe(step)) if step.x.shape[0] else step.zero
+            value: Tensor = next(self.recipe(step)) if _takes_part(step) else step.zero
             return value if network.world is None else network.world.sum(value), step
 
     def _step(self, network: Network, x: Tensor, y: Any, tangents: Any, parameters: Any, extra: Any, own: Any) -> Step:
@@ -293,3 +293,8 @@ class Method:
 def _shown(value: Any) -> str:
     """A tensor's numbers are not read: they may lie on a device."""
     return f"<0-d tensor on {value.device}>" if isinstance(value, Tensor) else repr(value)
+
+
+def _takes_part(step: Step) -> bool:
+    """Whether anything is to compute: also without a sample where others wait for this process's share of a mean."""
+    return step.x.shape[0] > 0 or step.network.synchronised

@@ -195,8 +195,8 @@ def _fast_tbp_seed(ctx: Any, g_seed: Tensor, g_value: Tensor) -> Any:
     slopes = torch.linalg.vecdot(tangents.flatten(2), d.flatten(1))
     psi = slopes.sign() * slopes.abs() ** (norm - 1)
     bend = _bend(slopes, norm) * torch.linalg.vecdot(tangents.flatten(2), g_seed.flatten(1))
-    weight = (bend + psi * g_value.to(d.dtype)).view(*slopes.shape, *samples)
-    back = psi.view(*slopes.shape, *samples) * g_seed + weight * d
+    weight = (bend + psi * g_value.to(d.dtype)).view((*slopes.shape, *samples))
+    back = psi.view((*slopes.shape, *samples)) * g_seed + weight * d
     return (weight * tangents).sum(0), back, None
 
 

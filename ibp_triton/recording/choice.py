@@ -39,6 +39,8 @@ def _own_rule(node: Node, nodes: list[Node]) -> bool:
     arguments = dict(list(bound.arguments.items())[1:])
     tensors = dict(_named_tensors(arguments))
     operands = {name: ref.index for name, ref in tensors.items() if isinstance(ref, Ref)}
+    if any(name.startswith(("args.", "kwargs.")) for name in operands) or _references(node) - {*operands.values()}:
+        return False  # the rule would take for a constant what has a derivative
     kinds = {name: nodes[operands[name]].kind if name in operands else "constant" for name in tensors}
     node.rule = rule_for(node.function, kinds, arguments | arguments.get("kwargs", {}))
     node.operands = operands
@@ -50,9 +52,14 @@ def _signature(forward: Any) -> inspect.Signature:
     return inspect.signature(forward)
 
 
+def _references(node: Node) -> set[int]:
+    return {leaf.index for leaf in tree_flatten((node.args, node.kwargs))[0] if isinstance(leaf, Ref)}
+
+
 def _named_tensors(arguments: dict[str, Any]) -> Iterator[tuple[str, Ref | Constant]]:
     for name, value in arguments.items():
         if isinstance(value, (Ref, Constant)):
             yield name, value
-        elif isinstance(value, (tuple, list)):
-            yield from ((f"{name}.{i}", part) for i, part in enumerate(value) if isinstance(part, (Ref, Constant)))
+        elif isinstance(value, (tuple, list, dict)):
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            yield from ((f"{name}.{i}", part) for i, part in parts if isinstance(part, (Ref, Constant)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +18,21 @@ Pick = str | int | Callable[[Any], Tensor] | None
 
 @dataclass(frozen=True)
 class Interface:
-    """x is the model's argument of this position or name; ``output`` picks the logits of what it returns."""
+    """x is the model's argument of this position or name; ``output`` picks the logits of what it returns.
+
+    ``within`` gives the context that the model runs in.
+    """
 
     x: int | str = 0
     output: Pick = None
+    within: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext  # of the model, in which it runs
 
     def call(self, model: nn.Module, x: Tensor, extra: Mapping[str, Any]) -> Any:
         """The model's result for x and the other inputs, which go by name."""
         args, named = ((x,), extra) if self.x == 0 else ((), {self._name(model): x, **extra})
         try:
-            return model(*args, **named)
+            with self.within(model):
+                return model(*args, **named)
         except TypeError as error:
             try:
                 inspect.signature(model.forward).bind(*args, **named)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ibp_triton.backends.torch.generic import Generic, Hooked, Leaf, Part
+from ibp_triton.backends.torch.sync_batch_norm import sync_batch_norm
 from ibp_triton.backends.torch.written import Written, geometry, seen
 from ibp_triton.checks import refuse_mixed
 from ibp_triton.errors import ModelError
@@ -38,7 +39,13 @@ from ibp_triton.recording.memory import Memory, Write, level, storage_of, wrappe
 
 _CONSTANT = Constant()
 _REFS = [Ref(i) for i in range(256)]  # most keys, made once, compare by identity
-_STATISTICS = {F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm}  # keep a dtype of their own
+_STATISTICS = {
+    F.batch_norm,
+    F.instance_norm,
+    torch.batch_norm,
+    torch.instance_norm,
+    sync_batch_norm,
+}  # in a dtype of their own
 
 
 @dataclass(frozen=True)
@@ -387,6 +394,7 @@ class Recorder(TorchFunctionMode):
     def _ends(self, last: Any, edges: Any) -> Iterator[tuple[Tensor, int]]:
         """The tensors that a graph hangs on, and the sequence number of the function that took each."""
         done, todo = set(), [(last, edge[0]) for edge in edges]
+        histories = {p.grad_fn: p for p in self.own.values() if p.grad_fn is not None}  # of a copied scripted module
         while todo:
             user, function = todo.pop()
             if function is None or (user, function) in done:
@@ -394,6 +402,8 @@ class Recorder(TorchFunctionMode):
             done.add((user, function))
             if hasattr(function, "variable"):
                 yield function.variable, user._sequence_nr()
+            elif function in histories:
+                yield histories[function], user._sequence_nr()
             elif function in self._unseen:
                 yield self._unseen[function], user._sequence_nr()
             else:

@@ -1,5 +1,6 @@
 """Ordinary model code of many kinds: every method beside the oracle, exact Loss IBP beside ``create_graph=True``."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrizations, rnn
 from torch.utils.checkpoint import checkpoint
 
 import ibp_triton as ibp
+from ibp_triton.errors import ModelError
 from tests.library.comparing import error, oracle, ours
 
 EXACT = ibp.LossIBP(0.3, 2, "exact")
@@ -131,6 +133,18 @@ def zeroed(m, x):
     z = y * 2
     y.zero_()
     return z + y
+
+
+def differences_with_ends(m, x):
+    """A linear map by its first argument alone has other operands too, in keywords."""
+    ends = {"prepend": x[..., :1] * m.gain, "append": m.gain.expand(3, 4, 6)[..., :1]}
+    return torch.diff(x, dim=-1, **ends)[..., :6].square() + torch.diff(x, 1, -1, None, m.state[:1].expand(3, 4, 1))
+
+
+def numbers_without_axes(m, x):
+    a, b = x.mean(), x.std()
+    c = torch.fmax(a * 0, 0.1 + b) + torch.maximum(a, b * 2) + a / b + a.sin().pow(2) + torch.lerp(a, b, 0.3)
+    return x * c + torch.where(b > 0, a, b) + torch.stack([a, b]).clamp(max=b).sum()
 
 
 def copied(m, x):
@@ -346,6 +360,8 @@ FUNCTIONS = {
     "einsum": lambda m, x: torch.einsum("nti,ntj,ij->ntj", x, x, m.matrix),
     "normalised": lambda m, x: F.normalize(x, dim=-1) + x.norm(dim=-1, keepdim=True),
     "bilinear": lambda m, x: F.bilinear(x, x, m.matrix.expand(6, 6, 6)),
+    "differences with ends": differences_with_ends,
+    "numbers without axes": numbers_without_axes,
 }
 TABLE = {
     **{f.__name__: f for f in (*WRITES, *COMPLEX)},
@@ -497,6 +513,26 @@ def test_a_scripted_module_is_a_leaf_too():
     with pytest.warns(DeprecationWarning, match="torch.jit.script"):
         scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
     check(Body(lambda m, x: m.inner[0](x), scripted), judged=False)
+
+
+def test_a_copied_scripted_module_whose_parameters_have_a_history():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh()).double()
+    plain = Body(lambda m, x: m.inner[0](x), inner).double()
+    copied = copy.deepcopy(plain)
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        copied.inner[0] = copy.deepcopy(torch.jit.script(inner))
+    x, labels, _ = batch()
+    assert error(*(EXACT.gradients(ibp.Network(m), x, labels)[1] for m in (copied, plain))) < 1e-12
+
+
+def test_the_oracle_refuses_forward_mode_in_scripted_modules():
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        model = Body(lambda m, x: m.inner[0](x), torch.jit.script(nn.Linear(6, 6))).double()
+    x, labels, _ = batch()
+    assert error(oracle(ibp.BP(), model, x, labels)[1], ours(ibp.BP(), ibp.Network(model), x, labels)[1]) < 1e-12
+    with pytest.raises(ModelError, match=r"scripted module 'inner\.0'"):
+        oracle(EXACT, model, x, labels)
 
 
 def test_a_reentrant_checkpoint_is_what_it_ran():

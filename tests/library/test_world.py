@@ -23,11 +23,20 @@ CRITERIA = {
     "squares": nn.MSELoss(),
 }
 SPLITS = ((5, 2), (7, 0), (0, 7), (1, 6))
+KINDS = ("asked for", "its own")
 
 
 def network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 3)).double()
+
+
+def normalised(kind):
+    """Normalised thrice: with γ and b, without, and before a linear layer."""
+    torch.manual_seed(0)
+    one, two = (nn.SyncBatchNorm, nn.SyncBatchNorm) if kind == "its own" else (nn.BatchNorm2d, nn.BatchNorm1d)
+    layers = [nn.Conv2d(1, 3, 3), one(3), nn.Tanh(), one(3, affine=False, momentum=None), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(27, 4), two(4), nn.Tanh(), nn.Linear(4, 3)).double()
 
 
 def batch(name):
@@ -52,6 +61,10 @@ def cases():
                 yield name, method if mode is None else method.at(semantics=mode)
 
 
+def plain_cases():
+    return [(name, method) for name, method in cases() if name == "plain"]
+
+
 def shard(split, rank, *tensors):
     start, stop = sum(split[:rank]), sum(split[: rank + 1])
     return [t[start:stop] if t.dim() < 5 else t[:, start:stop] for t in tensors]
@@ -74,9 +87,20 @@ def _worker(rank, store, out):
     for split in SPLITS:
         x, y, _ = shard(split, rank, *batch("plain"))
         step(x, y)
-    torch.save((found, model.state_dict()), f"{out}.{rank}")
+    torch.save((found, model.state_dict(), [_synchronised(rank, kind) for kind in KINDS]), f"{out}.{rank}")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _synchronised(rank, kind):
+    found = []
+    for number, (name, method) in enumerate(plain_cases()):
+        model = normalised(kind)
+        wrapped = ibp.Network(model, process_group=dist.group.WORLD, sync_batchnorm=kind != "its own")
+        x, y, tangents = shard(SPLITS[number % 4], rank, *batch(name))
+        loss, gradients = method.gradients(wrapped, x, y, tangents if method.needs_tangents else None)
+        found.append((loss, gradients, dict(model.named_buffers())))
+    return found
 
 
 def _sgd(model):
@@ -87,13 +111,7 @@ def _sgd(model):
 def results(tmp_path_factory):
     """What two processes find: gradients of every case and split, and a model after a few steps."""
     folder = tmp_path_factory.mktemp("world")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(rank, folder / "store", folder / "out")) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
+    multiprocessing.spawn(_worker, (folder / "store", folder / "out"), nprocs=2)  # if one fails the other is ended
     return [torch.load(f"{folder / 'out'}.{rank}") for rank in (0, 1)]
 
 
@@ -112,6 +130,25 @@ def test_every_method_and_criterion_agrees_with_one_process(results, rank):
         assert torch.allclose(data_loss, expected.data_loss, rtol=1e-12, atol=0)
         assert (penalty is None) == (expected.penalty is None)
         assert penalty is None or torch.allclose(penalty, expected.penalty, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_synchronised_batch_norms_are_those_of_one_process(results, kind, rank):
+    for (name, method), (loss, gradients, buffers) in zip(
+        plain_cases(), results[rank][2][KINDS.index(kind)], strict=True
+    ):
+        model = normalised("asked for")
+        x, y, tangents = batch(name)
+        expected = method.gradients(model, x, y, tangents if method.needs_tangents else None)
+        assert float(loss) == pytest.approx(float(expected[0]), rel=1e-12)
+        assert error(gradients, expected[1]) < 1e-12, method
+        assert error(buffers, dict(model.named_buffers())) < 1e-12
+
+
+def test_one_process_has_nobody_to_share_statistics_with():
+    with pytest.raises(ValueError, match="process_group"):
+        ibp.Network(network(), sync_batchnorm=True)
 
 
 def test_steps_keep_the_processes_together(results):

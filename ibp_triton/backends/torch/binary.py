@@ -28,7 +28,7 @@ class Binary(Layer):
     def _to(self, name: str, d: Tensor) -> Tensor:
         """Summed over the axes along which the side was broadcast."""
         lead = d.shape[: d.dim() - self.output.dim()]
-        return sum_to(d.expand(*lead, *self.output.shape), self.sides[name], self.output.dim())
+        return sum_to(d.expand((*lead, *self.output.shape)), self.sides[name], self.output.dim())
 
     def _matched(self, d: Tensor, t: Tangents) -> tuple[Tensor, dict[str, Tensor]]:
         d, t = matched(d, self.output.dim(), t, self.sides)
@@ -215,4 +215,4 @@ class Where(Binary):
         t = self._lift(t)
         zero = next(iter(t.values())).new_zeros(())
         pushed = torch.where(self.condition, t.get("input", zero), t.get("other", zero))
-        return pushed.expand(*pushed.shape[: pushed.dim() - self.output.dim()], *self.output.shape)
+        return pushed.expand((*pushed.shape[: pushed.dim() - self.output.dim()], *self.output.shape))

@@ -28,7 +28,7 @@ class Blend(Layer):
     def _to(self, name: str, d: Tensor) -> Tensor:
         rank = self.output.dim()
         lead = d.shape[: d.dim() - rank]
-        return sum_to(d.expand(*lead, *self.output.shape), self.sides[name], rank)
+        return sum_to(d.expand((*lead, *self.output.shape)), self.sides[name], rank)
 
     def _lift(self, t: Tangents) -> dict[str, Tensor]:
         return {name: lift(part, self.sides[name], self.output.dim()) for name, part in t.items()}
@@ -41,7 +41,7 @@ class Blend(Layer):
         """Σ t ∂y/∂side."""
         parts = [part * self.slope(name) for name, part in self._lift(t).items()]
         total: Tensor = sum(parts[1:], parts[0])
-        return total.expand(*total.shape[: total.dim() - self.output.dim()], *self.output.shape)
+        return total.expand((*total.shape[: total.dim() - self.output.dim()], *self.output.shape))
 
     def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """As for an active side, in float32 for half precision."""
@@ -141,7 +141,7 @@ class AddAt(Layer):
         """The same sum of the tangents."""
         some = next(iter(t.values()))
         lead = some.shape[: some.dim() - (len(self.shape) if "input" in t else len(self.more))]
-        base = t["input"] if "input" in t else some.new_zeros(*lead, *self.shape)
+        base = t["input"] if "input" in t else some.new_zeros((*lead, *self.shape))
         return self._add(base, t[self.added]) if self.added in t else base
 
     def _add(self, base: Tensor, more: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class ScatterAdd(AddAt):
         return True
 
     def _places(self, t: Tensor) -> Tensor:
-        return self.index.expand(*t.shape[: t.dim() - len(self.shape)], *self.index.shape)
+        return self.index.expand((*t.shape[: t.dim() - len(self.shape)], *self.index.shape))
 
     def _taken(self, d: Tensor) -> Tensor:
         taken = d.gather(self.axis, self._places(d))

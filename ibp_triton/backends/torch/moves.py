@@ -107,7 +107,7 @@ class Permute(Move):
 
     def _moved(self, t: Tensor, order: list[int]) -> Tensor:
         extra = t.dim() - self.rank
-        return t.permute(*range(extra), *(extra + i for i in order))
+        return t.permute((*range(extra), *(extra + i for i in order)))
 
 
 class Transpose(Permute):
@@ -200,7 +200,7 @@ class Expand(Move):
 
     def push(self, t: Tensor) -> Tensor:
         """Repeated likewise."""
-        return lift(t, self.input, self.output.dim()).expand(*self._lead(t), *self.output.shape)
+        return lift(t, self.input, self.output.dim()).expand((*self._lead(t), *self.output.shape))
 
 
 class Sum(Move):

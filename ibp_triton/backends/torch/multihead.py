@@ -134,7 +134,7 @@ class MultiHeadAttention(Layer):
         if w is None:
             return None
         w = w.unsqueeze(-3 if self.averaged else -4) if self.unbatched else w
-        return (w / self.heads).unsqueeze(-3).expand(*w.shape[:-2], self.heads, *w.shape[-2:]) if self.averaged else w
+        return (w / self.heads).unsqueeze(-3).expand((*w.shape[:-2], self.heads, *w.shape[-2:])) if self.averaged else w
 
     def _outer(self, d: Any) -> Tensor | None:
         return self._batched(d[0]) if d.get(0) is not None else None
@@ -194,7 +194,9 @@ class MultiHeadAttention(Layer):
             sums = {n: wide(part).sum((-3, -2)) for n, part in inner.items()}
             lead = next(iter(sums.values())).shape[:-1]
             width = self.out_weight.shape[1]
-            out["in_proj_bias"] = torch.cat([sums.get(n, self.out_weight.new_zeros(*lead, width)) for n in _INPUTS], -1)
+            out["in_proj_bias"] = torch.cat(
+                [sums.get(n, self.out_weight.new_zeros((*lead, width))) for n in _INPUTS], -1
+            )
         return out
 
     @staticmethod
@@ -299,4 +301,4 @@ def _gradient(left: Tensor, d: Tensor) -> Tensor:
 
 def _rows_of(x: Tensor, lead: int) -> Tensor:
     x = x.float() if x.dtype in HALF else x
-    return x.reshape(*x.shape[:lead], -1, x.shape[-1])
+    return x.reshape((*x.shape[:lead], -1, x.shape[-1]))

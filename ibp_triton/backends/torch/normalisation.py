@@ -124,18 +124,18 @@ class Normalisation(Layer):
             return self._mean(u * v)
         u, v = (w.flatten(self.group[0]) for w in (u, v))
         dots = torch.linalg.vecdot(u, v) / u.shape[-1]
-        return dots.view(*dots.shape, *[1] * len(self.group))  # type: ignore[no-any-return]
+        return dots.view((*dots.shape, *[1] * len(self.group)))  # type: ignore[no-any-return]
 
     def _view(self, v: Tensor) -> Tensor:
         """[..., *S] as [..., *inner]."""
-        return v.reshape(*v.shape[: v.dim() - self.input.dim()], *self.inner)
+        return v.reshape((*v.shape[: v.dim() - self.input.dim()], *self.inner))
 
     def _gain(self, v: Tensor) -> Tensor:
         return v if self.weight is None else v * wide(self.weight).reshape(self.affine)
 
     def _like(self, v: Tensor, like: Tensor) -> Tensor:
         """[..., *inner] in the input's shape and dtype."""
-        return v.reshape(*v.shape[: v.dim() - len(self.inner)], *self.input.shape).to(like.dtype)
+        return v.reshape((*v.shape[: v.dim() - len(self.inner)], *self.input.shape)).to(like.dtype)
 
     def _parameter(self, v: Tensor) -> Tensor:
         """[..., *inner] summed over all but γ's axes, in γ's shape."""
@@ -143,7 +143,7 @@ class Normalisation(Layer):
         axes = [i - rank for i, n in enumerate(self.affine) if n == 1]
         axes = [*range(v.dim() - len(self.inner), v.dim() - rank), *axes]
         total = v.sum(axes, keepdim=True) if axes else v
-        return total.reshape(*v.shape[: v.dim() - len(self.inner)], *self.shape)
+        return total.reshape((*v.shape[: v.dim() - len(self.inner)], *self.shape))
 
 
 class InstanceNorm(Normalisation):
@@ -201,7 +201,7 @@ class _Native(Normalisation):
         """P(v)/s, as a view."""
         if not self._native or wrapped(v):
             return super()._push(v)
-        v = v.reshape(*v.shape[: v.dim() - len(self.inner)], *self.input.shape).to(self.input.dtype)
+        v = v.reshape((*v.shape[: v.dim() - len(self.inner)], *self.input.shape)).to(self.input.dtype)
         return self._view(wide(self._pushed(v)))
 
     def _pushed(self, t: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class GroupNorm(_Native):
         self.input = input.contiguous(memory_format=self.layout)
         output, mean, rstd = torch.native_group_norm(self.input, weight, bias, *self.sizes, eps)
         self.statistics = (mean, rstd)
-        self.mean, self.rstd = (x.view(*x.shape, *[1] * (input.dim() - 1)) for x in (mean, rstd))
+        self.mean, self.rstd = (x.view((*x.shape, *[1] * (input.dim() - 1))) for x in (mean, rstd))
         return output
 
     def _backward(self, v: Tensor, weight: Tensor | None, parameters: bool) -> tuple[Tensor, Tensor, Tensor]:

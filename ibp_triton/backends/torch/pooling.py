@@ -55,12 +55,12 @@ class _MaxPool(Layer):
         channels_last = flat.stride(-1) != 1 and flat.stride(-2) == 1
         if channels_last:  # gather rows of channels as they lie in memory
             flat, index = flat.transpose(-1, -2), index.transpose(-1, -2)
-        out = flat.gather(len(extra) + (1 if channels_last else 2), index.expand(*extra, *index.shape))
+        out = flat.gather(len(extra) + (1 if channels_last else 2), index.expand((*extra, *index.shape)))
         out = out.transpose(-1, -2) if channels_last else out
         return out.unflatten(-1, self.index.shape[2:])  # type: ignore[no-any-return]
 
     def _scatter(self, d: Tensor) -> Tensor:
-        flat = d.new_zeros(*d.shape[:2], product(self.shape[2:]))
+        flat = d.new_zeros((*d.shape[:2], product(self.shape[2:])))
         return flat.scatter_add(2, self.index.flatten(2), d.flatten(2)).unflatten(2, self.shape[2:])  # type: ignore[no-any-return]
 
 
@@ -104,7 +104,7 @@ class AdaptiveAvgPool2d(BatchedMap):
         """d shared out over each window."""
         height, width = self.input.shape[-2:]
         if self.output.shape[-2:] == (1, 1):
-            return {"input": (d / (height * width)).expand(*d.shape[:-2], height, width)}
+            return {"input": (d / (height * width)).expand((*d.shape[:-2], height, width))}
         if wrapped(d, self.input):
             return super().vjp(d, wanted)
         folded = fold(d, self.output)

@@ -66,15 +66,15 @@ class MatMul(Layer):
     def _fitting(self, part: Tensor, name: str) -> Tensor:
         """In the shape of the operand, a vector perhaps."""
         lead = part.dim() - (self.left if name == self.sides[0] else self.right).dim()
-        return part.reshape(*part.shape[:lead], *self.values[name].shape)
+        return part.reshape((*part.shape[:lead], *self.values[name].shape))
 
     def _for_right(self, a: Tensor, d: Tensor) -> Tensor:
         """Aᵀ d; for one matrix B of all samples as one product over all their rows."""
         if self.right.dim() > 2 or self.left.dim() == 2 or a.dim() > d.dim():
             return sum_to(a.mT @ d, self.right, self.rank)
         lead = d.shape[: d.dim() - self.rank]
-        d = d.reshape(*lead, -1, d.shape[-1])
-        a = a.reshape(*(lead if a.dim() > self.rank else ()), -1, a.shape[-1])
+        d = d.reshape((*lead, -1, d.shape[-1]))
+        a = a.reshape((*(lead if a.dim() > self.rank else ()), -1, a.shape[-1]))
         return a.mT @ d
 
     def jvp(self, t: Tangents) -> Tensor:
@@ -148,7 +148,9 @@ class AddMM(MatMul):
             extra = t["input"].dim() - self.input.dim()
             lead, missing = t["input"].shape[:extra], self.output_rank - self.input.dim()
             shape = self._output_shape
-            parts.append(self.beta * t["input"].reshape(*lead, *[1] * missing, *self.input.shape).expand(*lead, *shape))
+            parts.append(
+                self.beta * t["input"].reshape((*lead, *[1] * missing, *self.input.shape)).expand((*lead, *shape))
+            )
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     @property

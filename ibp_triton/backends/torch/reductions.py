@@ -207,7 +207,7 @@ class Pick(Move):
         """Added at the places."""
         d = d[0].unsqueeze(self.axis) if self.short else d[0]
         lead = d.shape[: d.dim() - self.rank]
-        return d.new_zeros(*lead, *self.shape).scatter_add(self.axis, self._places(lead), d)  # type: ignore[no-any-return]
+        return d.new_zeros((*lead, *self.shape)).scatter_add(self.axis, self._places(lead), d)  # type: ignore[no-any-return]
 
     def push(self, t: Tensor) -> Any:
         """Taken from the places."""
@@ -216,7 +216,7 @@ class Pick(Move):
 
     def _places(self, lead: tuple[int, ...]) -> Tensor:
         index = self.index.unsqueeze(self.axis) if self.short else self.index
-        return index.expand(*lead, *index.shape)  # type: ignore[no-any-return]
+        return index.expand((*lead, *index.shape))  # type: ignore[no-any-return]
 
 
 class TopK(Pick):

@@ -103,6 +103,7 @@ from ibp_triton.backends.torch.structural import (
     ReverseSubtract,
     Subtract,
 )
+from ibp_triton.backends.torch.sync_batch_norm import SyncBatchNorm, sync_batch_norm
 from ibp_triton.layer import Layer
 
 T = torch.Tensor
@@ -136,6 +137,7 @@ _FUNCTIONS: dict[type[Layer], tuple[Callable[..., Any], ...]] = {
     ChannelDropout: (F.dropout1d, F.dropout2d, F.dropout3d),
     BatchNorm: (F.batch_norm,),
     BatchNormEval: (F.batch_norm,),
+    SyncBatchNorm: (sync_batch_norm,),
     LayerNorm: (F.layer_norm,),
     GroupNorm: (F.group_norm,),
     InstanceNorm: (F.instance_norm,),

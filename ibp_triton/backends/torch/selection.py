@@ -24,7 +24,7 @@ class IndexSelect(Move):
 
     def pull(self, d: Tensor) -> Tensor:
         """Added at the chosen slices."""
-        zeros = d.new_zeros(*d.shape[: d.dim() - self.rank], *self.shape)
+        zeros = d.new_zeros((*d.shape[: d.dim() - self.rank], *self.shape))
         return zeros.index_add(self.axis, self.index, d)
 
     def push(self, t: Tensor) -> Tensor:
@@ -44,12 +44,14 @@ class Gather(Move):
     def pull(self, d: Tensor) -> Tensor:
         """Added at the chosen places."""
         lead = d.shape[: d.dim() - self.rank]
-        return d.new_zeros(*lead, *self.shape).scatter_add(self.axis, self.index.expand(*lead, *self.index.shape), d)
+        return d.new_zeros((*lead, *self.shape)).scatter_add(
+            self.axis, self.index.expand((*lead, *self.index.shape)), d
+        )
 
     def push(self, t: Tensor) -> Tensor:
         """The same places."""
         lead = self._lead(t)
-        return t.gather(self.axis, self.index.expand(*lead, *self.index.shape))
+        return t.gather(self.axis, self.index.expand((*lead, *self.index.shape)))
 
 
 class MaskedFill(Move):
@@ -110,7 +112,7 @@ class Split(Move):
         """The pieces joined, zeros where one has no derivative."""
         some = next(iter(d.values()))
         lead, shapes = some.shape[: some.dim() - self.rank], [piece.shape for piece in self.output]
-        return torch.cat([d[i] if i in d else some.new_zeros(*lead, *s) for i, s in enumerate(shapes)], self.axis)
+        return torch.cat([d[i] if i in d else some.new_zeros((*lead, *s)) for i, s in enumerate(shapes)], self.axis)
 
     def push(self, t: Tensor) -> Any:
         """The tangent's pieces."""
@@ -193,7 +195,7 @@ class Item(LinearMap):
     def _zeros(self, d: Tensor, lead: tuple[int, ...]) -> Tensor:
         layout = memory_format(self.input)
         if lead or wrapped(d) or layout is torch.contiguous_format:
-            return d.new_zeros(*lead, *self.input.shape)
+            return d.new_zeros((*lead, *self.input.shape))
         return torch.empty(self.input.shape, dtype=d.dtype, device=d.device, memory_format=layout).zero_()
 
     def jvp(self, t: Tangents) -> Any:

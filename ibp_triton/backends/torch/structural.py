@@ -33,7 +33,7 @@ class Add(Layer):
         rank = self.output.dim()
         parts = [self._scaled(name, lift(part, self.sides[name], rank)) for name, part in t.items()]
         total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        return total.expand(*total.shape[: total.dim() - rank], *self.output.shape)
+        return total.expand((*total.shape[: total.dim() - rank], *self.output.shape))
 
     def _scaled(self, name: str, t: Tensor) -> Tensor:
         return t if self.factors[name] == 1 else t * self.factors[name]
@@ -79,7 +79,7 @@ class Concatenate(Layer):
         lead = d.shape[: d.dim() - self.rank]
         positions = {name: int(name.split(".")[1]) for name in wanted}
         return {
-            name: d.new_zeros(*lead, 0) if self._skipped(self.tensors[i]) else slices[i]
+            name: d.new_zeros((*lead, 0)) if self._skipped(self.tensors[i]) else slices[i]
             for name, i in positions.items()
         }
 
@@ -88,7 +88,7 @@ class Concatenate(Layer):
         name, some = next(iter(t.items()))
         lead = some.shape[: some.dim() - self.tensors[int(name.split(".")[1])].dim()]
         joined = {f"tensors.{i}": x for i, x in enumerate(self.tensors) if not self._skipped(x)}
-        parts = [t.get(name, x.new_zeros(()).expand(*lead, *x.shape)) for name, x in joined.items()]
+        parts = [t.get(name, x.new_zeros(()).expand((*lead, *x.shape))) for name, x in joined.items()]
         return torch.cat(parts, self.dim)
 
 
@@ -105,12 +105,12 @@ class Reshape(Layer):
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """d in the input's shape."""
-        return {"input": d.reshape(*d.shape[: d.dim() - self.output.dim()], *self.shape)}
+        return {"input": d.reshape((*d.shape[: d.dim() - self.output.dim()], *self.shape))}
 
     def jvp(self, t: Tangents) -> Tensor:
         """t in the output's shape."""
         tangent = t["input"]
-        return tangent.reshape(*tangent.shape[: tangent.dim() - len(self.shape)], *self.output.shape)
+        return tangent.reshape((*tangent.shape[: tangent.dim() - len(self.shape)], *self.output.shape))
 
 
 class LinearMap(Layer):

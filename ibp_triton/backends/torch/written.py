@@ -67,17 +67,17 @@ class Written(Layer):
             out["old"] = d.masked_fill(self._mask, 0)
         if "new" in wanted:
             hit = self.positions >= 0
-            flat = d.new_zeros(*lead, math.prod(self.source))
-            index, rows = self.positions[hit], d.reshape(*lead, -1)[..., hit]
-            out["new"] = flat.index_add(len(lead), index, rows).view(*lead, *self.source)
+            flat = d.new_zeros((*lead, math.prod(self.source)))
+            index, rows = self.positions[hit], d.reshape((*lead, -1))[..., hit]
+            out["new"] = flat.index_add(len(lead), index, rows).view((*lead, *self.source))
         return out
 
     def jvp(self, t: Tangents) -> Tensor:
         """The same selection of the tangents."""
         name, some = next(iter(t.items()))
         lead = some.shape[: some.dim() - len(self.source if name == "new" else self.shape)]
-        old = t["old"] if "old" in t else some.new_zeros(*lead, *self.shape)
+        old = t["old"] if "old" in t else some.new_zeros((*lead, *self.shape))
         if "new" not in t:
             return old.masked_fill(self._mask, 0)
-        new = t["new"].reshape(*lead, -1)[..., self.positions.clamp(min=0)].view(*lead, *self.shape)
+        new = t["new"].reshape((*lead, -1))[..., self.positions.clamp(min=0)].view((*lead, *self.shape))
         return torch.where(self._mask, new, old)
