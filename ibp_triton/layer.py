@@ -37,6 +37,7 @@ class Layer:
 
     forward: Any  # forward(*args, **kwargs) -> Tensor, with the argument names of the torch function it stands for
     label: ClassVar[str] = ""
+    shapes_only: ClassVar[tuple[str, ...]] = ()  # attributes of whose numbers nothing is read after ``forward``
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -67,6 +68,14 @@ class Layer:
     def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
         """∇_a ⟨d, Df(a; w)[t]⟩ for the wanted active operands, summed over tangents; absent where zero."""
         return {}
+
+    def let_go_of_numbers(self) -> None:
+        """Keep shells of what is there for its shape alone."""
+        for name in self.shapes_only:
+            setattr(self, name, _shells(getattr(self, name)))
+
+    def let_go_of_bends(self) -> None:
+        """Let go, after a reverse sweep, of what only the curvature would read."""
 
     def condensed(self, d: Tensor, pulled: Mapping[str, Any]) -> Any:
         """What may be kept in place of d for the weight gradients that follow, where there is no curvature.
@@ -183,6 +192,19 @@ def fold(t: Tensor, value: Tensor) -> Tensor:
 def unfold(folded: Tensor, t: Tensor, value: Tensor) -> Tensor:
     """Undo ``fold(t, value)`` on the result of an operation that keeps the batch axis first."""
     return folded.unflatten(0, t.shape[:2]) if t.dim() > value.dim() else folded
+
+
+def shell(x: Tensor) -> Tensor:
+    """A tensor of the same shape, dtype and device without numbers, in the memory of one."""
+    return x if wrapped(x) else x.new_empty(()).expand(x.shape)
+
+
+def _shells(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return shell(value)
+    if isinstance(value, dict):
+        return {name: _shells(part) for name, part in value.items()}
+    return [_shells(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def lift(t: Tensor, value: Tensor, rank: int) -> Tensor:

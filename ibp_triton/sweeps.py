@@ -121,6 +121,8 @@ class Reverse(Sweep):
             tangents, side = _tangents_of(node, t), r.at(node.index)
             if side is not None and tangents:
                 self._receive(node, layer.curvature(side, tangents, wanted))
+        if trace.frugal:
+            layer.let_go_of_bends()
         if trace.frugal and not self._keeps(node.index):
             self[node.index] = FREED
         elif trace.frugal and own is not None:

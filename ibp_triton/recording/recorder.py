@@ -324,6 +324,7 @@ class Recorder(TorchFunctionMode):
                 self.following = following
                 return out, None
         index = len(self.nodes)
+        layer.let_go_of_numbers()
         self._append(node, out, layer)
         return self._publish(out, index), index
 

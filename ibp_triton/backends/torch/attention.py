@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton.layer import Layer, Names, Tangents, each, matched, product, sum_to, without, wrapped
+from ibp_triton.layer import Layer, Names, Tangents, each, matched, product, shell, sum_to, without, wrapped
 
 Sides = Mapping[str, Tensor]
 
@@ -134,14 +134,20 @@ class Attention:
     def __init__(self, sides: Sides, scale: float | None, mask: Tensor | None, p: float) -> None:
         query = sides["query"]
         self.scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        self.sides = sides
         self.q = (query * self.scale).contiguous()  # c Q: batched products copy what is not contiguous, each anew
         self.k, self.v = sides["key"].contiguous(), sides["value"].contiguous()
         self.soft = self._softmax(mask)  # [..., L, S]
         self.drop = None if p == 0 else torch.empty_like(self.soft).bernoulli_(1 - p).div_(1 - p if p < 1 else 1)
         self.weights = self._dropped(self.soft)
-        self.output = self.weights @ self.v
-        self.rank = self.output.dim()
+        self._output: Tensor | None = self.weights @ self.v
+        self.rank = self._output.dim()
+        self.sides = {name: shell(side) for name, side in sides.items()}  # for their shapes
+
+    def take_output(self) -> Tensor:
+        """O, once: no derivative reads it."""
+        output, self._output = self._output, None
+        assert output is not None
+        return output
 
     def _softmax(self, mask: Tensor | None) -> Tensor:
         scores = self.q @ self.k.mT
@@ -284,7 +290,7 @@ class ScaledDotProductAttention(Layer):
         if attn_mask is not None:
             sides["mask"] = attn_mask
         self.core = Attention(sides, scale, attn_mask, dropout_p)
-        return self.core.output
+        return self.core.take_output()
 
     def _spread(self, x: Tensor) -> Tensor:
         """A head of keys for each head of queries."""

@@ -14,6 +14,7 @@ class Move(Layer):
     """A linear map of its operand ``input``; other operands (indices, masks, shapes) have no derivative."""
 
     label = "linear map"
+    shapes_only = ("input", "output")
 
     @classmethod
     def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:

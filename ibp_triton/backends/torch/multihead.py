@@ -81,7 +81,7 @@ class MultiHeadAttention(Layer):
         self.weights = dict(zip(_INPUTS, weights, strict=True))
         self.out_weight = out_proj_weight
         self.core = self._attend(in_proj_bias, self._mask(attn_mask, key_padding_mask), dropout_p if training else 0.0)
-        self.joined = self._join(self.core.output)
+        self.joined = self._join(self.core.take_output())
         output = F.linear(self.joined, out_proj_weight, out_proj_bias)
         return self._unbatched(output), self._shown(self.core.weights) if need_weights else None
 

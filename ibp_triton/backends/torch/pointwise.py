@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.layer import Layer, Names, Tangents, without
+from ibp_triton.layer import Layer, Names, Tangents, shell, without
 from ibp_triton.steady import dropout_mask
 
 
@@ -37,6 +37,11 @@ class Pointwise(Layer):
         if d.dim() != t["input"].dim():
             d, t = without(d, rank), {"input": without(t["input"], rank)}
         return {"input": without(d * t["input"], rank) * second}
+
+    def let_go_of_bends(self) -> None:
+        """σ'(a) is all that is read from now on, once it is known."""
+        if "slope" in vars(self):
+            self.input = self.output = shell(self.input)
 
     @cached_property
     def slope(self) -> Tensor:
@@ -180,8 +185,8 @@ class SiLU(Pointwise):
 
     def forward(self, input: Tensor, inplace: bool = False) -> Tensor:
         """Same shape."""
-        self.input, self.gate = input, torch.sigmoid(input)
-        return input * self.gate
+        self.input = input
+        return F.silu(input)
 
     @cached_property
     def slope(self) -> Tensor:
@@ -190,7 +195,8 @@ class SiLU(Pointwise):
 
     def bend(self) -> Tensor:
         """s (1 − s)(2 + a (1 − 2s))."""
-        return self.gate * (1 - self.gate) * (2 + self.input * (1 - 2 * self.gate))
+        gate = torch.sigmoid(self.input)
+        return gate * (1 - gate) * (2 + self.input * (1 - 2 * gate))
 
 
 class GELU(Pointwise):
@@ -233,6 +239,7 @@ class Dropout(Pointwise):
     """Multiplication by one random mask, the same in every sweep of a step."""
 
     label = "dropout"
+    shapes_only = ("input",)
     masked_axes: ClassVar[int | None] = None  # None: every element; 2: whole channels of [N, C, ...]
 
     def forward(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

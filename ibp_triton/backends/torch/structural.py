@@ -16,6 +16,7 @@ class Add(Layer):
     """y = u + alpha · v with broadcasting; either side may be an activation, a parameter, a tensor or a number."""
 
     label, sign = "add", 1
+    shapes_only = ("sides", "output")
 
     def forward(self, input: Any, other: Any, *, alpha: float = 1) -> Tensor:
         """The broadcast shape."""
@@ -61,6 +62,7 @@ class Concatenate(Layer):
     """Operands joined along one axis. torch skips an empty vector among them, whatever the others' shape."""
 
     label = "concatenate"
+    shapes_only = ("tensors",)
 
     def forward(self, tensors: Any, dim: int = 0) -> Tensor:
         """[..., n_0 + n_1 + …, ...]."""
@@ -96,6 +98,7 @@ class Reshape(Layer):
     """The same numbers in the same order under another shape: view, reshape, flatten, squeeze, unsqueeze."""
 
     label = "reshape"
+    shapes_only = ("output",)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Whatever shape the torch function gives."""
@@ -117,6 +120,7 @@ class LinearMap(Layer):
     """Any function that is linear in its one tensor operand and has no parameter: f~~ = f, f~ its transpose."""
 
     label = "linear map"
+    shapes_only = ("input", "output")
 
     @classmethod
     def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
