@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -105,17 +105,23 @@ class Recordings:
                 seen = recorder.input(x.clone() if settings.own_input else x)
                 with recorder:
                     logits = self.interface.pick(self.interface.call(settings.model, seen, extra))
-        except RuntimeError as error:
-            raise explained(error, settings.model, settings.dtype) from error
+        except (RuntimeError, ValueError) as error:
+            raise_explained(error, settings.model, settings.dtype)
         return recorder, recorder.graph(recorder.output(logits))
 
 
-def explained(error: RuntimeError, model: nn.Module, dtype: torch.dtype | None) -> Exception:
-    """torch's complaint about mixed dtypes with the cure; any other error as it is."""
+def raise_explained(error: Exception, model: nn.Module, dtype: torch.dtype | None) -> NoReturn:
+    """Raise torch's complaint about mixed dtypes with the cure, any other error as it is."""
     dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
-    if isinstance(error, IBPError) or dtype is not None or len(dtypes) < 2 or "dtype" not in str(error):
-        return error
-    return InputTypeError(
+    if isinstance(error, IBPError) or "dtype" not in str(error) or (dtype is None and len(dtypes) < 2):
+        raise error
+    if dtype is not None:
+        raise InputTypeError(
+            f"{error}. With dtype={dtype} activations, and parameters and buffers that meet them, are of that dtype; "
+            "what the model makes itself is not, nor a parameter that it reads under no_grad, nor a recurrent layer's "
+            "weights: cast there by .to(x.dtype), or leave dtype= out"
+        ) from error
+    raise InputTypeError(
         f"{error}. The parameters are {', '.join(sorted(dtypes))}, and the model's forward does not cast between them: "
         "pass Network(model, dtype=torch.float32) to compute in one dtype"
-    )
+    ) from error

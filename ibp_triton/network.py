@@ -16,7 +16,7 @@ from ibp_triton.backends import Backend, backend_for
 from ibp_triton.backends.torch.generic import Generic
 from ibp_triton.backends.torch.sync_batch_norm import Synchronised
 from ibp_triton.errors import AutocastError, InputError, MethodError, ModelError
-from ibp_triton.forward import Recordings, Trace, explained
+from ibp_triton.forward import Recordings, Trace, raise_explained
 from ibp_triton.graph import Graph
 from ibp_triton.layer import HALF
 from ibp_triton.operator import number_of
@@ -173,7 +173,7 @@ class Network:
             with torch.enable_grad(), Unmixed(), _with(self.model, parameters):
                 logits = self.interface.pick(self.interface.call(self.model, x.clone(), extra))
         except RuntimeError as error:
-            raise explained(error, self.model, self.dtype) from error
+            raise_explained(error, self.model, self.dtype)
         if not logits.requires_grad and (x.requires_grad or all(p.requires_grad for p in self.model.parameters())):
             self._refuse_constant(x, extra, parameters)
         self._classes = logits.shape[-1] if logits.dim() else None

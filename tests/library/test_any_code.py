@@ -812,6 +812,15 @@ def test_parameters_of_two_dtypes():
     ibp.LossIBP(0.1).gradients(ibp.Network(plain, dtype=torch.float32), x, labels)
 
 
+def test_code_that_misses_the_dtype_is_told_where_to_cast():
+    x, labels = torch.rand(3, 4, 6), torch.tensor([0, 1, 2])
+    constants = Body(lambda m, x: x @ torch.eye(6))
+    recurrent = Body(lambda m, x: m.inner[0](x)[0], nn.LSTM(6, 6, batch_first=True))
+    for model in (constants, recurrent):
+        with pytest.raises(TypeError, match=r"With dtype=torch.bfloat16 .* cast there by \.to\(x\.dtype\)"):
+            ibp.LossIBP(0.1).gradients(ibp.Network(model, dtype=torch.bfloat16), x, labels)
+
+
 class Turning(torch.autograd.Function):
     """Right at first; later with a backward that is not linear."""
 
