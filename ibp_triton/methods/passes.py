@@ -221,8 +221,8 @@ class Step:
 
     def forward(self, x: Tensor | None = None) -> Pass:
         """At x, by default the batch's; later passes see the first one's random numbers, and buffers move only once."""
-        untried = self.network.reentrant is None or self.program.steep
-        if self._passes == 0 and (self.program.passes > 1 or untried):
+        steep = self.program.steep and (self.network.graph() is None or self.network.mostly_whole())
+        if self._passes == 0 and (self.program.passes > 1 or steep or self.network.reentrant is None):
             self._start = Snapshot.of(self.network.model, self.x)
         first, self._passes = self._passes == 0, self._passes + 1
         x = self.x if x is None else x
