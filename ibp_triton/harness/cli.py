@@ -135,7 +135,7 @@ def run(
 
     if dry_run:
         with kept.opened(root) as (place, _):
-            return _list(job_in(place), execute.width, as_json)
+            return _list(job_in(place), execute.width, as_json, trials.announced(plan))
     if as_json:
         raise ConfigError("--json is of a dry run's list; add --dry-run, or read the results with ibp-triton report")
     kept.unpack_all(root)
@@ -223,7 +223,7 @@ def _state(left: float | None) -> str:
     return {0.0: "to evaluate", 1.0: "to do"}.get(left, f"{1 - left:.0%} done")
 
 
-def _list(job: Job, workers: int, as_json: bool) -> None:
+def _list(job: Job, workers: int, as_json: bool, searched: str) -> None:
     """The first runs with their cost, and the time that all of them need; all of them as JSON."""
     console, left = Console(emoji=False), remaining(job)
     if as_json:
@@ -249,6 +249,8 @@ def _list(job: Job, workers: int, as_json: bool) -> None:
     console.print(
         f"{len(job.runs)} runs, about {needed} left with {workers} worker(s) on this machine", highlight=False
     )
+    if searched:
+        console.print(searched, highlight=False, markup=False)
 
 
 def _seconds(run: Run, job: Job) -> float | None:

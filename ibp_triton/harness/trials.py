@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ibp_triton.errors import ConfigError
+from ibp_triton.errors import ConfigError, LaunchError
 from ibp_triton.harness import grid, provenance, store
 from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.executors.desk import Desk, Event, Executor, Listener
@@ -76,7 +76,7 @@ def studies(plan: ExperimentFile, root: Path) -> Iterator[tuple[str, Study, dict
         return
     for row, space in search.rows(list(plan.experiment.methods)).items():
         protocol = {key: value for key, value in plan.tree.items() if key not in COMMON}
-        text = json.dumps([protocol, row, sorted(space)], sort_keys=True, default=str)
+        text = json.dumps([protocol, row, {key: str(one) for key, one in space.items()}], sort_keys=True, default=str)
         name = f"{row}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         yield row, Study(root / FOLDER / f"{plan.experiment.name}.journal", name, search), _distributions(space)
 
@@ -101,8 +101,13 @@ class Trials:
         self._asked: set[str] = set()  # of this command
 
     def left_behind(self) -> list[Run]:
-        """Trials that a command has begun and not ended, or that another one is at."""
-        return [self._run(one.number, one.params) for one in self._study.trials if one.state.name == "RUNNING"]
+        """Trials that a command has begun and not ended, or that another one is at; Optuna hears of finished ones."""
+        running = [one for one in self._study.get_trials(deepcopy=False) if one.state.name == "RUNNING"]
+        runs = [self._run(one.number, one.params) for one in running]
+        for run in runs:
+            if store.result(self._root / run.name):
+                self.tell({"kind": "done", "run": run.name})
+        return [run for run in runs if store.result(self._root / run.name) is None]
 
     def __len__(self) -> int:
         """How many are yet to be asked for; failed ones do not count, unless there are as many as sound ones."""
@@ -133,9 +138,11 @@ class Trials:
             return
         if kind == "done":
             result = store.result(self._root / event["run"]) or {"diverged": True}
-            self._study.tell(number, WORST if result.get("diverged") else result["validation_error"])
+            value = WORST if result.get("diverged") else result["validation_error"]
+            self._study.tell(number, value, skip_if_finished=True)
         elif kind != "busy" or event["run"] in self._asked:
-            self._study.tell(number, state=_optuna().trial.TrialState["PRUNED" if kind == "pruned" else "FAIL"])
+            state = _optuna().trial.TrialState["PRUNED" if kind == "pruned" else "FAIL"]
+            self._study.tell(number, state=state, skip_if_finished=True)
 
     def line(self, event: Event) -> str:
         """For people: how a trial has ended."""
@@ -183,8 +190,8 @@ class TrialDesk(Desk):
 
     eager = False
 
-    def __init__(self, trials: Trials, listen: Listener) -> None:
-        super().__init__(trials.left_behind(), listen, {})
+    def __init__(self, trials: Trials, listen: Listener, failures: dict[str, Event]) -> None:
+        super().__init__(trials.left_behind(), listen, failures)
         self._trials = trials
 
     def __len__(self) -> int:
@@ -214,6 +221,15 @@ def stored(root: Path, name: str) -> list[store.Record]:
     return found if isinstance(found, list) else []
 
 
+def announced(plan: ExperimentFile) -> str:
+    """For a dry run: what is searched besides; empty if nothing is."""
+    found = plan.experiment.search
+    if found is None:
+        return ""
+    rows = ", ".join(found.rows(list(plan.experiment.methods)))
+    return f"besides a search: {found.trials} trials of each of {rows}, under the first seed"
+
+
 def check(plan: ExperimentFile, executor: Executor) -> None:
     """Raise ConfigError for a search that cannot be made here."""
     if plan.experiment.search is None:
@@ -226,14 +242,18 @@ def check(plan: ExperimentFile, executor: Executor) -> None:
 def search(plan: ExperimentFile, job: Job, executor: Executor, say: Callable[[str], None]) -> None:
     """Make the trials of every row that is searched, by the same executor; `say` hears how each ends.
 
-    Raises LaunchError for what stops everything.
+    Raises LaunchError for what stops everything, and where every trial of a row failed.
     """
     file, before = file_of(job.root, plan.experiment.name), list[store.Record]()
     for found in studies(plan, job.root):
         trials = Trials(plan, found, job.root)
         task = replace(job, evaluate=Evaluate(), is_hopeless=found[1].is_hopeless)
-        conduct(task, executor, TrialDesk(trials, _listener(trials, file, before, say)))
+        failures: dict[str, Event] = {}
+        conduct(task, executor, TrialDesk(trials, _listener(trials, file, before, say), failures))
+        trials.left_behind()
         before += trials.table()
+        if failures and all(one["state"] == "fail" for one in trials.table()):
+            raise LaunchError(f"search of {trials.row}: every trial failed: {next(iter(failures.values()))['message']}")
         say(trials.best())
 
 

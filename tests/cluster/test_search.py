@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ibp_triton.errors import LaunchError
 from ibp_triton.harness import loading, store, trials
 from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.executors.local import Processes, Serial
@@ -110,3 +111,10 @@ def test_the_command_searches_after_its_grid_and_the_report_shows_the_trials(
     assert text.count("| complete |") == 3
     assert ibp_triton(monkeypatch, "run", str(write(searching)), "--executor", "slurm") == 1
     assert "search: waits for what each trial finds" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_search_whose_trials_all_fail_says_why(searching: Tree, write: Write, tmp_path: Path) -> None:
+    searching["data"]["subset"] = 500  # more than there are
+    searching["search"] |= {"trials": 2}
+    with pytest.raises(LaunchError, match=r"search of loss_ibp: every trial failed: .*500"):
+        made(write(searching), tmp_path)

@@ -76,6 +76,14 @@ def test_what_cannot_be_searched_is_one_sentence(
     assert "tiny.yaml" in str(caught.value)
 
 
+def test_a_dry_run_tells_of_the_search(
+    searching: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ibp_triton(monkeypatch, "run", str(write(searching)), "--dry-run") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "besides a search: 3 trials of each of loss_ibp, under the first seed" in out
+
+
 def test_without_optuna_its_extra_is_named(
     searching: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
