@@ -109,6 +109,8 @@ def test_the_command_searches_after_its_grid_and_the_report_shows_the_trials(
     text = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
     assert "## Trials of the search" in text
     assert text.count("| complete |") == 3
+    for number in range(2):
+        assert (tmp_path / "out" / "figures" / f"search{number}.svg").stat().st_size > 1000
     assert ibp_triton(monkeypatch, "run", str(write(searching)), "--executor", "slurm") == 1
     assert "search: waits for what each trial finds" in " ".join(capsys.readouterr().err.split())
 
