@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -35,7 +37,8 @@ class Ray:
             raise ConfigError("--executor ray: Ray is not installed; pip install 'ibp-triton[ray]'") from None
         if not ray.is_initialized():
             try:
-                ray.init(address=self.address, **({} if self.address else {"include_dashboard": False}))
+                with _own_signals():
+                    ray.init(address=self.address, **({} if self.address else {"include_dashboard": False}))
             except (ConnectionError, RuntimeError, ValueError) as error:
                 where = f"--address {self.address}" if self.address else "--executor ray"
                 raise LaunchError(f"{where}: no Ray cluster to be reached ({error}); see `ray status`") from error
@@ -56,6 +59,15 @@ class Ray:
             _Fleet(ray, task, do, desk).serve(self)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray has its own end of a process on TERM, an abort; this command's is to stop as on Ctrl-C."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _attempt(parcel: Parcel, delay: float) -> Iterator[Event]:
