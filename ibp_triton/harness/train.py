@@ -62,7 +62,7 @@ def train(
     several = {"processes": team.size} if team.size > 1 else {}
     store.write_json(folder / store.ENVIRONMENT, {**store.environment(), **several}, last=False)
     batches = _batches(run, dataset, team)
-    _check_team(run, state.model, team, say)
+    _check_team(run, team)
     team.call((run, data_dir))
     with team.together():
         team.spread((_tensors(run, state), state.metrics))
@@ -96,11 +96,9 @@ def _batches(run: Run, dataset: Dataset, team: Team) -> Batches:
     return Batches(dataset, run.training, run.seeds, tangents, team.share)
 
 
-def _check_team(run: Run, model: nn.Module, team: Team, say: Say) -> None:
+def _check_team(run: Run, team: Team) -> None:
     if team.size > 1 and run.training.compile:
         raise LaunchError("training.compile is for one process: leave it out, or torchrun")
-    if team.size > 1 and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        say(f"batch norm takes the statistics of each of {team.size} processes' own samples, unlike one process")
 
 
 def _epochs(run: Run, state: State, batches: Batches, team: Team) -> Iterator[tuple[int, store.Record]]:
@@ -139,7 +137,8 @@ def _optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
 
 def _steps(run: Run, state: State, team: Team) -> tuple[ibp.EagerStep, ibp.EagerStep]:
     """The step of a batch, and that of an epoch's smaller last one, never compiled: a resumed run would differ."""
-    network = ibp.Network(state.model, dtype=models.PRECISIONS[run.training.precision], process_group=team.group)
+    group, dtype = team.group, models.PRECISIONS[run.training.precision]
+    network = ibp.Network(state.model, dtype=dtype, process_group=group, sync_batchnorm=group is not None)
     doubled = run.method.key == "at" and run.training.at_gradient == "sum"
     kinds = (ibp.CompiledStep if run.training.compile else ibp.EagerStep, ibp.EagerStep)
     whole, rest = (kind(network, run.method, state.optimizer, reduce=_twice if doubled else None) for kind in kinds)

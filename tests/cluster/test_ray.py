@@ -5,6 +5,10 @@ A minute and more where two cores are busy: each node's first task imports torch
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,3 +98,23 @@ def test_a_run_that_ends_its_workers_fails_alone(cluster: Any, tree: Tree, write
     assert failure.endswith("while it trained this run, as one before")
     assert [event["kind"] for event in events if event["run"] == task.runs[0].name] == told
     assert store.result(Path("cluster") / task.runs[1].name)
+
+
+@pytest.mark.slow
+def test_term_stops_the_command_and_its_cluster(tree: Tree, write: Write, tmp_path: Path) -> None:
+    """Slow: the command and its worker import torch."""
+    tree["training"]["epochs"] = 20_000
+    command = [sys.executable, "-m", "ibp_triton", "run", str(write(tree)), "--executor", "ray"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    pipes: Any = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as ours:
+        end = time.monotonic() + 120
+        while not list((tmp_path / "out" / "runs").glob("*/metrics.jsonl")):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        ours.terminate()
+        _, told = ours.communicate(timeout=60)
+    assert ours.returncode == 130
+    assert "the same command goes on" in " ".join(told.split())
+    with store.lock(next((tmp_path / "out" / "runs").iterdir())) as mine:
+        assert mine, "its worker has ended"

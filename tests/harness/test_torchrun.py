@@ -38,10 +38,21 @@ def torchrun(config: Path, *options: str, restarts: int = 0) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
+NORMED = """
+from torch import nn
+
+def build(shape, classes):
+    convolution = nn.Conv2d(1, 4, 3, stride=2)
+    return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(196, classes))
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one(tree: Tree, write: Write, tmp_path: Path) -> None:
+def test_two_processes_train_as_one(tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow: torchrun and its two processes import torch."""
-    tree |= {"methods": METHODS, "seeds": [0]}
+    (tmp_path / "normed_here.py").write_text(NORMED, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    tree |= {"network": {"import": "normed_here:build"}, "methods": METHODS, "seeds": [0]}
     tree["training"] |= {"augment": {}, "batch_size": 15, "test_every": 1}  # an odd size, and a last batch of 2
     tree["data"]["examples"] = 49
     path = write(tree)
