@@ -120,8 +120,8 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="a dry run's list for programs")] = False,
 ) -> None:
     """Train every run of an experiment that is not finished yet, then print the comparison."""
-    if torchrun.follows(executor) and not dry_run:
-        return torchrun.follow()
+    if torchrun.follows(executor):
+        return None if dry_run else torchrun.follow()
     plan = loading.load(_plan_in(config) if config.is_dir() else shipped.find(config), override or [])
     folder = config if config.is_dir() else output_of(plan)
     root = _root_of(plan, folder)

@@ -137,8 +137,10 @@ class _Fleet:
         """A task has died: its run is taken up again; one that ends its workers itself not for ever."""
         reasons = self._ray.exceptions
         if isinstance(error, reasons.RayTaskError | reasons.RuntimeEnvSetupError):
-            what = str(getattr(error, "cause", error)).partition("\n")[0]
-            raise LaunchError(f"a node of the cluster: {what}; each needs the packages of this machine") from error
+            cause = getattr(error, "cause", error)
+            what = str(cause).partition("\n")[0]
+            cure = "" if isinstance(cause, LaunchError) else "; each node needs the packages of this machine"
+            raise LaunchError(f"on the cluster: {what}{cure}") from error
         gone = isinstance(error, reasons.NodeDiedError | reasons.ObjectLostError)
         reason = "its node died" if gone else f"its Ray worker died ({type(error).__name__})"
         self._deaths[run.name] += not gone
