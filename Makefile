@@ -5,7 +5,7 @@ RUN = . $(VENV)/bin/activate &&
 STAMP = $(VENV)/.complete
 CPUS ?= 2
 VERSIONS = 3.10 3.11 3.12 3.13
-EXTRAS = --extra all --extra dev --extra zoo --extra docs
+EXTRAS = --extra all --extra dev --extra zoo --extra docs --extra ray --extra slurm --extra optuna
 # A test reads a checkpoint with it. It asks for a torchvision, tied to one torch, which that test does without.
 PEER = torchattacks==3.5.1
 # They ask for a torch of their own, and do with this one.
@@ -13,7 +13,7 @@ TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightni
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test wheel zoo boards browser docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full mutants clean
+.PHONY: setup quickstart test wheel zoo boards cluster browser docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full mutants clean
 
 setup: $(STAMP)
 
@@ -29,7 +29,7 @@ quickstart: setup
 
 # tests/compiled needs Triton's CPU compiler in a process of its own.
 test: setup
-	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled --ignore=tests/zoo --ignore=tests/site -n $(CPUS)
+	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled --ignore=tests/zoo --ignore=tests/site --ignore=tests/cluster -n $(CPUS)
 	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled -n $(CPUS); fi
 	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
 
@@ -72,6 +72,17 @@ $(VENV)/boards/.complete: $(STAMP)
 	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
 		"$$($(VENV)/boards/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
 	$(VENV)/boards/bin/python -m pip install --quiet --disable-pip-version-check wandb 'trackio>=0.20'
+	touch $@
+
+# Runs on a Ray cluster of two nodes, as a job array and as a search, in an environment of their own.
+cluster: $(VENV)/cluster/.complete
+	. $(VENV)/cluster/bin/activate && $(TEST_ENV) python -m pytest tests/cluster -n 1
+
+$(VENV)/cluster/.complete: $(STAMP)
+	$(VENV)/bin/python -m venv $(VENV)/cluster
+	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
+		"$$($(VENV)/cluster/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(VENV)/cluster/bin/python -m pip install --quiet --disable-pip-version-check ray submitit optuna -c constraints.txt
 	touch $@
 
 # The report in a real browser. Debian's package chromium is wanted; EXPECT_CHROMIUM=1 makes its absence a failure.

@@ -23,7 +23,7 @@ from ibp_triton.bench import by_hand, parity, whole_steps
 from ibp_triton.bench import measure as clock
 from ibp_triton.bench.candidates import METHODS, NETWORKS, PRECISIONS, Case
 from ibp_triton.bench.whole_steps import Trainee
-from ibp_triton.harness.launch import keep_freed_memory
+from ibp_triton.harness.threads import keep_freed_memory
 
 
 def autograd(case: Case, key: str, compiled: bool) -> Trainee:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ibp_triton.bench import by_hand, candidates, measure
 from ibp_triton.bench.candidates import METHODS, TANGENTS, Case
-from ibp_triton.harness.launch import keep_freed_memory
+from ibp_triton.harness.threads import keep_freed_memory
 
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (32, 128, 512, 2048, 4096),

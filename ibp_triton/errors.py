@@ -13,6 +13,7 @@ IBPError
     ├── NetworkError (ValueError)     network.import names no model that can be trained
     ├── DamageError (ValueError)      a stored file of a run that can't be used
     ├── LaunchError (RuntimeError)    runs that can't begin or go on
+    ├── PrunedError (RuntimeError)    a trial that its search has stopped half-way
     ├── BoardError (RuntimeError)     a board asked for whose package is not installed
     └── BenchError (ValueError)       a benchmark file that can't be compared
 """
@@ -70,6 +71,10 @@ class DamageError(ExperimentError, ValueError):
 
 class LaunchError(ExperimentError, RuntimeError):
     """Training stopped for all runs: unfit data or model, or workers that died. What is finished is stored."""
+
+
+class PrunedError(ExperimentError, RuntimeError):
+    """A trial that its search has stopped half-way; the search goes on."""
 
 
 class BoardError(ExperimentError, RuntimeError):

@@ -20,7 +20,7 @@ from ibp_triton.bench.candidates import Case
 from ibp_triton.bench.suite import Suite
 from ibp_triton.errors import BenchError, ConfigError
 from ibp_triton.harness import shipped, store
-from ibp_triton.harness.launch import keep_freed_memory
+from ibp_triton.harness.threads import keep_freed_memory
 
 
 def bench(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +17,36 @@ from ibp_triton.harness.streams import stream
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs [n, C, H, W] with the mean subtracted, labels [n], tangents [5, n, C, H, W] if the method needs them."""
+    """Inputs [n, C, H, W] with the mean subtracted, labels [n], tangents [5, n, C, H, W] if the method needs them.
+
+    `size` is n, or the sum of it over the processes that share the batch.
+    """
 
     x: Tensor
     labels: Tensor
     tangents: Tensor | None
+    size: int
+
+
+def _all(count: int) -> slice:
+    return slice(count)
 
 
 class Batches:
-    """One pass an epoch over the training set, in an order that only the order seed and the epoch decide."""
+    """One pass an epoch over the training set, in an order that only the order seed and the epoch decide.
 
-    def __init__(self, dataset: Dataset, training: Training, seeds: Seeds, tangents: Tangents | None) -> None:
+    `share` says which of a batch's samples are given, of so many: all, or those of one of several processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        training: Training,
+        seeds: Seeds,
+        tangents: Tangents | None,
+        share: Callable[[int], slice] = _all,
+    ) -> None:
+        self._share = share
         self._images, self._labels, self._mean = dataset.train.images, dataset.train.labels, dataset.mean
         self._training, self._seeds, self._tangents = training, seeds, tangents
         self._format = torch.channels_last if training.channels_last else torch.contiguous_format
@@ -43,22 +62,23 @@ class Batches:
         order = torch.randperm(len(self), generator=stream(self._seeds.order, "order", number))
         draws = stream(self._seeds.order, "augmentation", number)
         for index in torch.split(order.to(self._labels.device), self._training.batch_size):
-            yield self._batch(index, draws)
+            yield self._batch(index, draws, self._share(len(index)))
 
     def first(self, count: int) -> Batch:
         """The first `count` training examples in stored order, augmented alike at every call."""
         index = torch.arange(min(count, len(self)), device=self._labels.device)
-        return self._batch(index, stream(self._seeds.order, "probe"))
+        return self._batch(index, stream(self._seeds.order, "probe"), _all(len(index)))
 
-    def _batch(self, index: Tensor, draws: torch.Generator) -> Batch:
+    def _batch(self, whole: Tensor, draws: torch.Generator, share: slice) -> Batch:
+        index = whole[share]
         labels = self._labels[index]
         if self._inputs is not None:
             tangents = None if self._fixed_tangents is None else self._fixed_tangents[:, index]
-            return Batch(self._inputs[index].contiguous(memory_format=self._format), labels, tangents)
+            return Batch(self._inputs[index].contiguous(memory_format=self._format), labels, tangents, len(whole))
         assert self._training.augment is not None
-        images = augment(self._images[index], self._training.augment, draws)
+        images = augment(self._images[whole], self._training.augment, draws)[share]  # the draws are the batch's
         x = (images - self._mean).contiguous(memory_format=self._format)
-        return Batch(x, labels, self._lie(images) if self._tangents else None)
+        return Batch(x, labels, self._lie(images) if self._tangents else None, len(whole))
 
     def _lie(self, images: Tensor) -> Tensor:
         assert self._tangents is not None

@@ -36,11 +36,15 @@ from ibp_triton.harness import (
     shipped,
     store,
     summary,
+    trials,
 )
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import Log
 from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.doctor import doctor
+from ibp_triton.harness.executors import torchrun
+from ibp_triton.harness.executors.choosing import OPTIONS, choose
+from ibp_triton.harness.executors.desk import Executor
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
 from ibp_triton.harness.launch import (
@@ -102,6 +106,12 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and their time, train nothing")] = False,
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
     only: Annotated[list[str] | None, typer.Option(help=ONLY)] = None,
+    executor: Annotated[str | None, typer.Option(help=f"who trains the runs: {', '.join(OPTIONS)}")] = None,
+    address: Annotated[str | None, typer.Option(help="ray: its cluster, such as auto or ray://head:10001")] = None,
+    cpus_per_run: Annotated[float | None, typer.Option(min=0, help="ray, slurm: CPUs that a run reserves, 1")] = None,
+    gpus_per_run: Annotated[float | None, typer.Option(min=0, help="ray, slurm: GPUs that a run reserves, 0")] = None,
+    partition: Annotated[str | None, typer.Option(help="slurm: its partition")] = None,
+    time: Annotated[int | None, typer.Option(min=1, help="slurm: minutes of a job, 60; it goes on in another")] = None,
     data_dir: Annotated[str | None, typer.Option(help="folder of the data files")] = None,
     log: Annotated[list[str] | None, typer.Option(help=f"also log to {BOARD}")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="the same as --log tensorboard")] = False,
@@ -110,10 +120,14 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="a dry run's list for programs")] = False,
 ) -> None:
     """Train every run of an experiment that is not finished yet, then print the comparison."""
+    if torchrun.follows(executor):
+        return None if dry_run else torchrun.follow()
     plan = loading.load(_plan_in(config) if config.is_dir() else shipped.find(config), override or [])
     folder = config if config.is_dir() else output_of(plan)
     root = _root_of(plan, folder)
     count = workers or plan.experiment.workers
+    room = {"address": address, "cpus_per_run": cpus_per_run, "gpus_per_run": gpus_per_run}
+    execute = choose(executor, folder, count, {"workers": workers, **room, "partition": partition, "time": time})
 
     def job_in(place: Path) -> Job:
         chosen = provenance.settle(grid.select(grid.runs(plan), only or []), place)
@@ -121,16 +135,17 @@ def run(
 
     if dry_run:
         with kept.opened(root) as (place, _):
-            return _list(job_in(place), count, as_json)
+            return _list(job_in(place), execute.width, as_json, trials.announced(plan))
     if as_json:
         raise ConfigError("--json is of a dry run's list; add --dry-run, or read the results with ibp-triton report")
     kept.unpack_all(root)
     job = job_in(root)
     store.write_bytes(folder / PLAN, plan.text().encode())
-    _train(job, count, folder, [*(log or []), *(["tensorboard"] if tensorboard else [])], quiet)
+    trials.check(plan, execute)
+    _train(plan, job, execute, folder, [*(log or []), *(["tensorboard"] if tensorboard else [])], quiet)
 
 
-def _train(job: Job, workers: int, folder: Path, boards: list[str], quiet: bool) -> None:
+def _train(plan: ExperimentFile, job: Job, execute: Executor, folder: Path, boards: list[str], quiet: bool) -> None:
     console = Console(emoji=False, quiet=quiet)
     log = Log(boards, job.root, job.evaluate, job.data_dir, _saying(console))
     left = remaining(job)
@@ -139,12 +154,15 @@ def _train(job: Job, workers: int, folder: Path, boards: list[str], quiet: bool)
     more = f", {untested} of them to evaluate" if untested else ""
     console.print(f"{len(job.runs)} runs, {done}{more}, in {job.root}", highlight=False, markup=False)
     check_changes(job)
+    if left:
+        _warn_of_precision(job, console)
     try:
         download(job)
-        with Progress(console, job.runs, left, workers, job.evaluate) as progress:
-            failures = launch(job, workers, log.listening(job.runs, progress))
+        with Progress(console, job.runs, left, execute.width, job.evaluate) as progress:
+            failures = launch(job, execute, log.listening(job.runs, progress))
         for each in job.runs if boards else ():
             log.finished(each)
+        trials.search(plan, job, execute, _saying(console))
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; finished runs and epochs are stored, the same command goes on")
         raise typer.Exit(130) from None
@@ -158,6 +176,15 @@ def _train(job: Job, workers: int, folder: Path, boards: list[str], quiet: bool)
     if failures:
         shown = [*failures[:10], *([f"… and {len(failures) - 10} more"] if len(failures) > 10 else [])]
         raise LaunchError(f"some runs failed; their folders in {job.root} hold {ERROR}:\n" + "\n".join(shown))
+
+
+def _warn_of_precision(job: Job, console: Console) -> None:
+    """Say so where this processor has no bfloat16 of its own, and emulates it."""
+    runs = (each for each in job.runs if each.training.precision == "bf16" and each.training.device == "cpu")
+    slowness = next(map(estimates.slowness, runs), 1.0)
+    if slowness > 1.5:
+        text = f"bf16 takes {slowness:.1f} times as long as fp32 on this processor: --set training.precision=fp32"
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def _saying(console: Console) -> Callable[[str], None]:
@@ -196,7 +223,7 @@ def _state(left: float | None) -> str:
     return {0.0: "to evaluate", 1.0: "to do"}.get(left, f"{1 - left:.0%} done")
 
 
-def _list(job: Job, workers: int, as_json: bool) -> None:
+def _list(job: Job, workers: int, as_json: bool, searched: str) -> None:
     """The first runs with their cost, and the time that all of them need; all of them as JSON."""
     console, left = Console(emoji=False), remaining(job)
     if as_json:
@@ -217,8 +244,13 @@ def _list(job: Job, workers: int, as_json: bool) -> None:
     for module, file in plugins.imported().items():
         console.print(f"imported {module} ({file}) for these figures", highlight=False, markup=False, soft_wrap=True)
     work = [_work_left(each, left[each.name], job) for each in job.runs if each.name in left]
-    time = timedelta(seconds=round(estimates.makespan(work, workers)))
-    console.print(f"{len(job.runs)} runs, about {time} left with {workers} worker(s) on this machine", highlight=False)
+    _warn_of_precision(job, console)
+    needed = timedelta(seconds=round(estimates.makespan(work, workers)))
+    console.print(
+        f"{len(job.runs)} runs, about {needed} left with {workers} worker(s) on this machine", highlight=False
+    )
+    if searched:
+        console.print(searched, highlight=False, markup=False)
 
 
 def _seconds(run: Run, job: Job) -> float | None:

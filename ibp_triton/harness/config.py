@@ -26,6 +26,7 @@ from ibp_triton.harness.optimizers import Choice
 from ibp_triton.harness.optimizers import read as read_optimizer
 from ibp_triton.harness.rows import MethodRow, faulty, numbers, once, scheduled
 from ibp_triton.harness.schedule import CONSTANT, RATE, Count, NonNegative, Positive, Schedule, Strict
+from ibp_triton.harness.space import Search
 
 SourceName = Literal["mnist", "fashion_mnist", "cifar10", "mnist5k", "image_folder", "arrays", "synthetic"]
 NetworkName = Literal["paper_mnist", "paper_cifar10"]
@@ -282,7 +283,8 @@ class Experiment(Strict):
 
     `runs` is the folder of the run folders (output/runs if absent); experiments that share it share their runs.
     `compare` names the table of the paper to print beside, `track_cosine` logs both semantics' penalty gradients.
-    `schedule` changes the learning rate, and fields of every method that has them, from epoch to epoch.
+    `schedule` changes the learning rate, and fields of every method that has them, from epoch to epoch. `search` has
+    Optuna look for good values beside the grid.
     """
 
     name: Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
@@ -294,6 +296,7 @@ class Experiment(Strict):
     tangents: Tangents = Tangents()
     methods: Annotated[dict[str, SerializeAsAny[MethodRow]], Field(min_length=1)]
     schedule: Schedule = CONSTANT
+    search: Search | None = None
     seeds: SeedList = Field(default=[0], min_length=1)
     variants: dict[str, dict[str, Any]] = Field(default={})
     select: Literal["validation", "test"] = "validation"
@@ -345,6 +348,21 @@ class Experiment(Strict):
         for point in having.values():
             for epoch in range(training.epochs):
                 scheduled(point, self.schedule, epoch, training.epochs)
+
+    @model_validator(mode="after")
+    def _searched(self) -> Experiment:
+        if self.search is None:
+            return self
+        unknown = [row for row in self.search.rows([]) if row not in self.methods]
+        if unknown:
+            raise ValueError(f"search.space: {unknown[0]} is no row; there is {', '.join(self.methods)}")
+        if not self.data.validation:
+            raise ValueError("search judges by the validation error: set data.validation to a number of examples")
+        if self.search.prune and not self.training.test_every:
+            raise ValueError("search stops bad trials every training.test_every epochs: set it, or search.prune: false")
+        if self.variants:
+            raise ValueError("search and variants cannot be combined: leave one of the two to another file")
+        return self
 
     @model_validator(mode="after")
     def _choice(self) -> Experiment:

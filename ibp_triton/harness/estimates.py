@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -109,6 +110,15 @@ def _once(function: Callable[[Run], T], run: Run) -> T:
         _KNOWN[key] = run, function(run)
     found: T = _KNOWN[key][1]
     return found
+
+
+def slowness(run: Run) -> float:
+    """How many times longer than in float32 a step of BP takes in the run's precision on this machine's CPU, or 1."""
+    in_full = replace(run, training=run.training.model_copy(update={"precision": "fp32"}))
+    try:
+        return example_seconds(run) / example_seconds(in_full)
+    except (NetworkError, RuntimeError, MemoryError):  # its run will say why
+        return 1.0
 
 
 def makespan(work: Collection[float], workers: int) -> float:

@@ -1,24 +1,26 @@
-"""Runs of a grid, in this process or in several: whoever holds a run's lock trains it, finished runs are skipped."""
+"""Runs of a grid, by whichever executor: whoever holds a run's lock trains it, finished runs are skipped."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from ibp_triton.errors import DamageError, DataError, LaunchError, NetworkError
+from ibp_triton.errors import DamageError, DataError, LaunchError, NetworkError, PrunedError
 from ibp_triton.harness import evaluate, provenance, sources, store
 from ibp_triton.harness.config import Evaluate
-from ibp_triton.harness.crew import Desk, Event, Listener, spread
+from ibp_triton.harness.executors.desk import Desk, Event, Executor, Listener
+from ibp_triton.harness.executors.local import Local
 from ibp_triton.harness.grid import Run
+from ibp_triton.harness.team import ALONE, Team
+from ibp_triton.harness.threads import one_thread
 from ibp_triton.harness.train import train
 
 ERROR = "error.txt"
@@ -29,7 +31,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 class Job:
     """Runs to train and evaluate under `root`, one folder each; `data_dir` overrides data.dir.
 
-    `accept_changed` takes stored runs as they are although their data or code have changed since.
+    `accept_changed` takes stored runs as they are although their data or code have changed since. `is_hopeless` may
+    stop a run after an epoch, which is then neither finished nor failed.
     """
 
     runs: Sequence[Run]
@@ -37,29 +40,31 @@ class Job:
     data_dir: str | None = None
     evaluate: Evaluate = field(default_factory=Evaluate)
     accept_changed: bool = False
+    is_hopeless: Callable[[Run, store.Record], bool] | None = None
 
 
-def launch(job: Job, workers: int, listen: Listener) -> list[str]:
-    """Train what is not finished yet; returns the messages of runs that failed.
+def launch(job: Job, executor: Executor | int, listen: Listener) -> list[str]:
+    """Train what is not finished yet, by an executor or so many local processes; the messages of runs that failed.
 
     `listen` gets events {"kind": "start", "epoch", "evaluate", "done", "busy", "failed" or "note", "run": name, ...}
     in this process. Raises LaunchError for data and models that no run can use, for stored runs whose data or code have
-    changed, for a full disk and if worker processes die before they train anything.
+    changed, for a device that is not there, for a full disk and if workers die before they train anything.
     """
     job = replace(job, runs=provenance.settle(job.runs, job.root))
     check_changes(job)
     pending = list({run.name: run for run in job.runs if not finished(job, run)}.values())
-    for device in dict.fromkeys(run.training.device for run in pending):
-        check_device(device, "training.device")
-    todo, failures = replace(job, runs=pending), dict[str, Event]()
-    if workers <= 1 or len(pending) <= 1:
-        work(todo, listen, failures)
-    else:
-        spread(partial(_one, job=replace(todo, runs=())), min(workers, len(pending)), Desk(todo.runs, listen, failures))
+    failures: dict[str, Event] = {}
+    execute = Local(executor) if isinstance(executor, int) else executor
+    conduct(job, execute, Desk(pending, listen, failures))
     unfit = {event["message"] for event in failures.values() if event.get("unfit")}
     if len(unfit) == 1 and len(failures) == len(pending):
         raise LaunchError(unfit.pop())
     return [f"{name}: {event['message']}" for name, event in failures.items()]
+
+
+def conduct(job: Job, executor: Executor, desk: Desk) -> None:
+    """Train and evaluate whatever the desk hands out, as `job` says."""
+    executor(partial(_one, replace(job, runs=())), desk)
 
 
 def check_changes(job: Job) -> None:
@@ -125,54 +130,23 @@ def _remaining(folder: Path, run: Run) -> float:
     return 1.0 - min(1.0, store.count_epochs(folder) / run.training.epochs)
 
 
-def work(job: Job, listen: Listener, failures: dict[str, Event] | None = None) -> None:
-    """Train each run of `job` that is neither finished nor locked by another process; one thread on the CPU."""
-    desk = Desk(job.runs, listen, {} if failures is None else failures)
-    while run := desk.next():
-        _one(run, desk.hear, job)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next step, which otherwise faults every page of it in again.
-
-    Where there is no glibc nothing happens. Loss IBP's float32 step took 24 ms instead of 29 with it, BP's 17 instead
-    of 23 (MNIST network, batch 32, one AVX-512 core). No chunk is mapped on its own, however large: a threshold may
-    not exceed 32 MiB, and at batch 256 of CIFAR-10's network a map has 51 (Loss IBP 565 ms instead of 630).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 1 << 30), (_M_TOP_PAD, 64 << 20)):
-        mallopt(option, value)
-
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
-
-
-def _one(run: Run, listen: Listener, job: Job) -> None:
+def _one(job: Job, run: Run, listen: Listener, *, team: Team = ALONE) -> None:
     """Train and evaluate one run; whatever its files, model or data raise, the other runs go on."""
     folder = job.root / run.name
     try:
-        with _one_thread(), store.lock(folder) as mine:
+        check_device(run.training.device, "training.device")
+        with one_thread(), store.lock(folder) as mine:
             if not mine:
                 return listen({"kind": "busy", "run": run.name})
             if not finished(job, run):
                 listen({"kind": "start", "run": run.name})
-                listen({"kind": "done", "run": run.name, **_trained(run, folder, job, listen)})
-    except (LaunchError, KeyboardInterrupt):
+                listen({"kind": "done", "run": run.name, **_trained(run, folder, job, listen, team)})
+    except KeyboardInterrupt:
         raise
+    except PrunedError:
+        listen({"kind": "pruned", "run": run.name})
+    except LaunchError as error:
+        listen({"kind": "fatal", "run": run.name, "message": str(error)})
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in FULL:
             listen({"kind": "fatal", "run": run.name, "message": _full(error)})
@@ -181,9 +155,11 @@ def _one(run: Run, listen: Listener, job: Job) -> None:
         listen({"kind": "failed", "run": run.name, **_reason(error)})
 
 
-def _trained(run: Run, folder: Path, job: Job, listen: Listener) -> store.Record:
+def _trained(run: Run, folder: Path, job: Job, listen: Listener, team: Team) -> store.Record:
     def report(record: store.Record) -> None:
         listen({"kind": "epoch", "run": run.name, **record})
+        if job.is_hopeless and job.is_hopeless(run, record):
+            raise PrunedError
 
     def say(message: str) -> None:
         listen({"kind": "note", "run": run.name, "message": message})
@@ -196,7 +172,7 @@ def _trained(run: Run, folder: Path, job: Job, listen: Listener) -> store.Record
     result = store.result(folder)
     if result is None and (folder / store.RESULT).exists():
         say(f"{folder / store.RESULT}: damaged, or of another run; the run counts as not finished")
-    result = result or train(run, folder, report, job.data_dir, say)
+    result = result or train(run, folder, report, job.data_dir, say, team)
     if not evaluate.done(folder, job.evaluate):
         tell(0.0)
         evaluate.evaluate(run, folder, job.evaluate, job.data_dir, tell)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +15,13 @@ from pydantic import BaseModel, ValidationError
 from ibp_triton.errors import ConfigError, YamlError
 from ibp_triton.harness import presets, yamltext
 from ibp_triton.harness.config import Evaluate, Experiment
+from ibp_triton.harness.space import Range
 
 LIMIT = 10 << 20  # bytes of a YAML file
 CHAIN = 20  # files that extend each other
 Lines = dict[tuple[str, ...], int]
-COMMON = ("name", "title", "select", "evaluate", "compare", "workers", "output", "runs", "variants", "extends")
+COMMON: tuple[str, ...] = ("name", "title", "output", "runs", "variants", "extends")
+COMMON += ("select", "evaluate", "compare", "workers", "search")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class ExperimentFile:
             lines |= {keys[:length]: line for length in range(1, len(keys) + 1)}
         return validate(tree, where, lines)
 
+    def trial(self, row: str, values: Mapping[str, Any]) -> ExperimentFile:
+        """One run of a search: that row under the first seed, with these values by their dotted keys."""
+        tree = {key: value for key, value in self.tree.items() if key != "search"}
+        tree["methods"] = {row: self.tree["methods"][row]}
+        where, lines = f"{self.where}: search.space", Lines()
+        for dotted, value in values.items():
+            override(tree, dotted, value, where)
+            keys, line = tuple(dotted.split(".")), self.lines.get(("search", "space", dotted), 0)
+            lines |= {keys[:length]: line for length in range(1, len(keys) + 1)}
+        experiment = validate(tree, where, lines)
+        several = experiment.methods[row].axes
+        if several:
+            raise ConfigError(f"{where}: {row} has several values of {several[0]}: name it in the space, or leave one")
+        return ExperimentFile(experiment.model_copy(update={"seeds": experiment.seeds[:1]}), tree, where)
+
     def text(self) -> str:
         """YAML that `load` reads back to the same plan."""
         return yamltext.dump(self.tree)
@@ -65,7 +82,18 @@ def load(path: Path, overrides: Iterable[str] = ()) -> ExperimentFile:
     lines = _lines(path, given)
     plan = ExperimentFile(validate(tree, str(path), lines), tree, str(path), lines)
     plan.variants()
+    _check_space(plan)
     return plan
+
+
+def _check_space(plan: ExperimentFile) -> None:
+    """Every value at the end of a range, and every choice, makes a run."""
+    search = plan.experiment.search
+    for row, space in search.rows(list(plan.experiment.methods)).items() if search else ():
+        values = {key: one.ends if isinstance(one, Range) else one for key, one in space.items()}
+        for key, own in values.items():
+            for value in own:
+                plan.trial(row, {**{name: first for name, (first, *_) in values.items()}, key: value})
 
 
 def _lines(path: Path, overrides: list[str]) -> Lines:

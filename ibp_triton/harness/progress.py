@@ -55,6 +55,8 @@ class Progress:
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Take in one event of `launch`."""
+        if event["kind"] == "note":
+            return self._note(event)
         if event["run"] not in self._runs:
             return
         run = self._runs[event["run"]]
@@ -70,9 +72,6 @@ class Progress:
             self._evaluating(run, event["share"])
         elif event["kind"] == "busy" and run.name not in self._since:  # a process of another command trains it
             self._left.pop(run.name, None)
-        elif event["kind"] == "note":
-            text = f"  {run.label}: {event['message']}"
-            self._console.print(escape(text), highlight=False, soft_wrap=True)
         elif event["kind"] in ("done", "failed"):
             left = self._left.pop(run.name, 0.0)
             self._closed.add(run.name)
@@ -83,6 +82,11 @@ class Progress:
             self._live.update(self._table())
         elif event["kind"] == "epoch" and self._is_milestone(run, event["epoch"]):
             self._console.print(self._line(run, event), highlight=False, soft_wrap=True)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Of one run, or of all where it names none."""
+        about = f"{self._runs[event['run']].label}: " if event["run"] in self._runs else ""
+        self._console.print(escape(f"  {about}{event['message']}"), highlight=False, soft_wrap=True)
 
     def _evaluating(self, run: Run, share: float) -> None:
         """A share of the run's evaluation is done; a line where nothing was said for a while."""

@@ -29,6 +29,7 @@ CHECKPOINT, MEAN, LAST_GOOD = "checkpoint.safetensors", "input_mean.safetensors"
 LOCK = ".lock"
 SEAL = "sha256"
 _TEMPORARY = ".ibp-tmp"
+_UNREADABLE = (OSError, SafetensorError, RuntimeError)  # the last where a run's process replaces the file just then
 _DAMAGE = (ValueError, RecursionError, IsADirectoryError)
 Record = dict[str, Any]
 
@@ -164,7 +165,7 @@ def count_epochs(folder: Path) -> int:
     try:
         with safe_open(folder / RESUME, framework="pt") as file:
             return int((file.metadata() or {})["epochs"])
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (*_UNREADABLE, KeyError, ValueError):
         return len(read_metrics(folder))
 
 
@@ -211,7 +212,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata: dict[str, str] = file.metadata() or {}
-    except (OSError, SafetensorError):
+    except _UNREADABLE:
         return None
     if SEAL in metadata and metadata[SEAL] != _seal(tensors, metadata):
         return None

@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
+from ibp_triton.errors import LaunchError
 from ibp_triton.harness import data, models, optimizers, provenance, store
 from ibp_triton.harness.batches import Batches
 from ibp_triton.harness.data import Dataset
@@ -24,6 +25,7 @@ from ibp_triton.harness.probe import semantics_gap
 from ibp_triton.harness.schedule import RATE
 from ibp_triton.harness.sources import Examples
 from ibp_triton.harness.streams import derive
+from ibp_triton.harness.team import ALONE, Team
 
 Report = Callable[[store.Record], None]
 Say = Callable[[str], None]
@@ -45,34 +47,70 @@ def warn(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def train(run: Run, folder: Path, report: Report, data_dir: str | None = None, say: Say = warn) -> store.Record:
+def train(
+    run: Run, folder: Path, report: Report, data_dir: str | None = None, say: Say = warn, team: Team = ALONE
+) -> store.Record:
     """Train `run` in `folder`, from its last finished epoch if there is one; the result, also in result.json.
 
     `report` gets every epoch's record, `say` what is wrong with stored files and what is done about it. The caller
-    holds the folder's lock. Raises DataError and NetworkError.
+    holds the folder's lock, and is process 0 of `team`. Raises DataError and NetworkError, and LaunchError for a team
+    that breaks up.
     """
-    device = torch.device(run.training.device)
-    dataset = data.load(run.data.found_in(data_dir), run.seeds.subset).to(device)
-    state = restore(run, folder, start(run, dataset, device), say)
+    dataset = _data(run, data_dir)
+    state = restore(run, folder, start(run, dataset), say)
     store.write_json(folder / store.CONFIG, provenance.config(run), last=False)
-    store.write_json(folder / store.ENVIRONMENT, store.environment(), last=False)
-    batches = Batches(dataset, run.training, run.seeds, run.tangents if run.method.needs_tangents else None)
-    steps = _steps(run, state)
-    for epoch in range(len(state.metrics), run.training.epochs):
-        record = _epoch(run, steps, state, batches, epoch)
-        if _is_test_epoch(run, epoch):
-            record |= errors(state.model, dataset, run.training.channels_last)
-        if run.track_cosine and hasattr(run.method, "semantics"):
-            record |= semantics_gap(state.model, run.method, batches.first(PROBE))
-        state.metrics.append(record)
-        save(run, folder, state)
-        report(record)
+    several = {"processes": team.size} if team.size > 1 else {}
+    store.write_json(folder / store.ENVIRONMENT, {**store.environment(), **several}, last=False)
+    batches = _batches(run, dataset, team)
+    _check_team(run, team)
+    team.call((run, data_dir))
+    with team.together():
+        team.spread((_tensors(run, state), state.metrics))
+        for epoch, record in _epochs(run, state, batches, team):
+            if _is_test_epoch(run, epoch):
+                record |= errors(state.model, dataset, run.training.channels_last)
+            if run.track_cosine and hasattr(run.method, "semantics"):
+                record |= semantics_gap(state.model, run.method, batches.first(PROBE))
+            state.metrics.append(record)
+            save(run, folder, state)
+            report(record)
     return finish(run, folder, state, dataset)
 
 
-def start(run: Run, dataset: Dataset, device: torch.device) -> State:
+def assist(run: Run, team: Team, data_dir: str | None = None) -> None:
+    """Do this process's share of what `train` does in process 0, from the state that it has; nothing is written."""
+    with team.together():
+        dataset = _data(run, data_dir)
+        state = start(run, dataset)
+        _take(run, state, *team.spread())
+        for _ in _epochs(run, state, _batches(run, dataset, team), team):
+            pass
+
+
+def _data(run: Run, data_dir: str | None) -> Dataset:
+    return data.load(run.data.found_in(data_dir), run.seeds.subset).to(torch.device(run.training.device))
+
+
+def _batches(run: Run, dataset: Dataset, team: Team) -> Batches:
+    tangents = run.tangents if run.method.needs_tangents else None
+    return Batches(dataset, run.training, run.seeds, tangents, team.share)
+
+
+def _check_team(run: Run, team: Team) -> None:
+    if team.size > 1 and run.training.compile:
+        raise LaunchError("training.compile is for one process: leave it out, or torchrun")
+
+
+def _epochs(run: Run, state: State, batches: Batches, team: Team) -> Iterator[tuple[int, store.Record]]:
+    """Each epoch that is left, as it is trained."""
+    steps = _steps(run, state, team)
+    for epoch in range(len(state.metrics), run.training.epochs):
+        yield epoch, _epoch(run, steps, state, batches, epoch, team)
+
+
+def start(run: Run, dataset: Dataset) -> State:
     """A fresh model and optimizer for `run`, weights from its weights seed."""
-    model = models.build(run.network, dataset.shape, dataset.classes, run.seeds.weights).to(device)
+    model = models.build(run.network, dataset.shape, dataset.classes, run.seeds.weights).to(run.training.device)
     if run.training.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model, _optimizer(run, model), [])
@@ -97,9 +135,10 @@ def _optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _steps(run: Run, state: State) -> tuple[ibp.EagerStep, ibp.EagerStep]:
+def _steps(run: Run, state: State, team: Team) -> tuple[ibp.EagerStep, ibp.EagerStep]:
     """The step of a batch, and that of an epoch's smaller last one, never compiled: a resumed run would differ."""
-    network = ibp.Network(state.model, dtype=models.PRECISIONS[run.training.precision])
+    group, dtype = team.group, models.PRECISIONS[run.training.precision]
+    network = ibp.Network(state.model, dtype=dtype, process_group=group, sync_batchnorm=group is not None)
     doubled = run.method.key == "at" and run.training.at_gradient == "sum"
     kinds = (ibp.CompiledStep if run.training.compile else ibp.EagerStep, ibp.EagerStep)
     whole, rest = (kind(network, run.method, state.optimizer, reduce=_twice if doubled else None) for kind in kinds)
@@ -111,13 +150,15 @@ def _twice(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: 2.0 * g for name, g in gradients.items()}
 
 
-def _epoch(run: Run, steps: tuple[ibp.EagerStep, ...], state: State, batches: Batches, epoch: int) -> store.Record:
+def _epoch(
+    run: Run, steps: tuple[ibp.EagerStep, ...], state: State, batches: Batches, epoch: int, team: Team
+) -> store.Record:
     rate, method = run.rate_in(epoch), run.method_in(epoch)
     for step in steps:
         step.method = method
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    torch.manual_seed(derive(run.seeds.order, "step", epoch))
+    torch.manual_seed(derive(run.seeds.order, "step", epoch, *([team.rank] if team.rank else [])))
     state.model.train()
     whole = min(run.training.batch_size, len(batches))
     if isinstance(steps[0], ibp.CompiledStep):  # before the first batch, so that a resumed run has the same bits
@@ -128,8 +169,8 @@ def _epoch(run: Run, steps: tuple[ibp.EagerStep, ...], state: State, batches: Ba
     total = torch.zeros((), device=next(state.model.parameters()).device)
     sound, count = torch.zeros_like(total), 0  # steps until the objective was no number, and all
     for batch in batches.epoch(epoch):
-        step = steps[len(batch.labels) < whole]
-        total += len(batch.labels) * step(batch.x, batch.labels, batch.tangents).loss
+        step = steps[batch.size < whole]
+        total += batch.size * step(batch.x, batch.labels, batch.tangents).loss
         sound, count = sound + total.isfinite(), count + 1
     loss = float(total) / len(batches)
     shown = loss if math.isfinite(loss) else None
@@ -241,14 +282,18 @@ def _adopt(run: Run, path: Path, state: State) -> str | None:
         return "without the records of its epochs"
     if _kinds(tensors) != _kinds(_tensors(run, state)):
         return "of another network"
+    _take(run, state, tensors, records)
+    return None
+
+
+def _take(run: Run, state: State, tensors: dict[str, Tensor], records: list[store.Record]) -> None:
     state.model.load_state_dict(_model_part(tensors))
     if run.training.optimizer is not None:
         optimizers.load(state.optimizer, tensors)
     else:
         for number, buffer in enumerate(_buffers(state.optimizer)):
             buffer.copy_(tensors[f"momentum/{number}"])
-    state.metrics = records
-    return None
+    state.metrics = list(records)
 
 
 def _kinds(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -263,16 +263,35 @@ def imports(path: Path) -> set[str]:
 
 
 def test_imports_run_one_way() -> None:
-    """cli → launch → train → the rest, and no cycle anywhere."""
+    """cli → trials → launch → executors → train → the rest, and no cycle anywhere."""
     graph: dict[str, set[str]] = {}
     for path in HARNESS.rglob("*.py"):
         name = path.relative_to(HARNESS).parts[0].removesuffix(".py")
         graph[name] = graph.get(name, set()) | (imports(path) - {name})
     users = {name: {other for other, used in graph.items() if name in used} for name in ("cli", "launch", "train")}
-    assert users == {"cli": set(), "launch": {"cli"}, "train": {"launch"}}
+    assert users == {"cli": set(), "launch": {"cli", "trials"}, "train": {"launch", "executors"}}
     placed: set[str] = set()
     while graph:
         free = {name for name, used in graph.items() if used <= placed}
         assert free, f"these import each other: {sorted(graph)}"
         placed |= free
         graph = {name: used for name, used in graph.items() if name not in free}
+
+
+@pytest.mark.parametrize(("times", "told"), [(11.2, True), (1.1, False)])
+def test_a_precision_that_this_processor_emulates_is_told_with_its_cure(
+    tree: Tree,
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    times: float,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(
+        "ibp_triton.harness.estimates.example_seconds", lambda run: times if run.training.precision == "bf16" else 1.0
+    )
+    tree["training"]["precision"] = "bf16"
+    for more in (["--dry-run"], ["--only", "method=bp"]):
+        assert ibp_triton(monkeypatch, "run", str(write(tree)), *more) == 0
+        text = "bf16 takes 11.2 times as long as fp32 on this processor: --set training.precision=fp32"
+        assert (text in " ".join(capsys.readouterr().out.split())) == told

@@ -20,7 +20,7 @@ import torch
 
 from ibp_triton.errors import DataError, LaunchError
 from ibp_triton.harness import evaluate, grid, loading, store, train
-from ibp_triton.harness.launch import Job, download, launch, remaining, work
+from ibp_triton.harness.launch import Job, download, launch, remaining
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -75,7 +75,7 @@ def test_a_locked_run_is_left_to_its_owner(tree: Tree, write: Write, tmp_path: P
     events: Events = []
     task = job(write(tree), tmp_path)
     with store.lock(tmp_path / task.runs[0].name):
-        work(task, events.append)
+        launch(task, 1, events.append)
     assert events[0] == {"kind": "busy", "run": task.runs[0].name}
     assert not (tmp_path / task.runs[0].name / store.RESULT).exists()
     assert (tmp_path / task.runs[1].name / store.RESULT).exists()

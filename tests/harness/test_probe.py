@@ -12,7 +12,7 @@ from ibp_triton.harness.probe import semantics_gap
 def batch() -> Batch:
     draw = torch.Generator().manual_seed(0)
     tangents = torch.rand(2, 8, 1, 16, 16, generator=draw)
-    return Batch(torch.rand(8, 1, 16, 16, generator=draw), torch.arange(8) % 4, tangents)
+    return Batch(torch.rand(8, 1, 16, 16, generator=draw), torch.arange(8) % 4, tangents, 8)
 
 
 def network() -> torch.nn.Sequential:

@@ -167,3 +167,15 @@ def test_metrics_end_at_the_first_damaged_line(tmp_path: Path) -> None:
         (tmp_path / store.METRICS).write_bytes(b'{"epoch": 1, "loss": null}\n' + damage + b'\n{"epoch": 3}\n')
         assert store.read_metrics(tmp_path) == [{"epoch": 1, "loss": None}]
         assert store.count_epochs(tmp_path) == 1
+
+
+def test_a_tensor_file_that_is_replaced_while_it_is_opened_is_as_good_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to open file in read-only mode: No such file or directory (2)")
+
+    monkeypatch.setattr(store, "safe_open", gone)
+    store.write_bytes(tmp_path / store.METRICS, b'{"epoch": 1}\n')
+    assert store.count_epochs(tmp_path) == 1
+    assert store.read_tensors(tmp_path / store.RESUME) is None

@@ -171,7 +171,7 @@ def test_every_method_sees_the_same_subset_weights_and_order(tree: Tree, write: 
     bp, loss_ibp = grid.runs(loading.load(write(tree)))[:2]
     datasets = [data.load(run.data, run.seeds.subset) for run in (bp, loss_ibp)]
     assert torch.equal(datasets[0].train.images, datasets[1].train.images)
-    states = [train.start(run, set_, torch.device("cpu")) for run, set_ in zip((bp, loss_ibp), datasets, strict=True)]
+    states = [train.start(run, set_) for run, set_ in zip((bp, loss_ibp), datasets, strict=True)]
     pairs = zip(states[0].model.parameters(), states[1].model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     orders = [
@@ -186,7 +186,7 @@ def test_the_three_seeds_act_apart(tree: Tree, write: Write) -> None:
         chosen = {"subset": 0, "weights": 0, "order": 0, **seeds}
         run = first_run(write({**tree, "seeds": [chosen], "data": {**tree["data"], "subset": 32}}))
         dataset = data.load(run.data, run.seeds.subset)
-        state = train.start(run, dataset, torch.device("cpu"))
+        state = train.start(run, dataset)
         index = next(iter(Batches(dataset, run.training, run.seeds, None).epoch(0))).x
         return dataset.train.images, next(state.model.parameters()).detach(), index
 

@@ -26,6 +26,7 @@ def sketches(findings: Findings) -> Iterator[Sketch]:
     yield from _sizes(findings)
     yield from _training(findings)
     yield from _ratios(findings)
+    yield from _trials(findings)
 
 
 def errors(findings: Findings) -> Iterator[Sketch]:
@@ -198,6 +199,24 @@ def _ratios(findings: Findings) -> Iterator[Sketch]:
     sketch.axes.set_yticks(list(positions), [plain(title(row)) for row in rows])
     sketch.axes.invert_yaxis()
     yield sketch.legend()
+
+
+def _trials(findings: Findings) -> Iterator[Sketch]:
+    """A figure for each number that a search has tried: the validation error of whole and of stopped trials."""
+    judged = [one for one in findings.trials if one["validation_error"] is not None]
+    tried = [(key, one) for one in judged for key, value in one["values"].items() if isinstance(value, float)]
+    for place, key in enumerate(dict.fromkeys(key for key, _ in tried)):
+        own = [(one["values"][key], one) for name, one in tried if name == key]
+        sketch = Sketch(f"search{place}", f"Trials of the search by {key}", key, "validation error %")
+        kinds = dict.fromkeys((one["row"], one["state"]) for _, one in own)
+        for number, kind in enumerate(kinds):
+            points = [(value, one["validation_error"]) for value, one in own if (one["row"], one["state"]) == kind]
+            xs, ys = zip(*points, strict=True)
+            sketch.line(number, ", ".join(kind), (xs, ys), linestyle="none", markersize=6)
+        values = [value for value, _ in own]
+        if min(values) > 0 and max(values) / min(values) > 20:
+            sketch.axes.set_xscale("log")
+        yield sketch.legend()
 
 
 def _cut(count: int) -> str:

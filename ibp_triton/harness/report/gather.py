@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.evaluation import Mcnemar, mcnemar
-from ibp_triton.harness import evaluate, grid, kept, provenance, stats, store, summary
+from ibp_triton.harness import evaluate, grid, kept, provenance, stats, store, summary, trials
 from ibp_triton.harness.config import Experiment, Seeds
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.loading import ExperimentFile
@@ -97,6 +97,11 @@ class Findings:
         for row in self.rows:
             groups.setdefault((row.variant, row.label), []).append(row)
         return [min(group, key=self._score) for group in groups.values()]
+
+    @cached_property
+    def trials(self) -> list[store.Record]:
+        """What the experiment's search has tried, as `harness/trials.py` stores it."""
+        return trials.stored(self.root, self.experiment.name)
 
     @cached_property
     def fields(self) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 from ibp_triton.evaluation import csv_cell, latex_cell
 from ibp_triton.harness import provenance, stats, store
 from ibp_triton.harness.evaluate import CLEAN, CURVES
+from ibp_triton.harness.grid import shown
 from ibp_triton.harness.report.gather import Findings, in_order, title
 from ibp_triton.harness.summary import ResultRow, error_text, headings
 
@@ -74,7 +75,7 @@ def plain(text: str) -> str:
 def tables(findings: Findings) -> list[Table]:
     """Every table there is something to say in."""
     candidates = [comparison(findings), diverged(findings), *pairs(findings), every_parameter(findings)]
-    candidates += [ratios(findings), classes(findings)]
+    candidates += [trials_of_search(findings), ratios(findings), classes(findings)]
     candidates += [*robustness(findings), masking(findings)]
     return [table.compact() for table in candidates if table and table.cells]
 
@@ -152,6 +153,30 @@ def every_parameter(findings: Findings) -> Table | None:
         for row in findings.rows
     ]
     return Table("Every parameter", columns, cells)
+
+
+def trials_of_search(findings: Findings) -> Table:
+    """What a search has tried, the least validation error of a whole trial first; a stopped one has its last."""
+    keys = list(dict.fromkeys(key for one in findings.trials for key in one["values"]))
+    cells = [
+        [
+            one["row"],
+            str(one["trial"]),
+            *(shown(one["values"][key]) if key in one["values"] else "" for key in keys),
+            "" if one["validation_error"] is None else f"{one['validation_error']:.2f}",
+            one["state"],
+            f"{result['test_error']:.2f}" if (result := store.result(findings.place / str(one["run"]))) else "",
+        ]
+        for one in sorted(findings.trials, key=_rank)
+    ]
+    note = "Judged by the validation error; pruned trials were stopped, running ones are not at their end."
+    columns = ["row", "trial", *keys, "validation error %", "state", "test error %"]
+    return Table("Trials of the search", columns, cells, note)
+
+
+def _rank(trial: store.Record) -> tuple[str, bool, float]:
+    error = trial["validation_error"]
+    return trial["row"], trial["state"] != "complete", math.inf if error is None else error
 
 
 def ratios(findings: Findings) -> Table:

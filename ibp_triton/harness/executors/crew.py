@@ -1,60 +1,19 @@
-"""Who does which run: the desk that hands them out, and the processes that take them, one at a time."""
+"""Worker processes on this machine, one run each at a time, by a pipe to each."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ibp_triton.errors import LaunchError
+from ibp_triton.harness.executors.desk import DEATHS, Desk, Do, Event
 from ibp_triton.harness.grid import Run
-
-DEATHS = 2  # of workers within one run, before it is given up
-Event = dict[str, Any]
-Listener = Callable[[Event], None]
-Do = Callable[[Run, Listener], None]
-
-
-class Desk:
-    """Hands out runs, notes which failed, and fails those at once whose data or network another run could not use."""
-
-    def __init__(self, runs: Sequence[Run], listen: Listener, failures: dict[str, Event]) -> None:
-        self._waiting, self._runs = deque(runs), {run.name: run for run in runs}
-        self._listen, self._failures = listen, failures
-        self._unfit: dict[Any, Event] = {}
-
-    def next(self) -> Run | None:
-        """The next run to train; None if there is none left."""
-        while self._waiting:
-            run = self._waiting.popleft()
-            known = [self._unfit[key] for kind in ("data", "network") if (key := _part(run, kind)) in self._unfit]
-            if not known:
-                return run
-            self._failures[run.name] = {**known[0], "run": run.name}
-        return None
-
-    def again(self, name: str) -> None:
-        """Hand this run out once more."""
-        self._waiting.appendleft(self._runs[name])
-
-    def hear(self, event: Event) -> None:
-        """Take in an event and pass it on."""
-        if event["kind"] == "fatal":
-            raise LaunchError(event["message"])
-        if event["kind"] == "failed":
-            self._failures[event["run"]] = event
-            if event.get("unfit"):
-                self._unfit[_part(self._runs[event["run"]], event["unfit"])] = event
-        self._listen(event)
-
-
-def _part(run: Run, kind: str) -> Any:
-    return run.data if kind == "data" else (run.data, run.network.model_dump_json())
 
 
 def spread(do: Do, workers: int, desk: Desk) -> None:

@@ -1,0 +1,3 @@
+"""The harness's tiny experiment."""
+
+from tests.harness.conftest import _one_thread, tree, write  # noqa: F401
