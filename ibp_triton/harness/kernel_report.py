@@ -46,11 +46,11 @@ class KernelRow:
 
 
 def kernel_rows(target: str, only: Sequence[str] = ()) -> list[KernelRow]:
-    """Every case of `kernels.cases`, compiled for a chip family; a kernel that compiles alike twice stands once.
+    """Every case of `workbench.cases`, compiled for a chip family; a kernel that compiles alike twice stands once.
 
     With `only` those that have each of these words in kernel, case, dtype or target; no other is compiled.
     """
-    from ibp_triton.kernels import aot, cases  # here, so that the harness does without triton
+    from ibp_triton.kernels.workbench import aot, cases  # here, so that the harness does without triton
 
     rows, seen = [], set()
     for dtype in DTYPES:
@@ -130,7 +130,7 @@ def kernels(
     """Compile every Triton kernel for chips that need not be there, and count what a training step needs."""
     if find_spec("triton") is None:
         raise typer.BadParameter("the kernel report needs triton: pip install triton")
-    from ibp_triton.kernels.aot import CHIPS
+    from ibp_triton.kernels.workbench.aot import CHIPS
 
     targets = target or ["sm_90"]
     for name in targets:

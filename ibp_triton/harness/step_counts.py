@@ -154,8 +154,8 @@ def recorded(network: str, method: Method, batch: int, tangents: int = 5) -> tup
 
     In exact float32, whatever torch's settings are.
     """
-    from ibp_triton.kernels.cases import allowing_tf32  # here, so that the harness does without triton
     from ibp_triton.kernels.launcher import recording
+    from ibp_triton.kernels.workbench.cases import allowing_tf32  # here, so that the harness does without triton
 
     model, x, labels, tau = _setting(network, method, batch, tangents, "cpu")
     model = model.to(memory_format=torch.channels_last)

@@ -79,7 +79,7 @@ def test_the_eager_baseline_computes_the_same_gradient(method):
 
 def test_the_command(monkeypatch, tmp_path):
     """One small table from end to end; the full one is compiled in test_table."""
-    from ibp_triton.kernels import cases
+    from ibp_triton.kernels.workbench import cases
 
     monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
     monkeypatch.setattr(cases, "merged_cases", lambda make: None)
@@ -108,7 +108,7 @@ def kernels(*arguments):
 
 
 def test_rows_are_filtered_and_sorted(monkeypatch):
-    from ibp_triton.kernels import cases
+    from ibp_triton.kernels.workbench import cases
 
     monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
     monkeypatch.setattr(cases, "merged_cases", lambda make: None)

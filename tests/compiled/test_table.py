@@ -8,12 +8,13 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
 
-from ibp_triton.kernels import aot, cases, tiles
+from ibp_triton.kernels import tiles
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
+from ibp_triton.kernels.workbench import aot, cases
 
 KINDS = [("float32", False), ("float32", True), ("bfloat16", False), ("float16", False)]
 SKIPPED = {("gfx1100", "float32", True)}  # no tf32 on RDNA3

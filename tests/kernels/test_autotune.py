@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from ibp_triton.kernels import autotune, tiles
+from ibp_triton.kernels import tiles
 from ibp_triton.kernels.gemm import linear
 from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.tiles import Config
+from ibp_triton.kernels.workbench import autotune
 from tests.kernels.support import randn
 
 FAST, SLOW = Config(16, 16, 32), Config(64, 32, 32)
