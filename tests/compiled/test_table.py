@@ -1,11 +1,9 @@
 """Every row of the table, compiled for every chip family it names: it fits, spills nothing, uses the matrix units."""
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
 
 from ibp_triton.kernels import tiles
@@ -55,20 +53,13 @@ def test_the_table_compiles(family, dtype, tf32):
     assert len(seen) >= 12
 
 
-# chips served by the rows of another one: target, family, shared memory of a program
-GUESTS = {
-    "sm_89": (GPUTarget("cuda", 89, 32), "sm_80", 101376),
-    "sm_120": (GPUTarget("cuda", 120, 32), "sm_80", 101376),
-    "gfx90a": (GPUTarget("hip", "gfx90a", 64), "gfx942", 65536),
-    "gfx950": (GPUTarget("hip", "gfx950", 64), "gfx942", 65536),
-}
+FAMILY = {"sm_89": "sm_80", "sm_120": "sm_80", "gfx90a": "gfx942", "gfx950": "gfx942"}  # whose rows serve a chip
 
 
-@pytest.mark.parametrize("name", GUESTS)
+@pytest.mark.parametrize("name", aot.GUESTS)
 def test_chips_without_rows_of_their_own(name, monkeypatch):
     """Linear layers and their weight gradients: they fit; tf32 is no type of gfx90a and gfx950, and never asked for."""
-    target, family, shared = GUESTS[name]
-    monkeypatch.setitem(aot.CHIPS, name, replace(aot.CHIPS[family], target=target, shared=shared))
+    family = FAMILY[name]
     monkeypatch.setattr(cases, "matrix_cases", linear_cases)
     monkeypatch.setattr(cases, "other_cases", lambda make: None)
     for dtype in (torch.float32, torch.bfloat16):
@@ -77,7 +68,7 @@ def test_chips_without_rows_of_their_own(name, monkeypatch):
             assert (built.fits, built.spills) == (True, 0), f"{launch.name} {dtype} {launch.config}: {built}"
     tf32 = [launch for launch in cases.launches(family, torch.float32, True) if launch.name == "contract"]
     for launch in tf32:
-        if target.backend == "cuda":
+        if aot.GUESTS[name].target.backend == "cuda":
             assert aot.compile_launch(launch, name).matrix == "HMMA"
         else:
             with pytest.raises(CompilationError):
