@@ -111,20 +111,22 @@ TABLE = (
 )  # fmt: skip
 
 _forced: list[str] = []
-Key = tuple[str, str, str, str]  # operation, shape class, chip family, dtype
+Key = tuple[str, str, str, str, tuple[int, ...]]  # operation, shape class, chip family, dtype, sizes
 tuned: dict[Key, Config] = {}  # what `autotune` found stands above the table
 watchers: list[set[Key]] = []
 
 
-def select(operation: str, shape: str, tensor: Tensor) -> Config:
+def select(operation: str, shape: str, tensor: Tensor, sizes: tuple[int, ...] = ()) -> Config:
     """The configuration for an operation on a shape class, on the chip and in the dtype of `tensor`.
+
+    `sizes`, those of the operation with the batch in them, tell what was tuned apart; the table looks at the class.
 
     Raises LookupError when the table has no row for it.
     """
     family, dtype = chip(tensor.device), str(tensor.dtype).removeprefix("torch.")
     if precision(tensor) == "tf32":
         dtype = "tf32"
-    key = (operation, shape, family, dtype)
+    key = (operation, shape, family, dtype, sizes)
     for watcher in watchers:
         watcher.add(key)
     if key in tuned:
