@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ibp_triton.harness import predictions
 from ibp_triton.kernels.workbench import model, sass
 from ibp_triton.kernels.workbench.model import CARDS, HIGH, LOW, Counts
 
@@ -74,3 +75,22 @@ def test_loops_are_found_and_counted():
     assert code.issued([3]) == 7 + 4 * 2
     assert code.issued([3, 5]) == 7 + 4 * 2 + 2 * 4
     assert code.issued([1, 1, 9]) == 7
+
+
+def test_the_predictions_of_the_page_are_the_models():
+    """Batch 32 on an H100 anew, in each dtype; the page has every card, dtype and batch."""
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert f"| network | method | dtype | batch | {' | '.join(CARDS)} |" in page
+    for dtype in predictions.KINDS:
+        for batch in predictions.BATCHES:
+            (line,) = (x for x in page.splitlines() if x.startswith(f"| mnist | loss_ibp | {dtype} | {batch} | "))
+            assert line.count("–") == len(CARDS)
+            if batch == 32:
+                (found,) = predictions.predicted(["H100"], [dtype], [batch])
+                assert line.split(" | ")[4] == found.text
+    assert predictions.lines([found])[0][:4] == ["mnist", "loss_ibp", dtype, "32"]
+
+
+def test_an_unknown_card_is_refused():
+    with pytest.raises(ValueError, match="unknown card H1; choose from H100"):
+        predictions.predicted(["H1"])

@@ -71,10 +71,15 @@ def tune(
         best = _tune_one(key, tiles.get(key[0], ()), step, clock, best, end)
     chosen = {key: table.tuned[key] for key in sorted(seen) if key in table.tuned}
     if path is not None:
-        entries = [{"key": list(key), "config": asdict(tile)} for key, tile in chosen.items()]
-        content = {"version": VERSION, "device": _device(), "entries": entries}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        save(chosen, path)
     return chosen
+
+
+def save(chosen: Mapping[Key, Config], path: str | Path) -> None:
+    """Tiles that `tune` found on the device at hand, into a file for `load`."""
+    entries = [{"key": list(key), "config": asdict(tile)} for key, tile in chosen.items()]
+    content = {"version": VERSION, "device": _device(), "entries": entries}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _tune_one(
