@@ -81,7 +81,8 @@ def _case(arguments: dict[str, Any]) -> str:
     words = []
     if "J" in arguments:
         kernel = arguments["GEOMETRY"][4:6]
-        words.append(f"{arguments['C']}→{arguments['J']}" + (f" {kernel[0]}×{kernel[1]}" if kernel != (1, 1) else ""))
+        sizes = f"{arguments.get('C', 'taps')}→{arguments['J']}"
+        words.append(sizes + (f" {kernel[0]}×{kernel[1]}" if kernel != (1, 1) else ""))
     for name, word in (
         ("TRANSPOSED", "reverse"),
         ("SIGN", "sign"),

@@ -281,7 +281,7 @@ def _shape_class(tangents: int, rows: int, columns: int, depth: int, by_columns:
         return "tangents"
     if rows <= 64:
         return "few rows"
-    if depth <= 32:
+    if depth <= 32 and not (by_columns and columns <= 32):
         return "shallow"
     if columns <= 32:
         return "narrow"

@@ -136,8 +136,11 @@ def test_rows_have_reasons_and_select_takes_the_first():
 
 def test_splits_fill_the_chip_and_never_run_empty():
     x = torch.zeros(1)
-    assert tiles.splits(x, 8, 98) == 16
-    assert tiles.splits(x, 33, 98) == 1  # a quarter of 132 multiprocessors is busy
+    assert tiles.splits(x, 8, 98) == 24  # no more, for four steps each
+    assert tiles.splits(x, 8, 980) == 33  # two programs for each of 132 multiprocessors
+    assert tiles.splits(x, 1, 5000) == 264
+    assert tiles.splits(x, 64, 196) == 4
+    assert tiles.splits(x, 66, 98) == 1  # half of them are busy
     assert tiles.splits(x, 1, 15) == 1
     assert all(tiles.splits(x, 1, steps) <= max(1, steps // 4) for steps in range(200))
 
