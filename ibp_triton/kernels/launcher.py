@@ -84,7 +84,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], c
         return
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
-        if max(tensor.numel(), span(tensor)) > SPAN:
+        if tensor.numel() > SPAN or (tensor.untyped_storage().nbytes() > SPAN and span(tensor) > SPAN):
             raise ValueError(
                 f"{kernel.__name__}: {name} {tuple(tensor.shape)} by {tensor.stride()} spans more than {SPAN} "
                 "elements, the reach of 32-bit offsets: use smaller batches, or a copy without gaps"
