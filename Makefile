@@ -13,7 +13,7 @@ TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightni
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test wheel zoo boards cluster browser docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full mutants clean
+.PHONY: setup quickstart test wheel zoo boards cluster browser docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full gpu gpu-quick mutants clean
 
 setup: $(STAMP)
 
@@ -127,6 +127,10 @@ bench: setup
 # where they were stopped, and print a table.
 bench-ratios bench-modern bench-modern-full: bench-%: setup
 	$(RUN) OMP_NUM_THREADS=1 ibp-triton bench $(subst -,_,$*) --json benchmarks/$(subst -,_,$*).json
+
+# All that there is to prove on a GPU, in 20 minutes, or the essential in 3: results in benchmarks/gpu, named by the card.
+gpu gpu-quick: gpu%: setup
+	$(RUN) python -m benchmarks.gpu $(if $*,--quick)
 
 # A seeded sample of small faults, and whether the tests notice: 90 minutes at most, goes on where it stopped.
 mutants: setup

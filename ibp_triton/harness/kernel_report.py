@@ -13,15 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ibp_triton.harness.step_counts import BANDWIDTH, PEAK, StepCount, steps
+from ibp_triton.harness import predictions
+from ibp_triton.harness.predictions import Prediction, predicted
+from ibp_triton.harness.step_counts import BANDWIDTH, KINDS, PEAK, StepCount, steps
 
-DTYPES = ("float32", "tf32", "bfloat16")
+DTYPES = tuple(KINDS)
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,17 @@ class KernelRow:
 
 
 def kernel_rows(target: str, only: Sequence[str] = ()) -> list[KernelRow]:
-    """Every case of `kernels.cases`, compiled for a chip family; a kernel that compiles alike twice stands once.
+    """Every case of `workbench.cases`, compiled for a chip family; a kernel that compiles alike twice stands once.
 
     With `only` those that have each of these words in kernel, case, dtype or target; no other is compiled.
     """
-    from ibp_triton.kernels import aot, cases  # here, so that the harness does without triton
+    from ibp_triton.kernels.workbench import aot, cases  # here, so that the harness does without triton
 
     rows, seen = [], set()
     for dtype in DTYPES:
         if dtype == "tf32" and target == "gfx1100":
             continue
-        for record in cases.launches(target, getattr(torch, dtype.replace("tf32", "float32")), dtype == "tf32"):
+        for record in cases.launches(target, KINDS[dtype], dtype == "tf32"):
             if not has_words(only, record.name, _case(record.arguments), dtype, target):
                 continue
             signature = aot.signature(record)
@@ -80,7 +81,8 @@ def _case(arguments: dict[str, Any]) -> str:
     words = []
     if "J" in arguments:
         kernel = arguments["GEOMETRY"][4:6]
-        words.append(f"{arguments['C']}→{arguments['J']}" + (f" {kernel[0]}×{kernel[1]}" if kernel != (1, 1) else ""))
+        sizes = f"{arguments.get('C', 'taps')}→{arguments['J']}"
+        words.append(sizes + (f" {kernel[0]}×{kernel[1]}" if kernel != (1, 1) else ""))
     for name, word in (
         ("TRANSPOSED", "reverse"),
         ("SIGN", "sign"),
@@ -126,11 +128,12 @@ def kernels(
     json_file: Annotated[Path | None, typer.Option("--json", help="write all rows to this file; - prints them")] = None,
     figure: Annotated[Path | None, typer.Option(help="draw launches and bytes of a step into this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
+    card: Annotated[list[str] | None, typer.Option(help="predict a step on it, as H100; may be repeated")] = None,
 ) -> None:
     """Compile every Triton kernel for chips that need not be there, and count what a training step needs."""
     if find_spec("triton") is None:
         raise typer.BadParameter("the kernel report needs triton: pip install triton")
-    from ibp_triton.kernels.aot import CHIPS
+    from ibp_triton.kernels.workbench.aot import CHIPS
 
     targets = target or ["sm_90"]
     for name in targets:
@@ -138,26 +141,31 @@ def kernels(
             raise typer.BadParameter(f"unknown target {name!r}; choose from {', '.join(CHIPS)}", param_hint="--target")
     if sort is not None and sort not in COLUMNS:
         raise typer.BadParameter(f"{sort!r} is no column; choose from {', '.join(COLUMNS)}", param_hint="--sort")
+    try:
+        forecast = predicted(card or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--card") from None
     rows = [row for name in targets for row in kernel_rows(name, only or [])]
     counted = [step for step in steps() if has_words(only or [], step.network, step.method, step.semantics or "")]
     if not rows and not counted:
         raise typer.BadParameter(f"no kernel and no step has {' and '.join(only or [])}", param_hint="--only")
     if str(json_file) != "-":
-        _print(rows, counted, sort)
+        _print(rows, counted, forecast, sort)
     if json_file is not None:
-        content = {"kernels": [asdict(r) for r in rows], "steps": [asdict(s) for s in counted], "note": NOTE}
+        content: dict[str, Any] = {"kernels": [asdict(r) for r in rows], "steps": [asdict(s) for s in counted]}
+        content |= {"predictions": [asdict(p) for p in forecast], "note": NOTE}
         text = json.dumps(content, indent=1) + "\n"
         if str(json_file) == "-":
             typer.echo(text, nl=False)
         else:
             json_file.write_text(text, encoding="utf-8")
     if markdown is not None:
-        markdown.write_text(as_markdown(rows, counted), encoding="utf-8")
+        markdown.write_text(as_markdown(rows, counted, forecast), encoding="utf-8")
     if figure is not None:
         draw(counted, figure)
 
 
-def _print(rows: list[KernelRow], counted: list[StepCount], sort: str | None) -> None:
+def _print(rows: list[KernelRow], counted: list[StepCount], forecast: list[Prediction], sort: str | None) -> None:
     """The tables that have rows, by a column where they have it."""
     console = Console()
     if not console.is_terminal:
@@ -165,6 +173,7 @@ def _print(rows: list[KernelRow], counted: list[StepCount], sort: str | None) ->
     tables = (
         ("Kernels, compiled ahead of time (static facts)", KERNEL_HEAD, [kernel_cells(row) for row in rows]),
         ("One training step before the optimizer (counted, not timed)", STEP_HEAD, [step_cells(s) for s in counted]),
+        ("One captured step, µs (predictions of a model)", predictions.head(forecast), predictions.lines(forecast)),
     )
     for title, head, lines in tables:
         if lines:
@@ -209,7 +218,7 @@ def step_cells(step: StepCount) -> list[str]:
     ]
 
 
-def _table(title: str, head: tuple[str, ...], rows: Any) -> Table:
+def _table(title: str, head: Sequence[str], rows: Any) -> Table:
     table = Table(title=title)
     for name in head:
         table.add_column(name, overflow="fold")
@@ -218,13 +227,16 @@ def _table(title: str, head: tuple[str, ...], rows: Any) -> Table:
     return table
 
 
-def as_markdown(rows: list[KernelRow], counted: list[StepCount]) -> str:
-    """Both tables with the note, as Markdown."""
+def as_markdown(rows: list[KernelRow], counted: list[StepCount], forecast: Sequence[Prediction] = ()) -> str:
+    """The tables with their notes, as Markdown."""
     parts = ["### One training step before the optimizer\n", _pipes(STEP_HEAD, map(step_cells, counted)), NOTE + "\n"]
+    if forecast:
+        table = _pipes(predictions.head(forecast), predictions.lines(forecast))
+        parts = ["### One captured step, predicted µs\n", table, predictions.NOTE + "\n", *parts]
     return "\n".join([*parts, "### Kernels\n", _pipes(KERNEL_HEAD, map(kernel_cells, rows))])
 
 
-def _pipes(head: tuple[str, ...], rows: Any) -> str:
+def _pipes(head: Sequence[str], rows: Any) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines) + "\n"
 

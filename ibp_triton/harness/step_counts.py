@@ -24,6 +24,7 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, int, int]]] = {
     "mnist": (paper_mnist, (1, 28, 28)),
     "cifar10": (paper_cifar10, (3, 32, 32)),
 }
+KINDS = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}  # how a step computes
 # H100 SXM5 data sheet: HBM3 bandwidth in bytes/s, dense FLOP/s of float32 without matrix units (ieee products)
 BANDWIDTH, PEAK = 3.35e12, 67e12
 
@@ -149,22 +150,26 @@ def count(network: str, method: Method, batch: int, tangents: int = 5) -> StepCo
     )
 
 
-def recorded(network: str, method: Method, batch: int, tangents: int = 5) -> tuple[list[Any], Operators]:
+def recorded(
+    network: str, method: Method, batch: int, tangents: int = 5, kind: str = "float32", family: str = "sm_90"
+) -> tuple[list[Any], Operators]:
     """The launches of one step by the Triton backend, none of them run, and the torch operators between them.
 
-    In exact float32, whatever torch's settings are.
+    In a kind of `KINDS` and with the tiles of a chip family, whatever torch's settings are.
     """
-    from ibp_triton.kernels.cases import allowing_tf32  # here, so that the harness does without triton
-    from ibp_triton.kernels.launcher import recording
+    from ibp_triton.kernels.launcher import recording  # here, so that the harness does without triton
+    from ibp_triton.kernels.tiles import on_chip
+    from ibp_triton.kernels.workbench.cases import allowing_tf32
 
     model, x, labels, tau = _setting(network, method, batch, tangents, "cpu")
     model = model.to(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last)
-    wrapped = Network(model, backend="triton")
-    with allowing_tf32(False), recording(execute=False):
-        wrapped.forward(x, {})  # finds the kernels; the step itself follows
-    with allowing_tf32(False), recording(execute=False) as launches, Operators() as others:
-        method.gradients(wrapped, x, labels, tau)
+    wrapped = Network(model, backend="triton", dtype=KINDS[kind])
+    with on_chip(family), allowing_tf32(kind == "tf32"):
+        with recording(execute=False):
+            wrapped.forward(x, {})  # finds the kernels; the step itself follows
+        with recording(execute=False) as launches, Operators() as others:
+            method.gradients(wrapped, x, labels, tau)
     return launches, others
 
 

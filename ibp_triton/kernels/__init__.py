@@ -5,8 +5,7 @@
     combine    second stage of a split reduction
     pool       max- and mean-pooling, gates the ReLU alone, loss the head, norm_seeds what starts the extra passes
     geometry   sizes of windows; tiles the table of tile shapes; launcher the one door to the device
-    lab        an instrumented interpreter; aot the compiler for chips that are not there, cases what goes through it
-    autotune   better tiles than the table's, measured on a device, opt-in
+    workbench  what they are checked and tuned with: interpreter, compiler, cases
 
 Triton is imported here and nowhere else, and nothing queries a device at import.
 """

@@ -206,7 +206,8 @@ def contract_into(
     for name, tensor, expected in (("bias", bias, columns), ("mask", mask, rows * columns)):
         if tensor is not None and tensor.numel() != expected:
             raise ValueError(f"the {name} {tuple(tensor.shape)} does not have {expected} elements, as the result asks")
-    config = select("contract", _shape_class(tangents, rows, columns, depth, w_strides[0] == 1), x)
+    shape = _shape_class(tangents, rows, columns, depth, w_strides[0] == 1)
+    config = select("contract", shape, x, (tangents, rows, columns, depth))
     group = min(tangents, config.group)
     tiles = (cdiv(rows, config.block_m), cdiv(columns, config.block_n), cdiv(tangents, max(group, 1)))
     steps = cdiv(depth, config.block_k)
@@ -280,7 +281,7 @@ def _shape_class(tangents: int, rows: int, columns: int, depth: int, by_columns:
         return "tangents"
     if rows <= 64:
         return "few rows"
-    if depth <= 32:
+    if depth <= 32 and not (by_columns and columns <= 32):
         return "shallow"
     if columns <= 32:
         return "narrow"

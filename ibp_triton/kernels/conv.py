@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 from ibp_triton.kernels.contract import contract_into
-from ibp_triton.kernels.geometry import Geometry, sample_stride
+from ibp_triton.kernels.fold import fold_taps
+from ibp_triton.kernels.gates import is_dense
+from ibp_triton.kernels.geometry import ONE, Geometry, sample_stride
+from ibp_triton.kernels.launcher import SPAN
 
 
 def conv2d(
@@ -53,13 +56,17 @@ def conv2d_vjp(d: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | Non
         geometry: that of the forward pass.
         mask: [N, C, H, W], channels last.
 
-    Returns: [T, N, C, H, W], channels last, of d's dtype. With a stride s, one multiplication in s² is not by zero.
+    Returns: [T, N, C, H, W], channels last, of d's dtype. With a stride s, one multiplication in s² is not by zero,
+        except where many positions have few channels.
     Raises: ValueError for a shape or dtype other than these.
     """
     tangents, samples, outputs = d.shape[:3]
     channels = weight.shape[1]
     _check(d, weight, (outputs, *d.shape[3:]), (weight.shape[0], *geometry.out))
     out = channels_last(d, (tangents, samples, channels, *geometry.size))
+    if _by_taps(d, weight):
+        _through_taps(out, d, weight, geometry, _dense(mask))
+        return out
     by_output, by_channel, *by_tap = weight.stride()
     contract_into(
         out, d, weight, geometry.reversed,
@@ -67,6 +74,31 @@ def conv2d_vjp(d: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | Non
         channels=outputs, columns=channels, inside=geometry.inside, transposed=True, mask=_dense(mask),
     )  # fmt: skip
     return out
+
+
+FEW = 16  # columns that a matrix unit wants
+MANY = 1 << 16  # positions from which a second launch is worth it
+
+
+def _by_taps(d: Tensor, weight: Tensor) -> bool:
+    """Whether the reverse is cheaper as one product with all taps and a sum: few channels, all of it dense."""
+    outputs, channels = weight.shape[:2]
+    taps, rows = weight[0].numel(), d.numel() // max(outputs, 1)
+    whole = weight.stride(0) == taps and is_dense(weight) and d.movedim(2, -1).is_contiguous()
+    return channels < FEW <= taps and MANY <= rows <= SPAN // taps and whole
+
+
+def _through_taps(out: Tensor, d: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None) -> None:
+    """p = d W over all positions, as a linear layer with the taps for columns, then their sum."""
+    outputs, columns = weight.shape[0], weight[0].numel()
+    rows = d.numel() // max(outputs, 1)
+    p = d.new_empty((1, rows, columns), dtype=torch.float32)
+    contract_into(
+        p, d.movedim(2, -1).reshape(1, rows, outputs), weight, ONE.constants,
+        x_strides=(0, outputs, 0, 0, 1), w_strides=(1, columns, 0, 0),
+        channels=outputs, columns=columns, inside=1,
+    )  # fmt: skip
+    fold_taps(p, out, geometry, weight.stride()[1:], mask)
 
 
 def channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -84,7 +84,7 @@ def launch(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], c
         return
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
-        if max(tensor.numel(), span(tensor)) > SPAN:
+        if tensor.numel() > SPAN or (tensor.untyped_storage().nbytes() > SPAN and span(tensor) > SPAN):
             raise ValueError(
                 f"{kernel.__name__}: {name} {tuple(tensor.shape)} by {tensor.stride()} spans more than {SPAN} "
                 "elements, the reach of 32-bit offsets: use smaller batches, or a copy without gaps"
@@ -101,6 +101,16 @@ def launch(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], c
     device = devices.pop()
     if device.type != "cuda" and not interpreted():
         raise RuntimeError(f"{kernel.__name__}: Triton kernels need a CUDA device (these tensors are on {device})")
+    _run(kernel, grid, arguments, config, device)
+
+
+def relaunch(launch: Launch) -> None:
+    """A recorded launch once more, on the tensors that it had."""
+    device = next(value.device for value in launch.arguments.values() if isinstance(value, Tensor))
+    _run(launch.kernel, launch.grid, launch.arguments, launch.config, device)
+
+
+def _run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], config: Config, device: Any) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
 

@@ -204,9 +204,10 @@ def weight_gradient(
     tapped = first.dim() == 4
     _, sc, sh, sw = first.stride() if tapped else (*first.stride(), 0, 0)
     sn = sample_stride(max((s.left for s in segments), key=len), 0)  # the strides of one sample alone say nothing
-    config = select("wgrad", "narrow" if min(outputs, channels * geometry.taps) <= 32 else "any", first)
-    tiles = (cdiv(outputs, config.block_m), cdiv(channels * geometry.taps, config.block_n))
+    depth = channels * geometry.taps
     rows = [s.left.shape[0] * geometry.positions for s in segments]
+    config = select("wgrad", "narrow" if min(outputs, depth) <= 32 else "any", first, (outputs, depth, *rows))
+    tiles = (cdiv(outputs, config.block_m), cdiv(depth, config.block_n))
     blocks = [cdiv(r, config.block_k) for r in rows]
     parts = splits(first, tiles[0] * tiles[1], sum(blocks))
     parts = max(1, min(parts, max(blocks)))

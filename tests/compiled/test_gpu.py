@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ibp_triton as ibp
-from ibp_triton.kernels.cases import allowing_tf32
+from ibp_triton.kernels.workbench.cases import allowing_tf32
 from tests.kernels import test_conv, test_linear, test_methods, test_pool, test_seeds_and_loss, test_wgrad
 
 pytestmark = [

@@ -9,7 +9,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import ibp_triton as ibp
-from ibp_triton.harness import eager, kernel_report, step_counts
+from ibp_triton.harness import eager, kernel_report, predictions, step_counts
 from ibp_triton.harness.cli import app
 from ibp_triton.kernels.launcher import recording
 
@@ -79,18 +79,20 @@ def test_the_eager_baseline_computes_the_same_gradient(method):
 
 def test_the_command(monkeypatch, tmp_path):
     """One small table from end to end; the full one is compiled in test_table."""
-    from ibp_triton.kernels import cases
+    from ibp_triton.kernels.workbench import cases
 
     monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
     monkeypatch.setattr(cases, "merged_cases", lambda make: None)
     monkeypatch.setattr(kernel_report, "DTYPES", ("float32",))
     monkeypatch.setattr(kernel_report, "steps", lambda: [step_counts.count("mnist", ibp.BP(), 32)])
+    forecast = [predictions.Prediction("H100", "mnist", "loss_ibp", 32, "float32", 231.0, 358.0)]
+    monkeypatch.setattr(kernel_report, "predicted", lambda cards: forecast if cards == ["H100"] else [])
     files = {name: tmp_path / f"out.{name}" for name in ("json", "md", "svg")}
     result = CliRunner().invoke(
         app,
         [
             *("kernels", "--target", "sm_90", "--json", str(files["json"])),
-            *("--markdown", str(files["md"]), "--figure", str(files["svg"])),
+            *("--markdown", str(files["md"]), "--figure", str(files["svg"]), "--card", "H100"),
         ],
     )
     assert result.exit_code == 0, result.output
@@ -99,6 +101,9 @@ def test_the_command(monkeypatch, tmp_path):
     assert all(isinstance(row["spills"], int) and row["spills"] == 0 for row in content["kernels"])
     assert {row["kernel"] for row in content["kernels"]} >= {"max_pool", "pool_gather", "pool_scatter", "seed", "gate"}
     assert "max_pool" in result.output
+    assert "230–360" in result.output
+    assert content["predictions"][0]["low"] == 231.0
+    assert "| mnist | loss_ibp | float32 | 32 | 230–360 |" in files["md"].read_text()
     assert files["md"].read_text().count("\n|") > 10
     assert files["svg"].stat().st_size > 1000
 
@@ -108,7 +113,7 @@ def kernels(*arguments):
 
 
 def test_rows_are_filtered_and_sorted(monkeypatch):
-    from ibp_triton.kernels import cases
+    from ibp_triton.kernels.workbench import cases
 
     monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
     monkeypatch.setattr(cases, "merged_cases", lambda make: None)
@@ -136,6 +141,8 @@ def test_a_filter_without_rows_and_an_unknown_column_are_refused(monkeypatch):
     result = kernels("--only", "nothing")
     assert result.exit_code != 0
     assert "no kernel and no step has nothing" in result.output
+    result = kernels("--card", "H1")
+    assert "unknown card H1" in result.output
     result = kernels("--sort", "size")
     assert result.exit_code != 0
     assert "is no column; choose from kernel" in result.output

@@ -10,9 +10,10 @@ from triton.runtime.jit import create_function_from_signature
 import ibp_triton as ibp
 from ibp_triton.bench import modern
 from ibp_triton.harness import step_counts
-from ibp_triton.kernels import aot, tiles
-from ibp_triton.kernels.cases import allowing_tf32
+from ibp_triton.kernels import tiles
 from ibp_triton.kernels.launcher import recording
+from ibp_triton.kernels.workbench import aot
+from ibp_triton.kernels.workbench.cases import allowing_tf32
 
 METHODS = (ibp.LossIBP(0.1), ibp.TangentBP(0.1))
 MODERN = {"resnet18": modern.resnet18, "vit_tiny": modern.vit}

@@ -1,19 +1,18 @@
 """Every row of the table, compiled for every chip family it names: it fits, spills nothing, uses the matrix units."""
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
 
-from ibp_triton.kernels import aot, cases, tiles
+from ibp_triton.kernels import tiles
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
+from ibp_triton.kernels.workbench import aot, cases
 
 KINDS = [("float32", False), ("float32", True), ("bfloat16", False), ("float16", False)]
 SKIPPED = {("gfx1100", "float32", True)}  # no tf32 on RDNA3
@@ -54,20 +53,13 @@ def test_the_table_compiles(family, dtype, tf32):
     assert len(seen) >= 12
 
 
-# chips served by the rows of another one: target, family, shared memory of a program
-GUESTS = {
-    "sm_89": (GPUTarget("cuda", 89, 32), "sm_80", 101376),
-    "sm_120": (GPUTarget("cuda", 120, 32), "sm_80", 101376),
-    "gfx90a": (GPUTarget("hip", "gfx90a", 64), "gfx942", 65536),
-    "gfx950": (GPUTarget("hip", "gfx950", 64), "gfx942", 65536),
-}
+FAMILY = {"sm_89": "sm_80", "sm_120": "sm_80", "gfx90a": "gfx942", "gfx950": "gfx942"}  # whose rows serve a chip
 
 
-@pytest.mark.parametrize("name", GUESTS)
+@pytest.mark.parametrize("name", aot.GUESTS)
 def test_chips_without_rows_of_their_own(name, monkeypatch):
     """Linear layers and their weight gradients: they fit; tf32 is no type of gfx90a and gfx950, and never asked for."""
-    target, family, shared = GUESTS[name]
-    monkeypatch.setitem(aot.CHIPS, name, replace(aot.CHIPS[family], target=target, shared=shared))
+    family = FAMILY[name]
     monkeypatch.setattr(cases, "matrix_cases", linear_cases)
     monkeypatch.setattr(cases, "other_cases", lambda make: None)
     for dtype in (torch.float32, torch.bfloat16):
@@ -76,7 +68,7 @@ def test_chips_without_rows_of_their_own(name, monkeypatch):
             assert (built.fits, built.spills) == (True, 0), f"{launch.name} {dtype} {launch.config}: {built}"
     tf32 = [launch for launch in cases.launches(family, torch.float32, True) if launch.name == "contract"]
     for launch in tf32:
-        if target.backend == "cuda":
+        if aot.GUESTS[name].target.backend == "cuda":
             assert aot.compile_launch(launch, name).matrix == "HMMA"
         else:
             with pytest.raises(CompilationError):
@@ -144,8 +136,11 @@ def test_rows_have_reasons_and_select_takes_the_first():
 
 def test_splits_fill_the_chip_and_never_run_empty():
     x = torch.zeros(1)
-    assert tiles.splits(x, 8, 98) == 16
-    assert tiles.splits(x, 33, 98) == 1  # a quarter of 132 multiprocessors is busy
+    assert tiles.splits(x, 8, 98) == 24  # no more, for four steps each
+    assert tiles.splits(x, 8, 980) == 33  # two programs for each of 132 multiprocessors
+    assert tiles.splits(x, 1, 5000) == 264
+    assert tiles.splits(x, 64, 196) == 4
+    assert tiles.splits(x, 66, 98) == 1  # half of them are busy
     assert tiles.splits(x, 1, 15) == 1
     assert all(tiles.splits(x, 1, steps) <= max(1, steps // 4) for steps in range(200))
 

@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter: every test here runs under the instruments of `ibp_triton.kernels.lab`."""
+"""Kernels in Triton's interpreter: every test here runs under the instruments of `ibp_triton.kernels.workbench.lab`."""
 
 import os
 import sys
@@ -15,8 +15,8 @@ if "triton" in sys.modules:  # pragma: no cover - a guard on the order of collec
     assert triton.knobs.runtime.interpret
     assert type(triton.language.sum).__name__ == "InterpretedFunction", "triton was imported before TRITON_INTERPRET=1"
 
-from ibp_triton.kernels import lab
-from ibp_triton.kernels.cases import allowing_tf32
+from ibp_triton.kernels.workbench import lab
+from ibp_triton.kernels.workbench.cases import allowing_tf32
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,15 @@ import json
 
 import pytest
 
-from ibp_triton.kernels import autotune, tiles
+from ibp_triton.kernels import tiles
 from ibp_triton.kernels.gemm import linear
 from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.tiles import Config
+from ibp_triton.kernels.workbench import autotune
 from tests.kernels.support import randn
 
 FAST, SLOW = Config(16, 16, 32), Config(64, 32, 32)
-KEY = ("contract", "few rows", "sm_90", "float32")
+KEY = ("contract", "few rows", "sm_90", "float32", (1, 3, 4, 5))  # tangents, rows, columns, depth
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,26 @@ def test_the_table_stands_where_nothing_is_faster():
     assert tiles.tuned == {}
 
 
+def test_another_batch_keeps_the_tables_tile():
+    x, weight = randn(1, 3, 5), randn(4, 5)
+    tiles.tuned[KEY] = FAST
+    with recording() as launches:
+        linear(x, weight)
+        linear(x[:, :2], weight)
+    assert [launch.config == FAST for launch in launches] == [True, False]
+
+
+def test_no_tile_is_tried_when_the_time_is_over():
+    x, weight = randn(1, 3, 5), randn(4, 5)
+    times = iter([3.0, 2.0])
+    chosen = autotune.tune(
+        lambda: linear(x, weight), candidates={"contract": [FAST]}, clock=lambda step: step() is None or next(times),
+        seconds=-1.0,
+    )  # fmt: skip
+    assert chosen == {}
+    assert next(times) == 2.0
+
+
 def test_an_error_leaves_no_tile_in_force_that_was_only_tried():
     x, weight = randn(1, 3, 5), randn(4, 5)
     times = iter([2.0, 1.0])  # the table's, the first tile's; the second fails
@@ -68,15 +89,17 @@ def test_an_error_leaves_no_tile_in_force_that_was_only_tried():
     ("change", "message"),
     [
         ({"device": "another card"}, "was measured on 'another card'"),
-        ({"version": 1}, "is of version 1"),
+        ({"version": 2}, "is of version 2"),
         ({"entries": [{"key": list(KEY), "config": {"block_m": 48, "block_n": 16, "block_k": 32}}]}, "is no tile"),
         ({"entries": [{"key": list(KEY), "config": {"block_m": 16, "block_n": 16, "block_k": "32"}}]}, "is no tile"),
         ({"entries": [{"key": ["pool", *KEY[1:]], "config": {"block_m": 16}}]}, "is no tile"),
+        ({"entries": [{"key": [*KEY[:4], [1, 3, 4, "5"]], "config": {"block_m": 16}}]}, "is no tile"),
+        ({"entries": [{"key": [*KEY[:4]], "config": {"block_m": 16}}]}, "no file of autotune"),
     ],
 )
 def test_a_file_that_does_not_fit_changes_nothing(change, message, tmp_path):
     path = tmp_path / "tiles.json"
-    path.write_text(json.dumps({"version": 2, "device": "", "entries": [], **change}))
+    path.write_text(json.dumps({"version": 3, "device": "", "entries": [], **change}))
     with pytest.raises(ValueError, match=message):
         autotune.load(path)
     assert tiles.tuned == {}

@@ -1,11 +1,15 @@
 """The contraction as a convolution, against float64."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from ibp_triton.kernels import conv
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.geometry import Geometry
+from ibp_triton.kernels.launcher import recording
 from tests.kernels.support import DTYPES, assert_close, last, randn, unchanged
 
 # (tangents, samples, channels, outputs, image, kernel, stride, padding, dilation); the paper's first: one channel
@@ -46,6 +50,43 @@ def test_forward_reverse_and_linear_sweep(shape, dtype):
     assert_close(reverse, back * (before > 0), dtype)
     assert forward.stride(2) == 1
     assert reverse.stride(2) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[2] < 16 <= shape[2] * math.prod(shape[5])])
+@pytest.mark.parametrize("layout", [last, torch.Tensor.contiguous])
+def test_the_reverse_of_few_channels_by_taps(shape, dtype, layout, monkeypatch, instruments):
+    """One product with all taps and their sum: what many positions take, at a few."""
+    monkeypatch.setattr(conv, "MANY", 1)
+    tangents, samples, channels, outputs, image, *window = shape
+    geometry = Geometry.conv(image, *window)
+    weight = layout(randn(outputs, channels, *geometry.kernel, dtype=dtype))
+    before = last(randn(samples, channels, *image, dtype=dtype, zeros=True))
+    d = last(randn(tangents, samples, outputs, *geometry.out, dtype=dtype))
+    with unchanged(weight, before, d), recording() as launches:
+        reverse = conv2d_vjp(d, weight, geometry, before)
+    leaf = torch.zeros(tangents, samples, channels, *image, dtype=torch.float64, requires_grad=True)
+    (back,) = torch.autograd.grad(reference(leaf, weight, geometry), leaf, d.double())
+    assert_close(reverse, back * (before > 0), dtype)
+    assert [launch.name for launch in launches] == ["contract", "fold"][: 2 * tangents]
+    for asked, seen in zip(launches, instruments, strict=True):
+        assert (asked.cost.loaded, asked.cost.stored) == (seen.total("loaded"), seen.total("stored"))
+        assert asked.cost.flops == (2 * d.numel() * weight[0].numel() if asked.name == "contract" else 0)
+
+
+def test_few_positions_a_weight_with_gaps_and_an_image_in_nchw_take_one_launch(monkeypatch):
+    geometry = Geometry.conv((6, 6), (4, 4), (1, 1), (0, 0), (1, 1))
+    d, weight = last(randn(1, 2, 4, 3, 3)), randn(4, 1, 5, 5)
+    for many, left, right in (
+        (99, d, weight[:, :, :4, :4].contiguous()),
+        (1, d, weight[:, :, :4, :4]),
+        (1, d.contiguous(), weight[:, :, :4, :4].contiguous()),
+        (1, last(randn(1, 2, 4, 3, 3)), randn(4, 17, 4, 4)),
+    ):
+        monkeypatch.setattr(conv, "MANY", many)
+        with recording() as launches:
+            conv2d_vjp(left, right, geometry)
+        assert [launch.name for launch in launches] == ["contract"]
 
 
 def test_any_strides_of_the_image_and_of_the_weight():

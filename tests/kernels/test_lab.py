@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from ibp_triton.kernels import lab
+from ibp_triton.kernels.workbench import lab
 
 
 @triton.jit

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ibp_triton.kernels.cases import allowing_tf32
 from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from ibp_triton.kernels.launcher import recording, span
+from ibp_triton.kernels.workbench.cases import allowing_tf32
 from tests.kernels.support import DTYPES, assert_close, randn, unchanged
 
 # (tangents, samples, inputs, outputs): odd sizes, one sample, one feature, no tangents, more tangents than a group;

@@ -250,3 +250,18 @@ def test_training_through_backward():
         ibp.LossIBP(0.1)(network, x, labels).backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+def test_a_step_by_parts(norm):
+    """Loss and penalty on their own, as the trainer logs them: of a small batch the penalty is d_0 itself."""
+    model, x, labels, _ = setting(mnist)
+    twin, method = copy.deepcopy(model), ibp.LossIBP(0.1, norm=norm)
+    found, expected = (
+        ibp.EagerStep(network, method, torch.optim.SGD(network.model.parameters(), lr=0.1))(x, labels)
+        for network in (ibp.Network(model, backend="triton"), ibp.Network(twin, backend="torch"))
+    )
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.penalty, expected.penalty, rtol=1e-4, atol=1e-5)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)

@@ -7,11 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ibp_triton.kernels import tiles
-from ibp_triton.kernels.cases import allowing_tf32
 from ibp_triton.kernels.conv import conv2d
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
+from ibp_triton.kernels.workbench.cases import allowing_tf32
 from tests.kernels.support import last, randn
 
 MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn

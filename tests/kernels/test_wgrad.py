@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ibp_triton.kernels.cases import allowing_tf32
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
+from ibp_triton.kernels.workbench.cases import allowing_tf32
 from tests.kernels.support import DTYPES, assert_close, last, randn, unchanged
 
 BETA = 0.003  # the paper's on CIFAR-10: bfloat16 would lose a fifth of it in a + βt

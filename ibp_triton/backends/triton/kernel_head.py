@@ -69,8 +69,10 @@ class KernelHead:
         return ops.fgsm_step(x, d.to(x.dtype).contiguous(), float(epsilon))  # type: ignore[no-any-return]
 
     def objective(self, batch: int, *parts: tuple[Any, Any]) -> Tensor:
-        """Σ coefficient · Σ numbers, over the batch size; one or two parts."""
-        (a, losses), (b, penalties) = (*parts, (0.0, parts[0][1].new_empty((0,))))[:2]
+        """Σ coefficient · Σ numbers, over the batch size; one or two parts, absolute values in one of them."""
+        some = parts[0][1]
+        none = (0.0, (some.numbers if isinstance(some, Absolute) else some).new_empty((0,)))
+        (a, losses), (b, penalties) = (none, *parts)[-2:] if isinstance(some, Absolute) else (*parts, none)[:2]
         absolute = isinstance(penalties, Absolute)
         addends = (penalties.numbers if absolute else penalties).float()
         scale = (float(a) / batch, float(b) / batch)

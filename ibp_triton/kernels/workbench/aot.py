@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ CHIPS = {
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65536, 65536, 4 * 512 * 64, 2048, 32),
     "gfx1100": Chip(GPUTarget("hip", "gfx1100", 32), 65536, 131072, 2 * 2 * 1536 * 32, 2048, 32),
 }
+# chips served by the tiles of another family
+GUESTS = {
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 101376, 102400, 65536, 1536, 24),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 101376, 102400, 65536, 1536, 24),
+    "gfx90a": replace(CHIPS["gfx942"], target=GPUTarget("hip", "gfx90a", 64)),
+    "gfx950": replace(CHIPS["gfx942"], target=GPUTarget("hip", "gfx950", 64)),
+}
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -71,23 +78,39 @@ class Compiled:
         return max(self.loads, default=0)
 
 
-def compile_launch(launch: Launch, family: str) -> Compiled:
-    """Compile the kernel of a recorded launch for a chip family in `CHIPS`.
+def chip_named(name: str) -> Chip:
+    """A chip of `CHIPS` or `GUESTS`; raises ValueError for another name."""
+    known = CHIPS | GUESTS
+    if name not in known:
+        raise ValueError(f"unknown chip {name!r}; choose from {', '.join(known)}")
+    return known[name]
+
+
+def compile_launch(launch: Launch, name: str) -> Compiled:
+    """Compile the kernel of a recorded launch for a chip of `CHIPS` or `GUESTS`, and read what came of it.
 
     Raises RuntimeError in an interpreting process, and what the compiler raises.
     """
+    return described(compiled_kernel(launch, name), launch, name)
+
+
+def compiled_kernel(launch: Launch, name: str) -> Any:
+    """The kernel of a recorded launch as Triton's compiler gives it; raises as `compile_launch` does."""
     if not isinstance(launch.kernel, triton.runtime.JITFunction):
         raise RuntimeError("this process interprets kernels (TRITON_INTERPRET=1): compile in another one")
-    chip = CHIPS[family]
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    source = _source(launch)
-    kernel = triton.compile(source, target=chip.target, options=options)
+    return triton.compile(_source(launch), target=chip_named(name).target, options=options)
+
+
+def described(kernel: Any, launch: Launch, name: str) -> Compiled:
+    """What is in a compiled kernel of a launch."""
+    chip = chip_named(name)
     read = _read_nvidia if chip.target.backend == "cuda" else _read_amd
     registers, spills, assembly, loads = read(kernel)
     shared, threads = int(kernel.metadata.shared), launch.config.warps * chip.target.warp_size
-    matrix = next((name for sign, name in _MATRIX.items() if sign in assembly), "")
+    matrix = next((unit for sign, unit in _MATRIX.items() if sign in assembly), "")
     occupancy = _occupancy(chip, registers, shared, threads)
-    names = [name for name, kind in source.signature.items() if kind != "constexpr"]
+    names = [name for name, kind in _source(launch).signature.items() if kind != "constexpr"]
     by_pointer = _loads_by_pointer(kernel.asm["llir"], names)
     return Compiled(registers, spills, shared, occupancy, matrix, loads, by_pointer, shared <= chip.shared)
 

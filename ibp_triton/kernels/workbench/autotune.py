@@ -7,6 +7,7 @@ Nothing is tuned unless asked for, and nothing but the operations with matrix pr
 """
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 from ibp_triton.kernels import tiles as table
 from ibp_triton.kernels.tiles import FAMILIES, FLOATS, Config, Key
 
-VERSION = 2  # of the file
+VERSION = 3  # of the file
 CANDIDATES = {
     "contract": [
         Config(*tile, warps=warps, stages=stages)
@@ -40,8 +41,9 @@ def tune(
     *,
     candidates: Mapping[str, Sequence[Config]] | None = None,
     clock: Callable[[Callable[[], Any]], float] | None = None,
+    seconds: float = float("inf"),
 ) -> dict[Key, Config]:
-    """Time `step` with each candidate for each operation and shape class in it; keep the fastest of all.
+    """Time `step` with each candidate for each operation of each size in it; keep the fastest of all.
 
     Args:
         step: runs the work to be tuned for, without changing what it works on (`method.gradients`, say).
@@ -49,12 +51,14 @@ def tune(
         candidates: tiles to try, by operation.
         clock: milliseconds of one call; by default those of a CUDA graph of it, for at small batches the time of a
             plain call is that of its Python.
+        seconds: no further candidate is tried after so many; what was found until then stands.
 
     Returns: the tile chosen for each key; it is in force from now on, the table's where nothing was faster.
     Raises: RuntimeError without a CUDA device, unless a clock is given.
     """
     if clock is None and not torch.cuda.is_available():
         raise RuntimeError("autotune.tune needs a CUDA device; without one the table of kernels.tiles stands")
+    end = time.monotonic() + seconds
     clock = clock or triton.testing.do_bench_cudagraph
     tiles: Mapping[str, Sequence[Config]] = candidates or CANDIDATES
     seen: set[Key] = set()
@@ -64,29 +68,41 @@ def tune(
     finally:
         table.watchers.remove(seen)
     for key in sorted(seen):
-        best = _tune_one(key, tiles.get(key[0], ()), step, clock, best)
+        best = _tune_one(key, tiles.get(key[0], ()), step, clock, best, end)
     chosen = {key: table.tuned[key] for key in sorted(seen) if key in table.tuned}
     if path is not None:
-        entries = [{"key": list(key), "config": asdict(tile)} for key, tile in chosen.items()]
-        content = {"version": VERSION, "device": _device(), "entries": entries}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        save(chosen, path)
     return chosen
 
 
+def save(chosen: Mapping[Key, Config], path: str | Path) -> None:
+    """Tiles that `tune` found on the device at hand, into a file for `load`."""
+    entries = [{"key": list(key), "config": asdict(tile)} for key, tile in chosen.items()]
+    content = {"version": VERSION, "device": _device(), "entries": entries}
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def _tune_one(
-    key: Key, tiles: Sequence[Config], step: Callable[[], Any], clock: Callable[[Callable[[], Any]], float], best: float
+    key: Key,
+    tiles: Sequence[Config],
+    step: Callable[[], Any],
+    clock: Callable[[Callable[[], Any]], float],
+    best: float,
+    end: float,
 ) -> float:
     """Leave the fastest tile in force for `key`; the milliseconds that the step then takes."""
     kept = table.tuned.get(key)
     try:
         for tile in tiles:
+            if time.monotonic() > end:
+                break
             table.tuned[key] = tile
             try:
-                time = clock(step)
+                found = clock(step)
             except OutOfResources:  # more shared memory or registers than the chip has
                 continue
-            if time < best:
-                kept, best = tile, time
+            if found < best:
+                kept, best = tile, found
     finally:  # whatever stops it, no tile that was only tried stays in force
         if kept is None:
             table.tuned.pop(key, None)
@@ -102,17 +118,17 @@ def load(path: str | Path) -> int:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = {tuple(e["key"]): Config(**e["config"]) for e in content["entries"]}
+        entries = {(*e["key"][:4], tuple(e["key"][4])): Config(**e["config"]) for e in content["entries"]}
         version, device = content["version"], content["device"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is no file of autotune.tune: {error!r}") from error
     if version != VERSION:
         raise ValueError(f"{path} is of version {version} of such files, and {VERSION} is read: tune anew")
     if device != _device():
         raise ValueError(f"{path} was measured on {device!r}, and this is {_device()!r}: tune here, into another file")
     for key, tile in entries.items():
-        known = len(key) == 4 and key[0] in CANDIDATES and key[2] in FAMILIES and key[3] in FLOATS
-        if not (known and _is_tile(tile)):
+        known = len(key) == 5 and key[0] in CANDIDATES and key[2] in FAMILIES and key[3] in FLOATS
+        if not (known and all(type(n) is int for n in key[4]) and _is_tile(tile)):
             raise ValueError(f"{path}: {list(key)} with {tile} is no tile of a kernel: tune anew")
     table.tuned.update(entries)
     return len(entries)

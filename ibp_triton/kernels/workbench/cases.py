@@ -39,6 +39,7 @@ def matrix_cases(make: Make) -> None:
     conv2d(image, kernel, FIRST, make(32))
     conv2d(image, kernel, FIRST, sign=True)
     conv2d_vjp(make(1, BATCH, 32, 25, 25), kernel, FIRST)
+    conv2d_vjp(make(1, 4 * BATCH, 32, 25, 25), kernel, FIRST)  # by taps
     weight_gradient([Segment(1.0, image[0], make(BATCH, 32, 25, 25), bias=True)], kernel, FIRST)
     for tangents in (1, 5):
         conv2d(make(tangents, BATCH, 32, 13, 13), make(64, 32, 5, 5), SECOND)

@@ -1,0 +1,100 @@
+"""The second half of a convolution's reverse with few input channels: products by tap, summed where they meet.
+
+d[n, p, ·] times the whole weight gives, for each position p, the J · KH · KW numbers that it adds to the image: no
+multiplication that is not needed. Each pixel of the image then sums those that fall on it.
+"""
+
+# Device code under @triton.jit has no Python types:
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibp_triton.kernels.geometry import Geometry
+from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.tiles import select
+
+
+@triton.jit(do_not_specialize=["size", "shared"])
+def fold(
+    p,
+    mask,
+    out,
+    size,
+    shared,
+    J: tl.constexpr,
+    q_j: tl.constexpr,
+    q_h: tl.constexpr,
+    q_w: tl.constexpr,
+    GEOMETRY: tl.constexpr,
+    MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[n, h, w, j] = sum over taps of p[n, (h + P - kh D) / S, (w + P - kw D) / S, (j, kh, kw)]; grid (blocks).
+
+    Pointers:
+        p: [n, OH, OW, J * KH * KW] float32, the last axis by the strides q_j, q_h, q_w.
+        mask: [shared], shared by the tangents; the result is kept where mask > 0; read when MASK.
+        out: [size], of n * H * W * J elements, any float type.
+
+    GEOMETRY is that of the forward convolution: (H, W, OH, OW, KH, KW, stride, padding, dilation).
+    """
+    H: tl.constexpr = GEOMETRY[0]
+    W: tl.constexpr = GEOMETRY[1]
+    OH: tl.constexpr = GEOMETRY[2]
+    OW: tl.constexpr = GEOMETRY[3]
+    KH: tl.constexpr = GEOMETRY[4]
+    KW: tl.constexpr = GEOMETRY[5]
+    Q: tl.constexpr = J * KH * KW
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < size
+    h_pixel = i // (J * W) % H + GEOMETRY[8]
+    w_pixel = i // J % W + GEOMETRY[9]
+    start = i // (J * W * H) * (OH * OW * Q) + i % J * q_j
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for kh in tl.static_range(KH):
+        h = h_pixel - kh * GEOMETRY[10]
+        meets = ok & (h >= 0) & (h % GEOMETRY[6] == 0) & (h // GEOMETRY[6] < OH)
+        row = start + h // GEOMETRY[6] * (OW * Q) + kh * q_h
+        for kw in tl.static_range(KW):
+            w = w_pixel - kw * GEOMETRY[11]
+            inside = meets & (w >= 0) & (w % GEOMETRY[7] == 0) & (w // GEOMETRY[7] < OW)
+            total += tl.load(p + row + w // GEOMETRY[7] * Q + kw * q_w, mask=inside, other=0.0)
+    if MASK:
+        total = tl.where(tl.load(mask + i % shared, mask=ok, other=0.0) > 0, total, 0.0)
+    tl.store(out + i, total, mask=ok)
+
+
+def fold_taps(p: Tensor, out: Tensor, geometry: Geometry, taps: tuple[int, ...], mask: Tensor | None = None) -> None:
+    """Sum the products of each position into `out`.
+
+    Args:
+        p: [rows, J · KH · KW] float32, rows = T · N · OH · OW.
+        out: [T, N, J, H, W], channels last.
+        geometry: of the forward convolution.
+        taps: the strides of (j, kh, kw) along p's last axis.
+        mask: [N, J, H, W], channels last.
+    """
+    channels = out.shape[2]
+    config = select("pointwise", "any", out)
+    loaded = 4 * out.shape[0] * out.shape[1] * geometry.inside * channels
+    masked = 0 if mask is None else out.numel() * mask.element_size()
+    launch(
+        fold,
+        (cdiv(out.numel(), config.block_m), 1, 1),
+        {
+            "p": p,
+            "mask": p if mask is None else mask,
+            "out": out,
+            "size": out.numel(),
+            "shared": out.numel() // max(out.shape[0], 1),
+            "J": channels,
+            **dict(zip(("q_j", "q_h", "q_w"), taps, strict=True)),
+            "GEOMETRY": geometry.constants,
+            "MASK": mask is not None,
+            "BLOCK": config.block_m,
+        },
+        config,
+        Cost(loaded=loaded + masked, stored=out.numel() * out.element_size(), pointers={"p": loaded, "mask": masked}),
+    )
