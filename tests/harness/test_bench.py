@@ -175,7 +175,7 @@ def test_a_baseline_that_torch_cannot_run_is_told_and_ours_is_held_against_the_o
 
 def test_a_baseline_of_another_gradient_is_not_timed() -> None:
     """torch's forward mode of BatchNorm in train mode, differentiated once more, is wrong: the oracle is not."""
-    case = Case("resnet18", 3, "fp32", own=suite.NetworkRow(network="resnet18", options={"width": 4}).entry())
+    case = Case("resnet18", 3, "fp32", own=suite.NetworkRow(network="resnet18", options={"width": 8}).entry())
     verdict = parity.check(case, ibp.TangentBP(0.1, semantics="exact"))
     assert verdict.ours is None
     assert "by hand it is off float64" in str(verdict.by_hand)
@@ -183,7 +183,7 @@ def test_a_baseline_of_another_gradient_is_not_timed() -> None:
 
 @pytest.mark.parametrize("method", [ibp.BP(), ibp.LossIBP(0.1, semantics="exact")], ids=repr)
 def test_bfloat16_of_a_network_that_magnifies_rounding(method: ibp.Method) -> None:
-    case = Case("resnet18", 4, "bf16", own=suite.NetworkRow(network="resnet18", options={"width": 4}).entry())
+    case = Case("resnet18", 4, "bf16", own=suite.NetworkRow(network="resnet18", options={"width": 8}).entry())
     assert parity.check(case, method) == parity.Verdict(parity.check(case, method).off)
 
 
@@ -291,8 +291,10 @@ def test_baselines_by_hand_take_any_norm(norm: float) -> None:
         assert parity.parity(case, kind(0.1, norm)) < 1e-4
 
 
+# Width 4 would make strided 1×1 convolutions of four channels, whose weight gradient (float32, channels last) ends
+# the process on AVX2: a fault of torch's, in eager code too.
 SMALL: dict[str, dict[str, Any]] = {
-    "resnet18": {"width": 4}, "wide_resnet": {"depth": 10, "widen": 1}, "vgg_bn": {"width": 4},
+    "resnet18": {"width": 8}, "wide_resnet": {"depth": 10, "widen": 1}, "vgg_bn": {"width": 4},
     "mobilenet_v2": {"width": 0.25}, "densenet_bc": {"depth": 10, "growth": 4},
     "convnext": {"widths": [8, 8], "depths": [1, 1]}, "vit": {"dim": 12, "depth": 1, "patch": 8},
     "mixer": {"dim": 16, "depth": 1, "patch": 8}, "text_transformer": {"depth": 1}, "mlp": {},
