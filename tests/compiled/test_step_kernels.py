@@ -60,11 +60,15 @@ def test_triton_tells_the_same_kernels_apart():
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])
 def test_a_last_batch_finds_most_kernels_made(name, method):
-    """All lengths of it together add a third of the first step's kernels at most; from half a batch on, one."""
+    """All lengths of it together add a third of the first step's kernels at most, one less than a whole batch one.
+
+    Half a batch adds up to five: its products are split to fill the chip, which a whole batch's need not be.
+    """
     made = launches(name, method, 32).keys()
     added = {tail: launches(name, method, tail).keys() - made for tail in TAILS}
     assert len(set().union(*added.values())) <= len(made) / 3
-    assert max(len(added[tail]) for tail in (15, 16, 31)) <= 1
+    assert len(added[31]) <= 1
+    assert max(len(added[tail]) for tail in (15, 16)) <= 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
