@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def sync_batch_norm(
     settings = (momentum, eps, world)
     if has_torch_function(given):
         return handle_torch_function(sync_batch_norm, given, *given, *settings)
-    mean, rstd = _statistics(input, running_mean, running_var, *settings)
+    mean, rstd, _ = _statistics(input, running_mean, running_var, *settings)
     return _normal(input, weight, bias, mean, rstd)
 
 
@@ -52,8 +52,8 @@ def _normal(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Ten
 
 def _statistics(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float, world: World
-) -> tuple[Tensor, Tensor]:
-    """μ and 1/s, [C], by two sums over the processes; running statistics move."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """μ and 1/s, [C], and how many numbers of a channel all have, [1], by two sums; running statistics move."""
     x, axes = wide(input), [0, *range(2, input.dim())]
     count = torch.full((1,), x.numel() // x.shape[1], dtype=x.dtype, device=x.device)
     *total, count = _Sum.apply(torch.cat([x.sum(axes), count]), world).split([x.shape[1], 1])  # type: ignore[no-untyped-call]
@@ -68,7 +68,7 @@ def _statistics(
         for running, now in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
             if running is not None:
                 running.lerp_(now.to(running.dtype), momentum)
-    return mean, (var + eps).rsqrt()
+    return mean, (var + eps).rsqrt(), count
 
 
 class _Sum(torch.autograd.Function):
@@ -115,24 +115,9 @@ class SyncBatchNorm(Normalisation):
         self.input, self.weight, self.eps, self.world = input, weight, eps, world
         self.inner, self.group = tuple(input.shape), (-input.dim(), *range(2 - input.dim(), 0))
         self.shape, self.affine = (input.shape[1],), (input.shape[1], *[1] * (input.dim() - 2))
-        self.save_mean, self.save_rstd = _statistics(input, running_mean, running_var, momentum, eps, world)
-        return _normal(input, weight, bias, self.save_mean, self.save_rstd)
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """μ, [C, 1, ...]."""
-        return self.save_mean.view(self.affine)
-
-    @cached_property
-    def rstd(self) -> Tensor:
-        """1/s, [C, 1, ...]."""
-        return self.save_rstd.view(self.affine)
-
-    @cached_property
-    def count(self) -> Tensor:
-        """How many numbers of a channel all processes have."""
-        own = torch.full((), self.input.numel() // self.shape[0], dtype=torch.float64, device=self.input.device)
-        return self.world.sum(own).to(self.save_mean.dtype)
+        mean, rstd, self.count = _statistics(input, running_mean, running_var, momentum, eps, world)
+        self.mean, self.rstd = mean.view(self.affine), rstd.view(self.affine)
+        return _normal(input, weight, bias, mean, rstd)
 
     def _mean(self, v: Tensor) -> Tensor:
         return self.world.sum(v.sum(self.group, keepdim=True)) / self.count
