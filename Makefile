@@ -53,11 +53,16 @@ docs: $(VENV)/docs/.complete
 	. $(VENV)/docs/bin/activate && PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict --quiet
 	$(RUN) pytest tests/site
 
-# An environment beside that of the tests, which sees its packages and has those of an extra.
-$(VENV)/%/.complete: $(STAMP)
+# An environment beside that of the tests, which sees its packages.
+define BESIDE
 	$(VENV)/bin/python -m venv $(@D)
 	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
 		"$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+endef
+
+# One that has those of an extra.
+$(VENV)/%/.complete: $(STAMP)
+	$(BESIDE)
 	$(VENV)/bin/python -m tests.zoo.packages $* > $(@D)/packages.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/packages.txt -c constraints.txt
 	if [ $* = zoo ]; then $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TIED) -c constraints.txt; fi
@@ -68,9 +73,7 @@ boards: $(VENV)/boards/.complete
 	. $(VENV)/boards/bin/activate && $(TEST_ENV) python -m pytest tests/harness/test_board.py -n $(CPUS)
 
 $(VENV)/boards/.complete: $(STAMP)
-	$(VENV)/bin/python -m venv $(VENV)/boards
-	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
-		"$$($(VENV)/boards/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(BESIDE)
 	$(VENV)/boards/bin/python -m pip install --quiet --disable-pip-version-check wandb 'trackio>=0.20'
 	touch $@
 
@@ -79,9 +82,7 @@ cluster: $(VENV)/cluster/.complete
 	. $(VENV)/cluster/bin/activate && $(TEST_ENV) python -m pytest tests/cluster -n 1
 
 $(VENV)/cluster/.complete: $(STAMP)
-	$(VENV)/bin/python -m venv $(VENV)/cluster
-	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
-		"$$($(VENV)/cluster/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(BESIDE)
 	$(VENV)/cluster/bin/python -m pip install --quiet --disable-pip-version-check ray submitit optuna -c constraints.txt
 	touch $@
 
@@ -90,9 +91,7 @@ browser: $(VENV)/browser/.complete
 	. $(VENV)/browser/bin/activate && $(TEST_ENV) python -m pytest tests/harness/test_page.py
 
 $(VENV)/browser/.complete: $(STAMP)
-	$(VENV)/bin/python -m venv $(VENV)/browser
-	$(VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
-		"$$($(VENV)/browser/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth"
+	$(BESIDE)
 	$(VENV)/browser/bin/python -m pip install --quiet --disable-pip-version-check playwright
 	touch $@
 
