@@ -32,7 +32,7 @@ NAMES = {  # the number of runs of a file in configs/, and the SHA-256 of their 
     "fig4_dataset_size": (96, "03ae5fc9a478"),
     "own_model": (10, "b9f97cf7b5f9"),
     "prediction_ibp_inquiry": (50, "d2162fc81fa7"),
-    "quickstart": (14, "e912ecef2c19"),
+    "quickstart": (14, "b5c964088ba0"),
     "semantics_gap": (39, "c8285625459b"),
     "table1_cifar10": (36, "62dd0824a746"),
     "table1_mnist": (24, "cb6d1e447510"),
