@@ -7,7 +7,8 @@ from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
-from ibp_triton.backends.torch.generic import Generic, Hooked
+from ibp_triton.backends.torch.generic import Generic
+from ibp_triton.backends.torch.unseen import Hooked
 from ibp_triton.forward import Trace
 
 

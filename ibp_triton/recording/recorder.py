@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ibp_triton.backends.torch.generic import Generic, Hooked, Leaf, Part
+from ibp_triton.backends.torch.generic import Generic
+from ibp_triton.backends.torch.outputs import Part
 from ibp_triton.backends.torch.sync_batch_norm import sync_batch_norm
+from ibp_triton.backends.torch.unseen import Hooked, Leaf
 from ibp_triton.backends.torch.written import Written, geometry, seen
 from ibp_triton.checks import refuse_mixed
 from ibp_triton.errors import ModelError

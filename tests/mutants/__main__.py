@@ -38,7 +38,7 @@ TESTS = {  # files of tests/library for files of the package, the quickest and n
     "attention multihead products": ("rules_attention", "rules"),
     "activations pointwise binary": ("rules_pointwise", "rules"),
     "selection": ("rules_structural", "rules", "rules_pointwise"),
-    "generic": ("rules", "ledger", "invariants", "vmap", "any_code"),
+    "generic functional outputs unseen": ("rules", "ledger", "invariants", "vmap", "any_code"),
     "written": ("rules_structural", "any_code"),
     "tape steady": ("tape", "agreement", "more_methods", "criteria"),
     "image_conv": ("image_conv",),

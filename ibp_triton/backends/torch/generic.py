@@ -10,7 +10,7 @@ are never a forward-mode tangent differentiated in reverse, which torch 2.13 get
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +21,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from ibp_triton.backends.torch.functional import Functional
+from ibp_triton.backends.torch.outputs import (
+    carries_tangents,
+    continuous,
+    mapped,
+    paired,
+    positions,
+    ranks,
+    stacked,
+    tensors,
+    unbound,
+)
 from ibp_triton.layer import Layer, Names, Pieces, Tangents
 from ibp_triton.randomness import RandomState
-from ibp_triton.recording.arguments import rebuilt
 from ibp_triton.steady import Steady
 
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
@@ -73,7 +84,7 @@ class Generic(Layer):
         with torch.enable_grad():
             self.sources = [x.detach().requires_grad_() for x in self.inputs]
             self.graphed = self._call(self.sources)
-        return _map(self.graphed, lambda y: y.detach() if _differentiable(y) else y)
+        return mapped(self.graphed, lambda y: y.detach() if continuous(y) else y)
 
     def _call(self, inputs: Sequence[Tensor]) -> Any:
         leaves = list(self.leaves)
@@ -98,16 +109,16 @@ class Generic(Layer):
     @property
     def differentiable(self) -> bool:
         """Whether the output depends on the operands in a way that has a derivative."""
-        return self.wrapped or any(y.requires_grad for y in _tensors(self.graphed))
+        return self.wrapped or any(y.requires_grad for y in tensors(self.graphed))
 
     # ------------------------------------------------------------------------------------------ by the kept graph
 
     def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
         """The graph walked backwards; all operands at once, as a second call asks for the rest at the same d."""
         if self.wrapped:
-            return self._functional_vjp(d, wanted)
-        if _batched(d, self.output):
-            found = [self._pull(part, list(wanted)) for part in _unbind(d)]
+            return self._functional.vjp(d, wanted, carries_tangents(d, self.output))
+        if carries_tangents(d, self.output):
+            found = [self._pull(part, list(wanted)) for part in unbound(d)]
             return {name: torch.stack([one[name] for one in found]) for name in wanted}
         if getattr(self, "_last", (None, None))[0] is not d:
             self._last = (d, self._pull(d, [str(i) for i in range(len(self.sources))]))
@@ -117,7 +128,7 @@ class Generic(Layer):
         return self._pulled(self.graphed, self.sources, d, names)
 
     def _pulled(self, graphed: Any, roots: Any, d: Any, names: Any, create: bool = False) -> dict[str, Tensor]:
-        outputs, seeds = _paired(graphed, d)
+        outputs, seeds = paired(graphed, d)
         sources = [roots[int(name)] for name in names]
         if not outputs:
             return {name: torch.zeros_like(x) for name, x in zip(names, sources, strict=True)}
@@ -135,11 +146,10 @@ class Generic(Layer):
                 return self._met(names, tangents, self._last[0]).pushed
             except (NotImplementedError, RuntimeError):
                 pass  # no second derivative: forward mode may do without
-        function, values = self._of(names)
-        batched = tangents[0].dim() > values[0].dim()
+        batched = tangents[0].dim() > self.inputs[int(names[0])].dim()
         rows = list(zip(*(tangent.unbind(0) for tangent in tangents), strict=True)) if batched else [tuple(tangents)]
         try:
-            pushed = [torch.func.jvp(function, tuple(values), row)[1] for row in rows]
+            pushed = [self._functional.jvp(names, row) for row in rows]
         except (NotImplementedError, RuntimeError):
             if self.wrapped:
                 raise
@@ -148,7 +158,7 @@ class Generic(Layer):
             except NotImplementedError as error:
                 raise self._lacking(error) from error
         found = [Pieces(one) if isinstance(one, dict) else one for one in pushed]
-        return _stack(found) if batched else found[0]
+        return stacked(found) if batched else found[0]
 
     def _can_meet(self, names: list[str], tangents: Sequence[Tensor]) -> bool:
         """Whether these are tangents of one vector, and a reverse sweep of one vector has passed."""
@@ -171,8 +181,8 @@ class Generic(Layer):
 
         The former is J t; ⟨J t, J t⟩ = ⟨t, Jᵀ J t⟩ is checked.
         """
-        outputs = {i: y for i, y in enumerate(_tensors(self.graphed)) if y.requires_grad}
-        known = {} if d is None else {0: d} if isinstance(self.graphed, Tensor) else _ranks(self.graphed, d)
+        outputs = {i: y for i, y in enumerate(tensors(self.graphed)) if y.requires_grad}
+        known = {} if d is None else {0: d} if isinstance(self.graphed, Tensor) else ranks(self.graphed, d)
         with torch.enable_grad():
             seeds = [
                 (torch.zeros_like(y) if known.get(i) is None else known[i].detach()).requires_grad_()
@@ -189,7 +199,7 @@ class Generic(Layer):
         pushed = [torch.zeros_like(y) if p is None else p for p, y in zip(found, seeds, strict=False)]
         self._check(outputs, names, tangents, pushed)
         parts = dict(zip(outputs, pushed, strict=True))
-        whole = parts[0] if isinstance(self.graphed, Tensor) else _positions(self.graphed, parts)
+        whole = parts[0] if isinstance(self.graphed, Tensor) else positions(self.graphed, parts)
         return whole, found[len(seeds) :]
 
     def _check(self, outputs: dict[int, Tensor], names: list[str], tangents: Any, pushed: list[Tensor]) -> None:
@@ -220,16 +230,16 @@ class Generic(Layer):
         """∇_wanted ⟨Jᵀ d, t⟩, summed over tangents."""
         along, names = sorted(t), sorted(wanted)
         if self.wrapped:
-            return self._functional_bend(t, d, along, names)
+            return self._functional.bend(t, d, wanted)
         tangents = [t[name] for name in along]
-        if self._can_meet(along, tangents) and not _batched(d, self.output):
+        if self._can_meet(along, tangents) and not carries_tangents(d, self.output):
             with suppress(NotImplementedError, RuntimeError):  # what is wrong is said below
                 found = self._met(along, tangents, d).bent
                 return {name: found[name] for name in names if name in found}
         batched = t[along[0]].dim() > self.inputs[int(along[0])].dim()
         rows = zip(*(t[name].unbind(0) for name in along), strict=True) if batched else [tuple(t[n] for n in along)]
         total: dict[str, Tensor] = {}
-        for row, part in zip(rows, _unbind(d) if batched else [d], strict=True):
+        for row, part in zip(rows, unbound(d) if batched else [d], strict=True):
             for name, bent in self._bent(along, row, part, names).items():
                 total[name] = total[name] + bent if name in total else bent
         return total
@@ -260,62 +270,16 @@ class Generic(Layer):
             found = torch.autograd.grad(pairs[0], sources, pairs[1], retain_graph=True, allow_unused=True)
         return {name: g for name, g in zip(names, found, strict=True) if g is not None}
 
-    # ------------------------------------------------------------------------------------------------- by torch.func
+    # ------------------------------------------------------------------------------------------------ once more
 
     def _again(self, *inputs: Tensor) -> Any:
         """The function of its operands, as often as needed, without side effects."""
         with nullcontext() if self.random is None else self.random.again(), Steady():
             return self._call(inputs)
 
-    def _of(self, names: Names) -> tuple[Callable[..., Any], list[Tensor]]:
-        """The function of the named operands alone, and their values."""
-        positions = [int(name) for name in names]
-
-        def function(*values: Tensor) -> Any:
-            inputs = list(self.inputs)
-            for position, value in zip(positions, values, strict=True):
-                inputs[position] = value
-            with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with forward AD on the CPU
-                return _parts(self._again(*inputs))
-
-        return function, [self.inputs[p] for p in positions]
-
-    def _functional_vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
-        names = sorted(wanted)
-        function, values = self._of(names)
-
-        def pull(d: Any) -> dict[str, Tensor]:
-            output, back = torch.func.vjp(function, *values)  # type: ignore[misc]
-            return dict(zip(names, back(_complete(output, d)), strict=True))
-
-        if not _batched(d, self.output):
-            return pull(d)
-        return torch.func.vmap(pull, randomness="same")(_plain(d))
-
-    def _functional_bend(self, t: Tangents, d: Any, along: list[str], names: list[str]) -> dict[str, Tensor]:
-        """Forward over reverse."""
-        places = [*along, *(name for name in names if name not in along)]
-        function, values = self._of(places)
-
-        def one(tangents: tuple[Tensor, ...], d: Any) -> dict[str, Tensor]:
-            def pulled(*moved: Tensor) -> dict[str, Tensor]:
-                current = dict(zip(places, moved, strict=True))
-
-                def at(*inputs: Tensor) -> Any:
-                    return function(*(current | dict(zip(names, inputs, strict=True))).values())
-
-                output, back = torch.func.vjp(at, *[current[name] for name in names])  # type: ignore[misc]
-                return dict(zip(names, back(_complete(output, d)), strict=True))
-
-            still = [torch.zeros_like(value) for value in values[len(along) :]]
-            with torch.enable_grad():
-                return torch.func.jvp(pulled, tuple(values), (*tangents, *still))[1]  # type: ignore[no-any-return]
-
-        tangents = tuple(t[name] for name in along)
-        if tangents[0].dim() == values[0].dim():
-            return one(tangents, d)
-        per_tangent = torch.func.vmap(one, randomness="same")(tangents, _plain(d))
-        return {name: value.sum(0) for name, value in per_tangent.items()}
+    @property
+    def _functional(self) -> Functional:  # made when asked for: kept, it would be a circle
+        return Functional(self._again, self.inputs)
 
     def multiply_adds(self) -> int:
         """As torch's flop counter sees them, halved; it doesn't see recurrent layers."""
@@ -326,82 +290,6 @@ class Generic(Layer):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self._again(*self.inputs)
         return counter.get_total_flops() // 2  # type: ignore[no-any-return]
-
-
-class Leaf(Generic):
-    """What torch computed out of sight: a custom autograd.Function, a scripted module. Its graph is autograd's own.
-
-    ``forward(output, *inputs)`` takes what was found: the tensor and the activations and parameters it hangs on.
-    """
-
-    label, unseen = "autograd", True
-
-    def forward(self, output: Tensor, *inputs: Tensor) -> Tensor:
-        """The output as it is."""
-        self.graphed, self.sources, self.wrapped = output, list(inputs), False
-        self.bendable = self.meeting = None
-        self.output, self.inputs = output.detach(), [x.detach() for x in inputs]
-        return output.detach()
-
-    def jvp(self, t: Tangents) -> Any:
-        """Reverse mode twice: a function with a backward of its own has no other."""
-        names = sorted(t)
-        try:
-            if self._can_meet(names, [t[name] for name in names]):
-                return self._met(names, [t[name] for name in names], self._last[0]).pushed
-            if t[names[0]].dim() == self.inputs[int(names[0])].dim():
-                return self._walk(names, [t[name] for name in names], None, [])[0]
-            rows = zip(*(t[name].unbind(0) for name in names), strict=True)
-            return _stack([self._walk(names, row, None, [])[0] for row in rows])
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{self.node.where}: {self.node.label} has a backward that can't be differentiated again, which the "
-                f"penalties need ({error}); bp, at and fast_at work, or write its backward in differentiable operations"
-            ) from error
-
-    def multiply_adds(self) -> int:
-        """Unknown."""
-        return 0
-
-
-class Hooked(Leaf):
-    """Where full backward hooks sit: the identity, whose first reverse sweep calls the hooks."""
-
-    label = "backward hook"
-
-    def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
-        """d, after the hooks have seen it, once a pass."""
-        if not getattr(self, "called", False):
-            self.called = True
-            return super().vjp(d, wanted) if not _batched(d, self.output) else {"0": d}
-        return {"0": d}
-
-    def jvp(self, t: Tangents) -> Any:
-        """t."""
-        return t["0"]
-
-    def _bend(self, t: Tangents, d: Any, wanted: Names) -> dict[str, Tensor]:
-        return {}
-
-
-class Part(Layer):
-    """One tensor of the tuple that a function returned."""
-
-    label = "part"
-
-    def forward(self, input: Tensor, position: int) -> Tensor:
-        """The tensor as it is."""
-        self.position = position
-        return input
-
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Any]:
-        """d at this position of the tuple's derivative."""
-        return {"input": Pieces({self.position: d})}
-
-    def jvp(self, t: Tangents) -> Any:
-        """The tuple's tangent at this position, None where it has none."""
-        pieces: Any = t["input"]
-        return pieces.get(self.position)
 
 
 def _grad(outputs: Any, sources: Any, seeds: Any, create_graph: bool = False) -> list[Tensor]:
@@ -435,82 +323,5 @@ def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _differentiable(y: Any) -> bool:
-    return isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex())
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """What can carry a derivative, in order."""
-    parts = output if isinstance(output, (tuple, list)) else [output]
-    return [y for y in parts if _differentiable(y)]
-
-
-def _map(output: Any, function: Callable[[Any], Any]) -> Any:
-    """Of a tensor, or of each part of a tuple or list."""
-    if isinstance(output, (tuple, list)):
-        return rebuilt(output, [function(part) for part in output])
-    return function(output)
-
-
-def _positions(output: Any, parts: dict[int, Tensor]) -> dict[int, Tensor]:
-    """The parts by their position in the output, from their position among its differentiable tensors."""
-    places = [i for i, y in enumerate(output) if _differentiable(y)]
-    return Pieces({places[i]: part for i, part in parts.items()})
-
-
-def _ranks(output: Any, d: Any) -> dict[int, Tensor]:
-    """The parts of a tuple's derivative by their position among the differentiable tensors."""
-    places = [i for i, y in enumerate(output) if _differentiable(y)]
-    return {rank: d[i] for rank, i in enumerate(places) if d.get(i) is not None}
-
-
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(one is other for one, other in zip(a, b, strict=True))
-
-
-def _paired(graphed: Any, d: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs that depend on something, with their derivatives."""
-    pairs = [(graphed, d)] if isinstance(graphed, Tensor) else [(graphed[i], part) for i, part in d.items()]
-    pairs = [(y, part) for y, part in pairs if part is not None and y.requires_grad]
-    return [y for y, _ in pairs], [part for _, part in pairs]
-
-
-def _unbind(d: Any) -> list[Any]:
-    """A derivative with an axis of tangents as one derivative a tangent."""
-    if not isinstance(d, Pieces):
-        return list(d.unbind(0))
-    parts = {i: part.unbind(0) for i, part in d.items()}
-    return [Pieces({i: part[k] for i, part in parts.items()}) for k in range(len(next(iter(parts.values()))))]
-
-
-def _stack(found: list[Any]) -> Any:
-    if isinstance(found[0], Tensor):
-        return torch.stack(found)
-    return Pieces({i: torch.stack([one[i] for one in found]) for i in found[0]})
-
-
-def _batched(d: Any, output: Any) -> bool:
-    """Whether d carries an axis of tangents."""
-    if isinstance(d, Pieces):
-        position = next(iter(d))
-        d, output = d[position], output[position]
-    return bool(d.dim() > output.dim())
-
-
-def _plain(d: Any) -> Any:
-    """Pieces as the plain dictionaries that torch.func knows."""
-    return dict(d) if isinstance(d, Pieces) else d
-
-
-def _parts(output: Any) -> Any:
-    """What can carry a derivative: the tensor, or {position: part} of a tuple without its None and integer entries."""
-    if isinstance(output, (tuple, list)):
-        return {i: part for i, part in enumerate(output) if _differentiable(part)}
-    return output
-
-
-def _complete(parts: Any, d: Any) -> Any:
-    """A derivative for each of ``parts``, zeros where nothing came back."""
-    if isinstance(parts, Tensor):
-        return torch.zeros_like(parts) if d is None else d
-    return {i: _complete(part, (d or {}).get(i)) for i, part in parts.items()}
