@@ -83,7 +83,7 @@ class Recordings:
 
     def _recorded(self, settings: Settings, x: Tensor, extra: Any, last: Graph | None) -> tuple[Recorder, Graph]:
         """A recording by torch's layers; begun again where a module turns out to need plain autograd or a copy of x."""
-        start = Snapshot.of(settings.model, x) if last is None else None
+        start = Snapshot.of(settings.model, x)
         while True:
             try:
                 return self._once(settings, x, extra, last)
@@ -92,8 +92,7 @@ class Recordings:
                     self._copies_x = True
                 else:
                     self.opaque.add(again.module)
-                if start is not None:
-                    start.restore()
+                start.restore()
 
     def _once(
         self, settings: Settings, x: Tensor, extra: Any, last: Graph | None, strict: bool = False

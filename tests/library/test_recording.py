@@ -233,6 +233,34 @@ def test_batch_statistics_and_masks_belong_to_the_step():
         assert torch.equal(torch.get_rng_state(), after), method  # one mask a step
 
 
+@pytest.mark.parametrize("change", ["writes to x", "asks for a graph"])
+def test_a_recording_begun_again_at_a_later_step_moves_statistics_and_generator_once(change):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop, self.last, self.changed = nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3), False
+
+        def forward(self, x):
+            h = self.norm(self.drop(x))
+            if self.changed and change == "writes to x":
+                h = h + x.mul_(2)
+            elif self.changed:
+                h = h + torch.autograd.grad(h.square().sum(), h, create_graph=True)[0]
+            return self.last(h)
+
+    model = Changing().double()
+    network, x, labels = ibp.Network(model), torch.rand(8, 4, dtype=torch.float64), torch.arange(8) % 3
+    for model.changed in (False, True, False):
+        torch.manual_seed(0)
+        loss, before = ibp.LossIBP(1).parts(network, x, labels).data_loss, model.norm.running_mean.clone()
+        assert int(model.norm.num_batches_tracked) == 1
+        model.norm.reset_running_stats()
+        torch.manual_seed(0)
+        assert torch.allclose(F.cross_entropy(model(x.clone()), labels), loss, rtol=1e-12)
+        assert torch.allclose(model.norm.running_mean, before, rtol=1e-12)
+        model.norm.reset_running_stats()
+
+
 def test_frozen_parameters_get_no_gradient_and_cost_none():
     model, x, labels, _ = build("paper_mnist")
     network, shape = ibp.Network(model), [3, 1, 28, 28]
