@@ -16,7 +16,8 @@ from ibp_triton.head import Head
 from ibp_triton.layer import Layer
 from ibp_triton.plan import Plan
 from ibp_triton.recording.interface import Interface
-from ibp_triton.recording.recorder import Diverged, Recorder, Restart, Settings
+from ibp_triton.recording.recorder import Recorder
+from ibp_triton.recording.settings import Diverged, Restart, Settings
 from ibp_triton.recording.snapshot import Snapshot
 
 

@@ -22,7 +22,7 @@ from ibp_triton.layer import HALF
 from ibp_triton.operator import number_of
 from ibp_triton.recording.interface import Interface, Pick
 from ibp_triton.recording.memory import level
-from ibp_triton.recording.recorder import Settings
+from ibp_triton.recording.settings import Settings
 from ibp_triton.recording.snapshot import Snapshot
 from ibp_triton.tape import Unmixed
 from ibp_triton.world import World

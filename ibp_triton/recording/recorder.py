@@ -11,11 +11,8 @@ nothing that the model does is frozen, and an unchanged model costs no analysis.
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +32,13 @@ from ibp_triton.graph import Constant, Graph, Node, Ref
 from ibp_triton.layer import Layer
 from ibp_triton.recording import calls
 from ibp_triton.recording.arguments import bind, bind_named, rebuilt, unbind
+from ibp_triton.recording.call import Call
 from ibp_triton.recording.calls import Kind
 from ibp_triton.recording.choice import choose, has_rule
+from ibp_triton.recording.history import History
 from ibp_triton.recording.memory import Memory, Write, level, storage_of, wrapped
+from ibp_triton.recording.running import Running
+from ibp_triton.recording.settings import Diverged, Restart, Settings
 
 _CONSTANT = Constant()
 _REFS = [Ref(i) for i in range(256)]  # most keys, made once, compare by identity
@@ -48,56 +49,6 @@ _STATISTICS = {
     torch.instance_norm,
     sync_batch_norm,
 }  # in a dtype of their own
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a recording depends on besides the model: values in place of parameters, and the dtype to compute in."""
-
-    model: nn.Module
-    own: Mapping[str, nn.Parameter]  # the model's parameters by name
-    parameters: Mapping[str, Tensor]
-    dtype: torch.dtype | None = None
-    keep: bool = True  # whether the values of all nodes are kept, or only those that sweeps read
-    own_input: bool = False  # whether x is a copy, which the model may write to
-    watch: bool = False  # whether to note which nodes' numbers and shapes the model looks at, for a lowering
-
-
-class Diverged(Exception):  # noqa: N818 - a signal, not an error
-    """The model did something else than the lowered recording that it was to follow."""
-
-
-class Restart(Exception):  # noqa: N818 - a signal, not an error
-    """The recording must begin again: with this module run by plain autograd, or on a copy of x."""
-
-    def __init__(self, module: nn.Module | None = None) -> None:
-        super().__init__("the recording must begin again")
-        self.module = module
-
-
-class _Call:
-    """A call on its way to a node: its arguments' values and keys, and the tensors with nodes that were among them."""
-
-    __slots__ = ("complex", "keys", "named", "named_keys", "operands", "sources", "values")
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self.keys: list[Any] = []
-        self.named: dict[str, Any] = {}
-        self.named_keys: tuple[Any, ...] = ()
-        self.operands: list[int] = []
-        self.sources: list[tuple[Tensor, Tensor]] = []  # what the layer gets for the model's tensor
-        self.complex = False
-
-    def without(self, flag: int | None) -> _Call:
-        """The same without the arguments that ask for work in place."""
-        call = copy(self)
-        call.values, call.keys = list(self.values), list(self.keys)
-        if flag is not None and flag < len(self.values):
-            call.values[flag], call.keys[flag] = False, (bool, False)
-        call.named = {name: value for name, value in self.named.items() if name not in ("inplace", "out")}
-        call.named_keys = tuple((name, key) for name, key in self.named_keys if name in call.named)
-        return call
 
 
 class Recorder(TorchFunctionMode):
@@ -118,9 +69,10 @@ class Recorder(TorchFunctionMode):
         self._names = {id(p): name for name, p in self.own.items()}
         self._positions: dict[str, int] = {}
         self._complex: set[int] = set()
-        self._unseen: dict[Any, Tensor] = {}  # unseen code's last function → the tensor it gave
+        self._history = History(self.own.values())
+        self._running = Running(settings.model)
         self._level = level()
-        self._call = _Call()
+        self._call = Call()
         self._casting = False
         floats = settings.model.buffers() if settings.dtype is not None else ()
         self._buffers = {id(b): b for b in floats if b.is_floating_point()}
@@ -135,7 +87,7 @@ class Recorder(TorchFunctionMode):
             if self.settings.watch:
                 self._look(args)
             return func(*args, **kwargs)
-        if level() != self._level or (self.opaque and self._inside_opaque()):
+        if level() != self._level or (self.opaque and self._running.inside(self.opaque)):
             return func(*args, **kwargs)
         if kind is not None:
             return self._no_layer(kind, func, args, kwargs)
@@ -148,7 +100,7 @@ class Recorder(TorchFunctionMode):
         if func in calls.SHAPED_LIKE:
             args = (args[0], *map(_constant, args[1:]))
             kwargs = {name: _constant(value) for name, value in kwargs.items()}
-        call = self._call = _Call()
+        call = self._call = Call()
         self._casting = self.settings.dtype is not None and func not in _STATISTICS
         call.values, call.keys = bind(args, self._tensor)
         if kwargs:
@@ -184,7 +136,7 @@ class Recorder(TorchFunctionMode):
                 "autograd graph (bp, at, fast_at, pgd_training and trades do). Use a full backward hook of the module, "
                 "or take that gradient elsewhere"
             )
-        module = self._module() or self.settings.model
+        module = self._running.module() or self.settings.model
         if kind is Kind.GRAPH and module not in self.opaque:
             raise Restart(module)
         return func(*args, **kwargs)
@@ -250,7 +202,7 @@ class Recorder(TorchFunctionMode):
             return self._leaf(a)
         if self._level is not None and wrapped(a) and not self.memory.knows(a):
             raise ModelError(
-                f"{self._here()}: under torch.func transforms a tensor came from code that torch shows nothing of (a "
+                f"{self._running}: under torch.func transforms a tensor came from code that torch shows nothing of (a "
                 "scripted or compiled part); run gradients() without vmap for this model"
             )
         return None
@@ -301,7 +253,7 @@ class Recorder(TorchFunctionMode):
         self.following = False
         return None
 
-    def _evaluate(self, func: Any, call: _Call) -> tuple[Any, int | None]:
+    def _evaluate(self, func: Any, call: Call) -> tuple[Any, int | None]:
         """The call by its rule: what the model gets, and its node (None for a constant or an argument given back)."""
         following, key = self.following, (func, call.keys, call.named_keys, call.complex)
         node = self._followed(key) or self._made(func, key, call)
@@ -330,10 +282,10 @@ class Recorder(TorchFunctionMode):
         self._append(node, out, layer)
         return self._publish(out, index), index
 
-    def _made(self, func: Any, key: Any, call: _Call) -> Node:
+    def _made(self, func: Any, key: Any, call: Call) -> Node:
         """A new node: its rule, and the names of its operands."""
         args, kwargs = tuple(map(unbind, call.keys)), {name: unbind(key) for name, key in call.named_keys}
-        node = Node(len(self.nodes), self._where(), self._kind(call.operands), func, args, kwargs, call=key)
+        node = Node(len(self.nodes), self._running.path(), self._kind(call.operands), func, args, kwargs, call=key)
         choose(node, self.nodes, generic=call.complex)
         return node
 
@@ -375,7 +327,9 @@ class Recorder(TorchFunctionMode):
             return self._checkpointed(a, last)
         hooked = last.name() == "BackwardHookFunctionBackward"
         found: dict[int, Tensor] = {}
-        for variable, number in self._ends(last, [last.next_functions[a.output_nr]] if hooked else last.next_functions):
+        for variable, number in self._history.ends(
+            last, [last.next_functions[a.output_nr]] if hooked else last.next_functions
+        ):
             index = self._index_then(variable, number)
             if index is not None:
                 found.setdefault(index, variable)
@@ -387,30 +341,14 @@ class Recorder(TorchFunctionMode):
         if node is None:
             rule, function = Hooked if hooked else Leaf, _Named(last.name().removesuffix("Backward"))
             operands = {str(k): i for k, i in enumerate(found)}
-            node = Node(place, self._where(), self._kind(found), function, rule=rule, operands=operands, call=call)
+            node = Node(
+                place, self._running.path(), self._kind(found), function, rule=rule, operands=operands, call=call
+            )
         layer = node.rule(node)  # type: ignore[misc]
         self._append(node, layer.forward(a, *found.values()), layer)
-        self._unseen[last] = a
+        self._history.add(a)
         self.memory.track(a, place)
         return place
-
-    def _ends(self, last: Any, edges: Any) -> Iterator[tuple[Tensor, int]]:
-        """The tensors that a graph hangs on, and the sequence number of the function that took each."""
-        done, todo = set(), [(last, edge[0]) for edge in edges]
-        histories = {p.grad_fn: p for p in self.own.values() if p.grad_fn is not None}  # of a copied scripted module
-        while todo:
-            user, function = todo.pop()
-            if function is None or (user, function) in done:
-                continue
-            done.add((user, function))
-            if hasattr(function, "variable"):
-                yield function.variable, user._sequence_nr()
-            elif function in histories:
-                yield histories[function], user._sequence_nr()
-            elif function in self._unseen:
-                yield self._unseen[function], user._sequence_nr()
-            else:
-                todo += [(function, edge[0]) for edge in function.next_functions]
 
     def _index_then(self, a: Tensor, number: int) -> int | None:
         """The node that a tensor was when the function of this sequence number took it."""
@@ -419,7 +357,7 @@ class Recorder(TorchFunctionMode):
             return self.memory.node_then(a, number)
         if self.settings.parameters or self.settings.dtype is not None:
             raise ModelError(
-                f"{self._here()}: a custom autograd.Function takes the parameter '{name}' itself, not the value that "
+                f"{self._running}: a custom autograd.Function takes the parameter '{name}' itself, not the value that "
                 "is to replace it; leave dtype= and parameters= out for this model"
             )
         return self._parameter(name)
@@ -446,7 +384,7 @@ class Recorder(TorchFunctionMode):
         """An in-place call as the node of its pure form, whose value then takes the target's place."""
         call, memory = self._call, self.memory
         if func in calls.REFUSED:
-            raise ModelError(f"{self._here()}: {func.__name__} on an activation can't be followed; make a new tensor")
+            raise ModelError(f"{self._running}: {func.__name__} on an activation can't be followed; make a new tensor")
         if id(target) in self._names:
             return func(*args, **kwargs)  # torch refuses this for a parameter that requires a gradient
         if not self.settings.own_input and storage_of(target) is storage_of(self.values[0]):
@@ -466,8 +404,8 @@ class Recorder(TorchFunctionMode):
                 return target
             if wrapped(target) and len(memory.aliases(storage_of(target))) > 1:
                 raise ModelError(
-                    f"{self._here()}: under torch.func transforms an in-place operation on a view, or on a tensor with "
-                    "views, can't be followed; write it without the trailing underscore"
+                    f"{self._running}: under torch.func transforms an in-place operation on a view, or on a tensor "
+                    "with views, can't be followed; write it without the trailing underscore"
                 )
             memory.deposit(target, found.detach(), index)
         self._requires_grad(target)
@@ -496,42 +434,13 @@ class Recorder(TorchFunctionMode):
         node = self._followed(call)
         if node is None:
             kind = self._kind(operands.values())
-            node = Node(place, self._where(), kind, Written, rule=Written, operands=operands, call=call)
+            node = Node(place, self._running.path(), kind, Written, rule=Written, operands=operands, call=call)
         layer = Written(node)
         now = layer.forward(a.detach(), torch.from_numpy(positions).to(a.device), write.place[0])
         self._append(node, now, layer)
         self._requires_grad(a)
         self.memory.remember(a)
         self.memory.track(a, place)
-
-    # --------------------------------------------------------------------------------------------- where we are
-
-    def _frames(self) -> Iterator[nn.Module]:
-        """The modules whose code is running, innermost first."""
-        frame: Any = sys._getframe(2)
-        while frame is not None:
-            module = frame.f_locals.get("self")
-            if isinstance(module, nn.Module):
-                yield module
-            frame = frame.f_back
-
-    def _paths(self) -> dict[int, str]:
-        if not hasattr(self, "_path_of"):
-            self._path_of = {id(module): path for path, module in self.settings.model.named_modules()}
-        return self._path_of
-
-    def _module(self) -> nn.Module | None:
-        return next((module for module in self._frames() if id(module) in self._paths()), None)
-
-    def _where(self) -> str:
-        module = self._module()
-        return "" if module is None else self._paths()[id(module)]
-
-    def _here(self) -> str:
-        return self._where() or "the model"
-
-    def _inside_opaque(self) -> bool:
-        return any(module in self.opaque for module in self._frames())
 
     # ------------------------------------------------------------------------------------------------ the end
 
