@@ -10,12 +10,13 @@ import os
 import platform
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -219,46 +220,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     return tensors, metadata
 
 
-_UNIX_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-
-
 @contextmanager
 def lock(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock; yields False if another process holds it. The system frees the lock of a dead process."""
     make_folder(folder)
-    with os.fdopen(_open_lock(folder / LOCK), "wb") as file:
-        yield _locked(file.fileno())
-
-
-def _locked(file: int) -> bool:
-    """Lock an open file if no other process has it."""
+    path = folder / LOCK
+    held = FileLock(path)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _open_lock(path: Path) -> int:
-    """The lock's file, its content left alone: it may be a user's."""
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | _UNIX_FLAGS, 0o666)
+        with suppress(Timeout):
+            held.acquire(timeout=0)
     except OSError as error:
         if path.is_symlink():
             raise DamageError(
                 f"{path}: a symbolic link; a lock is a file of its own folder, delete the link"
             ) from error
         raise
+    try:
+        yield held.is_locked
+    finally:
+        held.release()
 
 
 def sweep(folder: Path) -> None:

@@ -87,13 +87,8 @@ main()
 
 
 WINDOWS = """
-import os, pkgutil, signal, sys, types
+import os, pkgutil, signal, sys
 from pathlib import Path
-held = {}
-def locking(file, mode, count):  # as Microsoft's: an OSError where another handle has the bytes
-    place = os.fstat(file).st_ino
-    if held.setdefault(place, file) != file:
-        raise PermissionError(13, "Permission denied")
 sys.modules |= {name: None for name in ("fcntl", "resource", "pwd", "grp", "termios", "posix_ipc")}
 for name in ("O_NOFOLLOW", "O_CLOEXEC"): delattr(os, name)
 del signal.SIGHUP, os.fork
@@ -101,15 +96,12 @@ import ibp_triton.bench, ibp_triton.harness
 for package in (ibp_triton.harness, ibp_triton.bench):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         __import__(found.name)
-sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)  # now: Python's own modules look for it
 from ibp_triton.harness import store
 folder = Path(sys.argv[1])
 with store.lock(folder) as first, store.lock(folder) as second:
     print(first, second)
-held.clear()
 with store.lock(folder) as third:
     print(third)
-held.clear()
 from ibp_triton.harness.cli import app
 data = "data={source: synthetic, size: 16, channels: 1, classes: 4, examples: 32, holdout: 16}"
 few = ["--only", "method=bp", "--only", "seed=0", "--set", "training.epochs=1"]
