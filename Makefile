@@ -13,7 +13,7 @@ TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightni
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test wheel zoo boards cluster browser docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full gpu gpu-quick mutants clean
+.PHONY: setup quickstart test suites wheel zoo boards cluster browser docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full gpu gpu-quick mutants clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,11 @@ test: setup
 	$(RUN) $(TEST_ENV) pytest tests --ignore=tests/compiled --ignore=tests/zoo --ignore=tests/site --ignore=tests/cluster -n $(CPUS)
 	if [ -d tests/compiled ]; then $(RUN) $(TEST_ENV) pytest tests/compiled -n $(CPUS); fi
 	$(RUN) $(TEST_ENV) pytest benchmarks --benchmark-disable -k "cpu and not cifar10 and not 256" -n $(CPUS)
+
+# On every Python that is found, each in an environment of its own.
+suites:
+	for version in $(VERSIONS); do if python$$version -c "" 2> /dev/null; then \
+		$(MAKE) test PYTHON=python$$version VENV=$(VENV)-$$version || exit 1; fi; done
 
 # The source archive, a wheel built from it, and that in an environment of its own, away from the checkout: a small part of
 # the quickstart.
