@@ -255,13 +255,13 @@ class _Compiled:
 class CapturedStep(EagerStep):
     """The same step as one CUDA graph: a single launch for the CPU. Without CUDA every step runs eagerly.
 
-    Of each kind of batch the first three run eagerly, the fourth is captured and later ones replay it. A step that
-    differs in anything a capture holds (shapes, β, ε, learning rate, modes, frozen layers, parameters or
-    optimizer state that have moved) is captured anew.
+    Of each kind of batch the first three run eagerly, the fourth is captured and later ones replay it. β, ε and λ
+    lie on the device and may change. A step that differs in anything else that a capture holds (shapes, a learning
+    rate that is a number, modes, frozen layers, parameters or optimizer state that have moved) is captured anew.
 
     Args:
         network: the model, wrapped or bare.
-        method: with numbers (not tensors) for its hyper-parameters.
+        method: one of ``ibp_triton.METHODS``.
         optimizer: one with a ``capturable`` option needs ``capturable=True`` on CUDA.
         accumulate: must be 1 here.
         clip_norm: as for ``EagerStep``.
@@ -311,11 +311,15 @@ class CapturedStep(EagerStep):
             found = _Captured(self, batch)
             self.captures += 1
             self._made = _with(self._made, held, found, KEPT)
-        return found(batch)
+        return found(batch, self.method)
 
-    def eager(self, batch: Any) -> Parts:
+    def eager(self, batch: Any, method: Method) -> Parts:
         """The step that a capture records, ``batch`` being the four arguments of a step."""
-        return super().__call__(*batch)
+        own, self.method = self.method, method
+        try:
+            return super().__call__(*batch)
+        finally:
+            self.method = own
 
     def _held(self) -> tuple[Any, ...]:
         """The addresses and numbers that a capture freezes."""
@@ -323,7 +327,9 @@ class CapturedStep(EagerStep):
         numbers = tuple(_plain(v) for g in groups for _, v in sorted(g.items()))
         states = tuple(t.data_ptr() for t in self._state())
         places = tuple(p.data_ptr() for p in self.network.model.parameters())
-        return self.method, numbers, states, places, tuple(b.data_ptr() for b in self.network.model.buffers()), _flags()
+        value = _value(self.method)
+        strength = id(value) if isinstance(value, Tensor) else value == 0  # for which some methods do less
+        return strength, numbers, states, places, tuple(b.data_ptr() for b in self.network.model.buffers()), _flags()
 
     def _state(self) -> list[Tensor]:
         """The optimizer's."""
@@ -338,17 +344,22 @@ class CapturedStep(EagerStep):
 
 
 class _Captured:
-    """A captured step: buffers that it reads, the graph, and what it writes."""
+    """A captured step: buffers that it reads, the strength among them, the graph, and what it writes."""
 
     def __init__(self, step: CapturedStep, batch: Any) -> None:
         self._batch = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, batch)
+        zero = not isinstance(_value(step.method), Tensor) and _value(step.method) == 0
+        self._strength = {} if zero else _tensors(step.method, batch[0])
         graph = _graph()
         with _capturing(graph):
-            self._parts = step.eager(self._batch)
+            self._parts = step.eager(self._batch, step.method.at(**self._strength))
         self._gradients = [(p, p.grad) for p in step.network.model.parameters()]
         self._graph = graph  # last: a capture that failed leaves nothing to replay
 
-    def __call__(self, batch: Any) -> Parts:
+    def __call__(self, batch: Any, method: Method) -> Parts:
+        for name, held in self._strength.items():
+            if getattr(method, name) is not held:
+                held.fill_(getattr(method, name))
         for own, new in zip(tree_leaves(self._batch), tree_leaves(batch), strict=True):
             if isinstance(own, Tensor):
                 own.copy_(new)
@@ -410,10 +421,17 @@ def _strength(method: Method, value: Any) -> dict[str, Any]:
     return {} if method.parameter is None else {method.parameter: value}
 
 
+def _value(method: Method) -> Any:
+    """β, ε or λ; None where there is none."""
+    return getattr(method, method.parameter) if method.parameter else None
+
+
 def _tensors(method: Method, x: Tensor) -> dict[str, Tensor]:
     """β, ε or λ as a tensor: a number would be part of the graph."""
-    value = getattr(method, method.parameter) if method.parameter else 0.0
-    return _strength(method, value if isinstance(value, Tensor) else torch.tensor(float(value), device=x.device))
+    value = _value(method)
+    if value is not None and not isinstance(value, Tensor):
+        value = torch.tensor(float(value), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    return _strength(method, value)
 
 
 def _kind(a: Any) -> Any:

@@ -12,6 +12,16 @@ from ibp_triton.kernels.launcher import Cost, cdiv, launch
 from ibp_triton.kernels.tiles import select
 
 
+@triton.jit
+def number(c, READ: tl.constexpr):
+    """c, or what it points to: a strength that a captured step must be able to change lies on the device."""
+    if READ:  # noqa: SIM108 - Triton chooses between statements at compile time, not between expressions
+        value = tl.load(c)
+    else:
+        value = c
+    return value
+
+
 @triton.jit(do_not_specialize=["tangents"])
 def gate(x, mask, out, size, tangents, MASK: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = x[t] where mask > 0, else 0 (MASK), or max(x[t], 0); grid (blocks of elements).
@@ -32,6 +42,11 @@ def gate(x, mask, out, size, tangents, MASK: tl.constexpr, BLOCK: tl.constexpr):
         else:
             v = tl.where(v <= 0, 0.0, v)  # a NaN stays a NaN
         tl.store(out + t * size + i, v, mask=ok)
+
+
+def scalar(value: float | Tensor) -> float | Tensor:
+    """A kernel's argument for a number: a float, or a tensor's one number as float32 where it lies."""
+    return value.float() if isinstance(value, Tensor) else float(value)
 
 
 def relu(x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.gates import is_dense
+from ibp_triton.kernels.gates import is_dense, number, scalar
 from ibp_triton.kernels.launcher import Cost, cdiv, launch
 from ibp_triton.kernels.tiles import Config, select
 
@@ -71,29 +71,43 @@ def softmax_hessian(z, t, out, samples, tangents, z_n, M: tl.constexpr, WIDE: tl
 
 
 @triton.jit(do_not_specialize=["u_size"])
-def weighted_sum(u, v, out, u_size, v_size, a, b, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """out = a * sum u + b * sum v (of |v| if ABSOLUTE), in a fixed order; one program.
+def weighted_sum(
+    u, v, out, u_size, v_size, a, b, scale, ABSOLUTE: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out = scale * (a * sum u + b * sum v (of |v| if ABSOLUTE)), in a fixed order; one program.
 
     Pointers:
         u: [u_size], v: [v_size], any float type.
         out: [] float32.
+        a if bit 0 of READ is set, b if bit 1 is: the number, float32.
     """
+    first = scale * number(a, READ % 2)
+    second = scale * number(b, READ // 2 % 2)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, u_size, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        total += a * tl.load(u + i, mask=i < u_size, other=0.0).to(tl.float32)
+        total += first * tl.load(u + i, mask=i < u_size, other=0.0).to(tl.float32)
     for start in range(0, v_size, BLOCK):
         i = start + tl.arange(0, BLOCK)
         w = tl.load(v + i, mask=i < v_size, other=0.0).to(tl.float32)
         if ABSOLUTE:
             w = tl.abs(w)
-        total += b * w
+        total += second * w
     tl.store(out, tl.sum(total, 0))
 
 
-def objective(u: Tensor, v: Tensor, a: float, b: float, *, absolute: bool = False) -> Tensor:
-    """a Σ u + b Σ v, 0-d float32: the objective's value from per-sample losses and penalties, in one launch.
+def objective(
+    u: Tensor,
+    v: Tensor,
+    a: float | Tensor,
+    b: float | Tensor,
+    *,
+    scale: float = 1.0,
+    absolute: bool = False,
+) -> Tensor:
+    """scale · (a Σ u + b Σ v), 0-d float32: the objective's value from per-sample losses and penalties, in one launch.
 
+    a and b are numbers, or 0-d tensors of one on the device.
     With `absolute` Σ |v|: the penalty of norm 1 straight from d_0, for tensors that one program walks in no time.
     Raises: ValueError where u or v has gaps.
     """
@@ -104,8 +118,9 @@ def objective(u: Tensor, v: Tensor, a: float, b: float, *, absolute: bool = Fals
         weighted_sum,
         (1, 1, 1),
         {
-            "u": u, "v": v, "out": out, "u_size": u.numel(), "v_size": v.numel(), "a": float(a), "b": float(b),
-            "ABSOLUTE": absolute, "BLOCK": config.block_m,
+            "u": u, "v": v, "out": out, "u_size": u.numel(), "v_size": v.numel(), "a": scalar(a), "b": scalar(b),
+            "scale": float(scale), "ABSOLUTE": absolute, "READ": isinstance(a, Tensor) + 2 * isinstance(b, Tensor),
+            "BLOCK": config.block_m,
         },
         config,
         Cost(u.numel() * u.element_size() + v.numel() * v.element_size(), 4),

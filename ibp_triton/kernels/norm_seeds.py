@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.gates import is_dense, same_layout
+from ibp_triton.kernels.gates import is_dense, number, same_layout, scalar
 from ibp_triton.kernels.launcher import Cost, launch
 from ibp_triton.kernels.tiles import select
 
 
 @triton.jit
 def seed(u, x, out, value, features, epsilon, norm, ONE: tl.constexpr, TWO: tl.constexpr, STEP: tl.constexpr,
-         SEED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+         SEED: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """out = ψ(u) = sign(u)|u|^(r-1), or x + epsilon * sign(u) if STEP; value = sum |u|^r / r; grid (samples).
 
     Pointers:
@@ -23,6 +23,7 @@ def seed(u, x, out, value, features, epsilon, norm, ONE: tl.constexpr, TWO: tl.c
         x: like u; read when STEP.
         out: like u; written when STEP or SEED.
         value: [samples] float32; written unless STEP.
+        epsilon: if READ, the number, float32.
 
     ONE and TWO say that r = `norm` is 1 or 2.
     """
@@ -45,7 +46,7 @@ def seed(u, x, out, value, features, epsilon, norm, ONE: tl.constexpr, TWO: tl.c
             psi = sign * tl.exp2((norm - 1.0) * tl.log2(safe))
             total += psi * v
         if STEP:
-            psi = tl.load(x + row + i, mask=ok, other=0.0).to(tl.float32) + epsilon * sign
+            psi = tl.load(x + row + i, mask=ok, other=0.0).to(tl.float32) + number(epsilon, READ) * sign
         if STEP or SEED:
             tl.store(out + row + i, psi, mask=ok)
     if not STEP:
@@ -109,8 +110,11 @@ def norm_seed(u: Tensor, norm: float = 1.0, *, seed_wanted: bool = True) -> tupl
     return out, value
 
 
-def fgsm_step(x: Tensor, d: Tensor, epsilon: float) -> Tensor:
-    """x + ε sign(d), for x and d [N, ...] of one shape, dtype and order of axes; raises ValueError otherwise."""
+def fgsm_step(x: Tensor, d: Tensor, epsilon: float | Tensor) -> Tensor:
+    """x + ε sign(d), for x and d [N, ...] of one shape, dtype and order of axes; raises ValueError otherwise.
+
+    ε is a number, or a 0-d tensor of one on the device.
+    """
     if not same_layout(x, d) or x.dtype != d.dtype:
         raise ValueError(f"x {tuple(x.shape)} by {x.stride()} and d {tuple(d.shape)} by {d.stride()} must match")
     out = torch.empty_like(x)
@@ -156,16 +160,16 @@ def fast_tbp_seed(d: Tensor, tangents: Tensor, norm: float = 1.0) -> tuple[Tenso
 
 
 def _launch_seed(
-    u: Tensor, x: Tensor, out: Tensor, value: Tensor, *, norm: float, step: bool, wanted: bool, epsilon: float
+    u: Tensor, x: Tensor, out: Tensor, value: Tensor, *, norm: float, step: bool, wanted: bool, epsilon: float | Tensor
 ) -> None:
     config, size = select("sample", "any", u), u.element_size()
     launch(
         seed,
         (u.shape[0], 1, 1),
         {
-            "u": u, "x": x, "out": out, "value": value, "features": _features(u), "epsilon": float(epsilon),
+            "u": u, "x": x, "out": out, "value": value, "features": _features(u), "epsilon": scalar(epsilon),
             "norm": float(norm), "ONE": norm == 1, "TWO": norm == 2, "STEP": step, "SEED": wanted,
-            "BLOCK": config.block_m,
+            "READ": isinstance(epsilon, Tensor), "BLOCK": config.block_m,
         },
         config,
         Cost(

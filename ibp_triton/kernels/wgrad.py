@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ibp_triton.kernels.combine import combine_parts
+from ibp_triton.kernels.gates import number, scalar
 from ibp_triton.kernels.geometry import Geometry, sample_stride
 from ibp_triton.kernels.launcher import Cost, cdiv, launch
 from ibp_triton.kernels.tiles import precision, select, splits
@@ -68,6 +69,7 @@ def wgrad(
     AXPY: tl.constexpr,
     SIGN: tl.constexpr,
     BIAS: tl.constexpr,
+    READ: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,6 +86,7 @@ def wgrad(
             of unscaled parts, each laid out like the result.
         bias: [J], scale * sum_i c_i sum_r d_i over the segments in the bits of BIAS; written when BIAS.
 
+    Bit i of READ: c_i, and with bit 4 beta, is a pointer to the float32 number.
     Bit i of SIGN: x_i (where bit i of AXPY is set, y_i instead) is read as its sign.
     """
     H: tl.constexpr = GEOMETRY[0]
@@ -97,7 +100,8 @@ def wgrad(
     xs = (x0, x1, x2, x3)
     ys = (y0, y1, y2, y3)
     ds = (d0, d1, d2, d3)
-    cs = (c0, c1, c2, c3)
+    cs = (number(c0, READ % 2), number(c1, READ // 2 % 2), number(c2, READ // 4 % 2), number(c3, READ // 8 % 2))
+    pushed = number(beta, READ // 16 % 2)
     ns = (n0, n1, n2, n3)
 
     j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -136,7 +140,7 @@ def wgrad(
                 push = tl.load(ys[i] + at, mask=ok, other=0.0)
                 if (SIGN >> i) % 2 == 1:
                     push = (push > 0).to(tl.float32) - (push < 0).to(tl.float32)
-                left = left + beta * push
+                left = left + pushed * push
             elif (SIGN >> i) % 2 == 1:
                 left = ((left > 0).to(tl.float32) - (left < 0).to(tl.float32)).to(right.dtype)
             part = tl.dot(right, left, part, input_precision=PRECISION)
@@ -162,12 +166,13 @@ def wgrad(
 class Segment:
     """coefficient · g(ψ(left), right), or coefficient · g(left + β ψ(push), right) where there is a push.
 
+    coefficient: a number, or a 0-d tensor of one on the device.
     left: [n, C, H, W], or [n, I] of a linear layer. right: [n, J, OH, OW] channels last, or [n, J]; of left's dtype.
     push: like left. sign: ψ is the sign (of `push` if there is one), else the identity. bias: right counts in the
     bias gradient.
     """
 
-    coefficient: float
+    coefficient: float | Tensor
     left: Tensor
     right: Tensor
     bias: bool = False
@@ -180,7 +185,7 @@ def weight_gradient(
     weight: Tensor,
     geometry: Geometry,
     *,
-    beta: float = 1.0,
+    beta: float | Tensor = 1.0,
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -190,7 +195,7 @@ def weight_gradient(
         segments: one to four; the left sides have the same strides, the right sides are dense, channels last.
         weight: the weight whose gradient it is; shape, dtype and order of axes of the result, which has no gaps.
         geometry: of the convolution's forward pass; `geometry.ONE` for a linear layer.
-        beta: the factor of every `push`.
+        beta: the factor of every `push`; a number, or a 0-d tensor of one on the device.
         scale: 1 / N of the objective's mean.
         dtype: of the result, the weight's by default; float32 keeps a small penalty that bfloat16 would round away.
 
@@ -226,8 +231,8 @@ def weight_gradient(
             **{f"d{i}": s.right for i, s in enumerate(padded)},
             "out": target,
             "bias": gradient if bias is None else bias,
-            **{f"c{i}": float(s.coefficient) for i, s in enumerate(padded)},
-            "beta": float(beta),
+            **{f"c{i}": scalar(s.coefficient) for i, s in enumerate(padded)},
+            "beta": scalar(beta),
             "scale": float(scale),
             **{f"n{i}": s.left.shape[0] for i, s in enumerate(padded)},
             "splits": parts,
@@ -241,6 +246,7 @@ def weight_gradient(
             "AXPY": _bits([s.push is not None for s in segments]),
             "SIGN": _bits([s.sign for s in segments]),
             "BIAS": _bits(biased),
+            "READ": _bits([isinstance(c, Tensor) for c in (*(s.coefficient for s in padded), beta)]),
             "SPLIT": parts > 1,
             "PRECISION": precision(first),
             "BLOCK_M": config.block_m,

@@ -37,6 +37,11 @@ def _kept(ctx: Any) -> list[Any]:
     return [*inputs, *flat]
 
 
+def _no_gradient(some: list[Any]) -> Any:
+    """None for an argument that is a list, as torch wants it: one for each entry if all are tensors."""
+    return None if any(one is None for one in some) else [None] * len(some)
+
+
 def _gated(g: Tensor, mask: Tensor | None) -> Tensor:
     """g where the mask is positive; g [T, ...] in the mask's order of axes."""
     if mask is None:
@@ -57,7 +62,7 @@ def _parameters(ctx: Any, at: int, left: Tensor, right: Tensor, weight: Tensor, 
     """The gradients of weight and bias where they are wanted: inputs `at` and, with `bias`, one more."""
     if not (ctx.needs_input_grad[at] or bias):
         return None, None
-    gradient, shift = ops.weight_gradient([_rows(left)], [_rows(right)], [1.0], [bias], [False], weight, *geometry)
+    gradient, shift = ops.weight_gradient([_rows(left)], [_rows(right)], [1.0], [bias], [False], [], weight, *geometry)
     return gradient, shift if bias else None
 
 
@@ -93,12 +98,13 @@ def _conv2d_vjp(ctx: Any, g: Tensor) -> Any:
 
 
 def _weight_gradient(ctx: Any, g: Tensor, g_bias: Tensor) -> Any:
-    lefts, rights, coefficients, biased, signs, _, *geometry, scale, _, push, _, _, _ = _kept(ctx)
+    lefts, rights, coefficients, biased, signs, on_device, _, *geometry, scale, _, push, _, _, _ = _kept(ctx)
     if push is not None or any(signs):
         raise NotImplementedError(
             "a weight gradient with a push or a sign has no derivative: give its terms one by one"
         )
     back_lefts, back_rights = [], []
+    coefficients = ops.numbers(coefficients, on_device[:-1])
     for left, right, coefficient, bias in zip(lefts, rights, coefficients, biased, strict=True):
         w, factor = g.to(left.dtype), scale * coefficient
         if left.dim() == 4:
@@ -111,7 +117,8 @@ def _weight_gradient(ctx: Any, g: Tensor, g_bias: Tensor) -> Any:
             shift = g_bias if bias else 0
         back_lefts.append(factor * back)
         back_rights.append((factor * (forth + shift)).to(right.dtype))
-    return back_lefts, back_rights, *[None] * (len(ctx.needs_input_grad) - 2)
+    rest = [None] * (len(ctx.needs_input_grad) - 6)
+    return back_lefts, back_rights, None, None, None, _no_gradient(on_device), *rest
 
 
 def _max_pool2d(ctx: Any, g: Tensor, _: Any) -> Any:
@@ -166,9 +173,11 @@ def _hessian_product(ctx: Any, g: Tensor) -> Any:
 
 
 def _objective(ctx: Any, g: Tensor) -> Any:
-    losses, penalties, a, b, absolute, _ = _kept(ctx)
+    losses, penalties, a, b, on_device, scale, absolute, _ = _kept(ctx)
+    a, b = (scale * number for number in ops.numbers([a, b], on_device))
     back = (b * g).to(penalties.dtype) * (penalties.sign() if absolute else torch.ones_like(penalties))
-    return (a * g).to(losses.dtype).expand_as(losses), back, None, None, None
+    rest = [None] * (len(ctx.needs_input_grad) - 5)
+    return (a * g).to(losses.dtype).expand_as(losses), back, None, None, _no_gradient(on_device), *rest
 
 
 def _norm_seed(ctx: Any, g_seed: Tensor, g_value: Tensor) -> Any:
@@ -185,7 +194,7 @@ def _norm_value(ctx: Any, g: Tensor) -> Any:
 
 
 def _fgsm_step(ctx: Any, g: Tensor) -> Any:
-    return g.clone(), None, None
+    return g.clone(), None, None, None
 
 
 def _fast_tbp_seed(ctx: Any, g_seed: Tensor, g_value: Tensor) -> Any:

@@ -28,6 +28,18 @@ from ibp_triton.kernels.conv import channels_last
 from ibp_triton.kernels.geometry import ONE, Geometry
 
 
+def numbers(some: Sequence[float], on_device: Sequence[Tensor | None]) -> list[Any]:
+    """These numbers, those that lie on the device as tensors."""
+    return [n if t is None else t for n, t in zip(some, on_device or [None] * len(some), strict=True)]
+
+
+def apart(strengths: Sequence[Any]) -> tuple[list[float], list[Tensor | None]]:
+    """Strengths as an operator takes them: the numbers, and if some lie on a device, the tensors in their places."""
+    tensors = [s if isinstance(s, Tensor) else None for s in strengths]
+    numbers = [float("nan") if isinstance(s, Tensor) else float(s) for s in strengths]
+    return numbers, tensors if any(t is not None for t in tensors) else []
+
+
 def _pair(sizes: Sequence[int]) -> tuple[int, int]:
     height, width = sizes
     return height, width
@@ -107,6 +119,7 @@ def weight_gradient(
     coefficients: Sequence[float],
     biased: Sequence[bool],
     signs: Sequence[bool],
+    on_device: Sequence[Tensor | None],
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -124,6 +137,8 @@ def weight_gradient(
         coefficients: one for each term.
         biased: whether a term counts in the bias gradient, one flag for each.
         signs: whether a left side (of the first, its push if there is one) is read as its sign, one flag for each.
+        on_device: 0-d tensors that stand for coefficients, and the last of all for beta, None for those that are
+            numbers; [] where all are.
         weight: [O, I], or [O, C, KH, KW]; gives shape and order of axes.
         stride, padding, dilation: of the convolution; [1, 1], [0, 0], [1, 1] for a linear layer.
         scale: 1 / N.
@@ -135,6 +150,7 @@ def weight_gradient(
     geometry = ONE
     if lefts[0].dim() == 4:
         geometry = _geometry(lefts[0].shape[2:], weight.shape[2:], stride, padding, dilation)
+    *coefficients, beta = numbers([*coefficients, beta], on_device)
     segments = [
         _wgrad.Segment(c, left, right, bias, push if i == 0 else None, sign)
         for i, (left, right, c, bias, sign) in enumerate(zip(lefts, rights, coefficients, biased, signs, strict=True))
@@ -242,9 +258,21 @@ def hessian_product(z: Tensor, t: Tensor) -> Tensor:
 
 
 @custom_op("ibp_triton::objective", mutates_args=())
-def objective(losses: Tensor, penalties: Tensor, a: float, b: float, absolute: bool = False) -> Tensor:
-    """a Σ losses + b Σ penalties (Σ |penalties| if ``absolute``), 0-d float32."""
-    return _loss.objective(losses, penalties, a, b, absolute=absolute)
+def objective(
+    losses: Tensor,
+    penalties: Tensor,
+    a: float,
+    b: float,
+    on_device: Sequence[Tensor | None],
+    scale: float = 1.0,
+    absolute: bool = False,
+) -> Tensor:
+    """scale · (a Σ losses + b Σ penalties) (Σ |penalties| if ``absolute``), 0-d float32.
+
+    ``on_device``: 0-d tensors that stand for a and b, None for those that are numbers; [] where both are.
+    """
+    a, b = numbers([a, b], on_device)
+    return _loss.objective(losses, penalties, a, b, scale=scale, absolute=absolute)
 
 
 @custom_op("ibp_triton::norm_seed", mutates_args=())
@@ -262,9 +290,9 @@ def norm_value(u: Tensor, norm: float) -> Tensor:
 
 
 @custom_op("ibp_triton::fgsm_step", mutates_args=())
-def fgsm_step(x: Tensor, d: Tensor, epsilon: float) -> Tensor:
-    """x + ε sign(d), like x."""
-    return _norm_seeds.fgsm_step(x, d, epsilon)
+def fgsm_step(x: Tensor, d: Tensor, epsilon: float, on_device: Tensor | None = None) -> Tensor:
+    """x + ε sign(d), like x; ``on_device``: a 0-d tensor that stands for ε."""
+    return _norm_seeds.fgsm_step(x, d, epsilon if on_device is None else on_device)
 
 
 @custom_op("ibp_triton::fast_tbp_seed", mutates_args=())
@@ -284,7 +312,15 @@ def _register_shapes() -> None:
         return channels_last(d, (d.shape[0], d.shape[1], weight.shape[1], *size))
 
     def gradient(
-        lefts: Any, rights: Any, coefficients: Any, biased: Any, signs: Any, weight: Tensor, *more: Any, **named: Any
+        lefts: Any,
+        rights: Any,
+        coefficients: Any,
+        biased: Any,
+        signs: Any,
+        _: Any,
+        weight: Tensor,
+        *more: Any,
+        **named: Any,
     ) -> tuple[Tensor, Tensor]:
         wide = more[4] if len(more) > 4 else named.get("wide", False)  # behind stride, padding, dilation, scale
         dtype = torch.float32 if wide else weight.dtype

@@ -167,6 +167,36 @@ def test_beta_zero_is_bp_bit_for_bit():
         assert all(torch.equal(found[n], plain[n]) for n in plain), method
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        ibp.LossIBP(STRENGTH),
+        ibp.PredictionIBP(STRENGTH, semantics="exact"),
+        ibp.FastAdversarialTraining(STRENGTH),
+        ibp.FastTangentBP(STRENGTH),
+    ],
+)
+def test_a_strength_on_the_device_is_read_by_the_kernels_alone(method, monkeypatch):
+    model, x, labels, tangents = setting(lambda: mnist(8))
+    network, tau = ibp.Network(model, backend="triton"), tangents if method.needs_tangents else None
+    value, expected = method.gradients(network, x, labels, tau)
+    with recording() as launches:
+        method.gradients(network, x, labels, tau)
+    on_device = method.at(**{method.parameter: torch.tensor(STRENGTH)})
+
+    def read(*_):
+        raise AssertionError("the CPU waits for a number of the device")
+
+    monkeypatch.setattr(torch.Tensor, "__float__", read)
+    monkeypatch.setattr(torch.Tensor, "item", read)
+    with recording() as more:
+        found_value, found = on_device.gradients(network, x, labels, tau)
+    monkeypatch.undo()
+    assert len(more) == len(launches)
+    assert torch.equal(found_value, value)
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
 def test_the_summary_names_the_rules():
     model, x, _, _ = setting(residual)
     summary = ibp.Network(model, backend="triton").summary(x.shape)

@@ -34,7 +34,8 @@ def samples():
         "conv2d_vjp": (right, kernel, [6, 7], *CONV, last(randn(3, 5, 6, 7))),
         "weight_gradient": (
             *([images(3, 5, 6, 7), images(3, 5, 6, 7)], [images(3, 4, 3, 5), images(3, 4, 3, 5)]),
-            *([1.0, 0.5], [True, False], [False, False], kernel.detach(), *CONV, 0.25),
+            *([1.0, 0.5], [True, False], [False, False], [None, torch.tensor(0.5), None]),
+            *(kernel.detach(), *CONV, 0.25),
         ),
         "max_pool2d": (pixels, *WINDOW, [1, 0], True, True),
         "max_pool2d_jvp": (images(2, 3, 5, 7, 8), code, *WINDOW, [1, 0], True),
@@ -44,10 +45,10 @@ def samples():
         "relu": (leaf(3, 4, 5), randn(4, 5)),
         "cross_entropy": (leaf(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])),
         "hessian_product": (randn(6, 4), leaf(6, 4)),
-        "objective": (leaf(6), leaf(6), 0.5, 0.25),
+        "objective": (leaf(6), leaf(6), 0.5, 0.25, [torch.tensor(0.5), None], 0.5),
         "norm_seed": (leaf(3, 7), 1.5),
         "norm_value": (leaf(3, 7), 1.5),
-        "fgsm_step": (leaf(3, 7), randn(3, 7), 0.1),
+        "fgsm_step": (leaf(3, 7), randn(3, 7), 0.1, torch.tensor(0.1)),
         "fast_tbp_seed": (randn(3, 7), randn(2, 3, 7), 1.0),
     }
 
@@ -93,7 +94,7 @@ def test_second_derivatives_of_the_layers():
         y, _ = ops.max_pool2d(y, *WINDOW, [0, 0], True, True, True)
         y = ops.avg_pool2d(y[None], [1, 2], [1, 2], [0, 0])[0]
         loss, _, _ = ops.cross_entropy(ops.linear(y.flatten(1)[None], v)[0], labels)
-        return ops.objective(loss, loss, 1.0, 0.5)
+        return ops.objective(loss, loss, 1.0, float("nan"), [None, torch.tensor(0.25)], 0.5) * 2 + 0.25 * loss.sum()
 
     def theirs(x, w, b, v):
         y = F.relu(F.max_pool2d(F.conv2d(x, w, b, *CONV), **window, ceil_mode=True))
@@ -167,7 +168,7 @@ def test_what_has_no_derivative_says_so():
     x, d, w = leaf(2, 3), leaf(2, 4), randn(4, 3)
     geometry = ([1, 1], [0, 0], [1, 1])
     with pytest.raises(NotImplementedError, match="push"):
-        ops.weight_gradient([x], [d], [1.0], [False], [False], w, *geometry, push=randn(2, 3))[0].sum().backward()
+        ops.weight_gradient([x], [d], [1.0], [False], [False], [], w, *geometry, push=randn(2, 3))[0].sum().backward()
 
 
 def test_fullgraph_compilation_knows_the_operators():

@@ -167,6 +167,30 @@ def test_what_changes_takes_effect_at_once(kind, name, recorded, graphs):
     same(model, twin)
 
 
+@pytest.mark.parametrize(
+    "method", [ibp.LossIBP(0.3), ibp.FastAdversarialTraining(0.3), ibp.PGDTraining(0.3, 0.1, 2, random_start=False)]
+)
+def test_a_schedule_of_the_strength_captures_once(method, graphs):
+    model = network(True).double()
+    twin = copy.deepcopy(model)
+    strength = method.parameter
+
+    def change(step, number):
+        step.method = method.at(**{strength: 0.3 / (1 + number)})
+
+    def data():
+        return [(x.double(), y, tangents) for x, y, tangents in batches(method, [6] * 9)]
+
+    captured, parts = trained(ibp.CapturedStep, method, model, change, data())
+    _, expected = trained(ibp.EagerStep, method, twin, change, data())
+    same(model, twin, 1e-12)
+    assert all(torch.allclose(p.loss, q.loss, rtol=1e-12, atol=0) for p, q in zip(parts, expected, strict=True))
+    assert captured.captures == 1
+    captured.method = method.at(**{strength: 0.0})
+    captured(*data()[0])
+    assert captured.captures == 2
+
+
 def test_gradients_stay_behind_whatever_kind_of_step_came_before(graphs):
     model = network()
     step, method = ibp.CapturedStep(model, ibp.BP(), sgd(model)), ibp.BP()

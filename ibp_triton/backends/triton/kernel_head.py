@@ -1,6 +1,7 @@
 """The loss head on Triton kernels, with the functions of ``ibp_triton.head``: each one a launch.
 
-Coefficients (β, ε) are numbers here, not tensors that a gradient or a vmap runs through.
+Coefficients (β, ε) are numbers here, or 0-d tensors that kernels read where they lie; no gradient or vmap runs through
+them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from ibp_triton import head, ops
 from ibp_triton.backends.triton.lower import reads_signs
 from ibp_triton.graph import Graph
+from ibp_triton.ops.operators import apart
 from ibp_triton.seeds import Absolute, Seed
 
 ONE_PROGRAM = 1 << 16  # elements that the objective's one program adds up itself: a dozen steps
@@ -63,10 +65,10 @@ class KernelHead:
         seed, penalties = ops.fast_tbp_seed(d_0.contiguous(), tau.contiguous(), norm)
         return Seed(seed), penalties
 
-    def fgsm_step(self, x: Tensor, d: Tensor, epsilon: float) -> Tensor:
+    def fgsm_step(self, x: Tensor, d: Tensor, epsilon: Any) -> Tensor:
         """x + ε sign(d)."""
-        x = x.contiguous()
-        return ops.fgsm_step(x, d.to(x.dtype).contiguous(), float(epsilon))  # type: ignore[no-any-return]
+        x, ((number,), on_device) = x.contiguous(), apart([epsilon])
+        return ops.fgsm_step(x, d.to(x.dtype).contiguous(), number, *on_device)  # type: ignore[no-any-return]
 
     def objective(self, batch: int, *parts: tuple[Any, Any]) -> Tensor:
         """Σ coefficient · Σ numbers, over the batch size; one or two parts, absolute values in one of them."""
@@ -75,8 +77,9 @@ class KernelHead:
         (a, losses), (b, penalties) = (none, *parts)[-2:] if isinstance(some, Absolute) else (*parts, none)[:2]
         absolute = isinstance(penalties, Absolute)
         addends = (penalties.numbers if absolute else penalties).float()
-        scale = (float(a) / batch, float(b) / batch)
-        return ops.objective(losses, addends.reshape(-1) if addends.dim() == 0 else addends, *scale, absolute)  # type: ignore[no-any-return]
+        numbers, on_device = apart([a, b])
+        addends = addends.reshape(-1) if addends.dim() == 0 else addends
+        return ops.objective(losses, addends, *numbers, on_device, 1 / batch, absolute)  # type: ignore[no-any-return]
 
 
 def _rows(u: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from ibp_triton.backends.torch.structural import BatchedMap, Reshape
 from ibp_triton.graph import Graph, Node
 from ibp_triton.kernels.tiles import precision
 from ibp_triton.kernels.wgrad import MAX_SEGMENTS
-from ibp_triton.layer import Bilinear, Layer, Names, Product, Tangents
+from ibp_triton.layer import Bilinear, Layer, Names, Product, Tangents, over
+from ibp_triton.ops.operators import apart
 from ibp_triton.seeds import Seed
 
 # entries of Node.fused: what the lowering decided about a node
@@ -54,16 +55,19 @@ class _Joint(Bilinear):
         if rows[0][1].dtype == torch.float32 and precision(rows[0][1]) == "ieee":
             first = rows[0][0]
             for i, (p, left, _) in enumerate(rows[1:], 1):
-                if p.right is first.right and not p.bias and float(first.coefficient):
-                    push, beta, signs[0] = left, float(p.coefficient) / float(first.coefficient), signs[i]
+                number = first.coefficient
+                if p.right is first.right and not p.bias and not isinstance(number, Tensor) and number:
+                    push, beta, signs[0] = left, over(p.coefficient, number), signs[i]
                     del rows[i], signs[i]
                     break
+        (*coefficients, beta), on_device = apart([*(p.coefficient for p, _, _ in rows), beta])
         gradient, bias = ops.weight_gradient(
             [left for _, left, _ in rows],
             [right for _, _, right in rows],
-            [float(p.coefficient) for p, _, _ in rows],
+            coefficients,
             [p.bias and "bias" in wanted for p, _, _ in rows],
             signs,
+            on_device,
             self.weight,
             *self.geometry,
             scale=1 / batch,
