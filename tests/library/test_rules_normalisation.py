@@ -16,33 +16,42 @@ def numbers(*shape, cast=lambda x: x, seed=0):
     return cast(torch.randn(*shape, generator=generator, dtype=torch.float64) * 1.5 + 0.7)
 
 
+def scale(shape, affine, cast):
+    """Weight and bias, one of the two by its name, or neither."""
+    names = {"weight": 1, "bias": 2}
+    return tuple(numbers(*shape, seed=names[n], cast=cast) if affine in (True, n) else None for n in names)
+
+
 def batch_norm(shape, affine=True, training=True, buffers=False, layout=None, cast=lambda x: x):
     x, c = numbers(*shape, cast=cast), shape[1]
     x = x.contiguous(memory_format=layout) if layout else x
-    own = (numbers(c, seed=1, cast=cast), numbers(c, seed=2, cast=cast)) if affine else (None, None)
+    own = scale((c,), affine, cast)
     kept = (numbers(c, seed=3, cast=cast), numbers(c, seed=4, cast=cast).square()) if buffers else (None, None)
     return Call(F.batch_norm, (x, *kept, *own, training, 0.1, 1e-3), {}, PARAMETRIC | BUFFERS)
 
 
 def layer_norm(shape, last, affine=True, cast=lambda x: x):
-    own = (numbers(*last, seed=1, cast=cast), numbers(*last, seed=2, cast=cast)) if affine else (None, None)
+    own = scale(last, affine, cast)
     return Call(F.layer_norm, (numbers(*shape, cast=cast), last, *own, 1e-3), {}, PARAMETRIC)
 
 
 def group_norm(shape, groups, affine=True, layout=None, cast=lambda x: x):
     x, c = numbers(*shape, cast=cast), shape[1]
     x = x.contiguous(memory_format=layout) if layout else x
-    own = (numbers(c, seed=1, cast=cast), numbers(c, seed=2, cast=cast)) if affine else (None, None)
-    return Call(
-        F.group_norm, (x, groups, *own, 1e-3), {}, PARAMETRIC, lambda x, *rest: F.group_norm(x.contiguous(), *rest)
-    )
+    own = scale((c,), affine, cast)
+
+    def plain(x, groups, weight, bias, eps):  # torch's second derivative fails for a bias without a weight
+        weight = torch.ones_like(bias) if weight is None and bias is not None else weight
+        return F.group_norm(x.contiguous(), groups, weight, bias, eps)
+
+    return Call(F.group_norm, (x, groups, *own, 1e-3), {}, PARAMETRIC, plain)
 
 
 def instance_norm(shape, affine=True, own=True, cast=lambda x: x):
     c = shape[1]
-    scale = (numbers(c, seed=1, cast=cast), numbers(c, seed=2, cast=cast)) if affine else (None, None)
+    affine = scale((c,), affine, cast)
     kept = (None, None) if own else (numbers(c, seed=3, cast=cast), numbers(c, seed=4, cast=cast).square())
-    return Call(F.instance_norm, (numbers(*shape, cast=cast), *kept, *scale, own, 0.1, 1e-3), {}, PARAMETRIC | BUFFERS)
+    return Call(F.instance_norm, (numbers(*shape, cast=cast), *kept, *affine, own, 0.1, 1e-3), {}, PARAMETRIC | BUFFERS)
 
 
 def rms_norm(shape, last, affine=True, eps=1e-3, cast=lambda x: x):
@@ -62,17 +71,26 @@ CASES = {
     "batch norm, plain": lambda **k: batch_norm((4, 3, 5, 2), affine=False, **k),
     "batch norm, eval": lambda **k: batch_norm((4, 3, 5, 2), training=False, buffers=True, **k),
     "batch norm, eval, plain": lambda **k: batch_norm((1, 3, 5), affine=False, training=False, buffers=True, **k),
+    "batch norm, weight alone": lambda **k: batch_norm((4, 3, 5), affine="weight", **k),
+    "batch norm, bias alone": lambda **k: batch_norm((4, 3, 5), affine="bias", **k),
+    "batch norm, eval, bias alone": lambda **k: batch_norm((4, 3), affine="bias", training=False, buffers=True, **k),
     "layer norm": lambda **k: layer_norm((3, 4, 6), (6,), **k),
     "layer norm over two axes": lambda **k: layer_norm((3, 4, 6), (4, 6), **k),
     "layer norm over an axis of one": lambda **k: layer_norm((3, 1, 6), (1, 6), **k),
     "layer norm, plain": lambda **k: layer_norm((1, 6), (6,), affine=False, **k),
+    "layer norm, weight alone": lambda **k: layer_norm((3, 4, 6), (6,), affine="weight", **k),
+    "layer norm, bias alone": lambda **k: layer_norm((3, 4, 6), (6,), affine="bias", **k),
     "group norm": lambda **k: group_norm((3, 6, 4, 3), 2, **k),
     "group norm, one group": lambda **k: group_norm((1, 6, 4), 1, **k),
     "group norm, channels last": lambda **k: group_norm((3, 6, 4, 3), 3, layout=torch.channels_last, **k),
     "group norm, plain, no positions": lambda **k: group_norm((3, 6), 2, affine=False, **k),
+    "group norm, weight alone": lambda **k: group_norm((3, 6, 4), 2, affine="weight", **k),
+    "group norm, bias alone": lambda **k: group_norm((3, 6, 4), 2, affine="bias", **k),
     "instance norm": lambda **k: instance_norm((3, 4, 5, 2), **k),
     "instance norm, plain": lambda **k: instance_norm((1, 4, 5), affine=False, **k),
     "instance norm by running statistics": lambda **k: instance_norm((3, 4, 5, 2), own=False, **k),
+    "instance norm, weight alone": lambda **k: instance_norm((3, 4, 5), affine="weight", **k),
+    "instance norm, bias alone": lambda **k: instance_norm((3, 4, 5), affine="bias", **k),
     "rms norm": lambda **k: rms_norm((3, 4, 6), (6,), **k),
     "rms norm over two axes, plain": lambda **k: rms_norm((3, 4, 6), (4, 6), affine=False, **k),
     "rms norm, default eps": lambda **k: rms_norm((3, 6), (6,), eps=None, **k),

@@ -180,6 +180,8 @@ class _Native(Normalisation):
     def _prepare(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """γ and b so that the kernels keep their statistics in float32 for half precision."""
         self.memory = WeakTensorKeyDictionary()
+        if weight is None and bias is not None:  # without γ the kernels give no derivative of b
+            weight = torch.ones_like(bias)
         self.weight = weight
         if self.input.dtype not in HALF or not self._native:
             return weight, bias
