@@ -23,11 +23,18 @@ def fgsm_step(x: Tensor, d: Tensor, epsilon: float | Tensor) -> Tensor:
     return x + epsilon * d.sign().to(x.dtype)
 
 
+def tracked(a: Any) -> Any:
+    """A tensor without its history, a copy if it was made in inference mode, of which autograd takes none."""
+    if not isinstance(a, Tensor):
+        return a
+    return a.clone() if a.is_inference() else a.detach()
+
+
 def input_gradient(model: Classifier, x: Tensor, labels: Tensor) -> Tensor:
     """∇_x of the per-sample cross-entropy, of x's shape [N, ...], not divided by N."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        loss = F.cross_entropy(model(x), labels, reduction="sum")
+    with torch.inference_mode(False), torch.enable_grad():
+        x = tracked(x).requires_grad_()
+        loss = F.cross_entropy(model(x), tracked(labels), reduction="sum")
         return torch.autograd.grad(loss, x)[0]
 
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ibp_triton.attacks import fgsm_step
+from ibp_triton.attacks import fgsm_step, tracked
 from ibp_triton.errors import ModelError
 from ibp_triton.recording import calls
 from ibp_triton.recording.interface import Interface
@@ -56,11 +56,12 @@ def gradients(
             "forward-mode derivatives without a word; give it the module as it was before torch.jit.script"
         )
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    x, labels, tangents = tracked(x), tracked(labels), tracked(tangents)
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         numbers = _own_numbers(model, method, x, interface or Interface(), dict(extra or {}))
         function = _pure(model, interface or Interface(), dict(extra or {}))
         target = _Target(method, labels, x)
-        value, result = run(function, parameters, method, x.detach(), target, tangents if numbers is None else numbers)
+        value, result = run(function, parameters, method, x, target, tangents if numbers is None else numbers)
     n = x.shape[0]
     return value.detach() / n, {name: g.detach() / n for name, g in result.items()}
 

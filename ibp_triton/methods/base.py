@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ibp_triton.attacks import tracked
 from ibp_triton.checks import check_batch, check_hyperparameters, check_tangents
 from ibp_triton.criteria import criterion_for, sample_weights
 from ibp_triton.ledger import MultiplyAdds
@@ -228,7 +229,7 @@ class Method:
         extra = check_extra(extra)
         count, weights = sample_weights(criterion, targets, network.world)
         return Step(
-            network, own, criterion, count, weights, x.detach(), targets, tangents, extra, parameters, self.program
+            network, own, criterion, count, weights, tracked(x), targets, tangents, extra, parameters, self.program
         )
 
     @cached_property

@@ -628,6 +628,23 @@ def test_tied_weights():
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key + getattr(m, "semantics", ""))
+def test_a_batch_made_in_inference_mode_trains(method):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    network, x, labels = ibp.Network(model), torch.rand(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    tau = torch.rand(2, 4, 6, dtype=torch.float64) if method.needs_tangents else None
+    with torch.inference_mode():
+        made = [None if a is None else a.clone() for a in (x, labels, tau)]
+    expected = oracle(method, model, x, labels, tau)[1]
+    assert error(oracle(method, model, *made)[1], expected) == 0
+    assert error(ours(method, network, *made)[1], expected) < 1e-12
+    torch.manual_seed(5)
+    method(network, *made).backward()
+    assert error({name: p.grad for name, p in model.named_parameters()}, expected) < 1e-12
+    with torch.inference_mode():
+        ibp.fgsm(model, made[0], made[1], 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key + getattr(m, "semantics", ""))
 def test_hooks_fire_once_a_forward_pass(method):
     model = Body(lambda m, x: m.inner[0](x), nn.Tanh()).double()
     seen = []
