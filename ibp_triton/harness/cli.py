@@ -135,7 +135,8 @@ def run(
 
     if dry_run:
         with kept.opened(root) as (place, _):
-            return _list(job_in(place), execute.width, as_json, trials.announced(plan))
+            job = job_in(place)
+            return _list(job, execute.width, as_json, trials.announced(plan, job.runs))
     if as_json:
         raise ConfigError("--json is of a dry run's list; add --dry-run, or read the results with ibp-triton report")
     kept.unpack_all(root)
@@ -439,7 +440,7 @@ def keep(
         file = kept.file_of(to / "runs")
         if not kept.keep(root, file):
             raise ConfigError(f"{root}: no run is finished; train some with ibp-triton run")
-        written.append(file)
+        written += [file, *trials.keep(root, to / "runs", plan.experiment.name)]
     store.write_bytes(to / PLAN, plan.text().encode())
     again, place = _stored(to)
     _print_paths([*written, *write_report(again, place, to, png=False)], quiet)

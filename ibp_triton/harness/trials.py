@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -216,18 +216,40 @@ def file_of(root: Path, name: str) -> Path:
 
 
 def stored(root: Path, name: str) -> list[store.Record]:
-    """The records of an experiment's trials; none where it has no search, or it has not begun."""
-    found = (store.find_json(file_of(root, name)) or {}).get("trials")
-    return found if isinstance(found, list) else []
+    """The records of an experiment's trials, or of kept ones; none where it has no search, or it has not begun."""
+    for file in (file_of(root, name), _kept(root)):
+        found = (store.find_json(file) or {}).get("trials")
+        if isinstance(found, list):
+            return found
+    return []
 
 
-def announced(plan: ExperimentFile) -> str:
-    """For a dry run: what is searched besides; empty if nothing is."""
+def _kept(root: Path) -> Path:
+    return root.with_name("trials.json")
+
+
+def keep(root: Path, to: Path, name: str) -> list[Path]:
+    """Write the records of an experiment's trials beside the kept runs `to`; the file, if there are any."""
+    found = stored(root, name)
+    if not found:
+        return []
+    store.write_json(_kept(to), {"trials": found})
+    return [_kept(to)]
+
+
+def announced(plan: ExperimentFile, runs: Sequence[Run]) -> str:
+    """For a dry run of these runs: what is searched besides; empty if nothing is."""
     found = plan.experiment.search
-    if found is None:
+    rows = _searched(found.rows(list(plan.experiment.methods)), runs) if found is not None else []
+    if found is None or not rows:
         return ""
-    rows = ", ".join(found.rows(list(plan.experiment.methods)))
-    return f"besides a search: {found.trials} trials of each of {rows}, under the first seed"
+    return f"besides a search: {found.trials} trials of each of {', '.join(rows)}, under the first seed"
+
+
+def _searched(rows: Iterable[str], runs: Sequence[Run]) -> list[str]:
+    """Those rows of which a run is selected."""
+    chosen = {run.row for run in runs}
+    return [row for row in rows if row in chosen]
 
 
 def check(plan: ExperimentFile, executor: Executor) -> None:
@@ -240,13 +262,16 @@ def check(plan: ExperimentFile, executor: Executor) -> None:
 
 
 def search(plan: ExperimentFile, job: Job, executor: Executor, say: Callable[[str], None]) -> None:
-    """Make the trials of every row that is searched, by the same executor; `say` hears how each ends.
+    """Make the trials of the job's rows that are searched, by the same executor; `say` hears how each ends.
 
     Raises LaunchError for what stops everything, and where every trial of a row failed.
     """
     file, before = file_of(job.root, plan.experiment.name), list[store.Record]()
     for found in studies(plan, job.root):
         trials = Trials(plan, found, job.root)
+        if not _searched([trials.row], job.runs):
+            before += trials.table()
+            continue
         task = replace(job, evaluate=Evaluate(), is_hopeless=found[1].is_hopeless)
         failures: dict[str, Event] = {}
         conduct(task, executor, TrialDesk(trials, _listener(trials, file, before, say), failures))

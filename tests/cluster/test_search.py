@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ibp_triton.errors import LaunchError
-from ibp_triton.harness import loading, store, trials
+from ibp_triton.harness import grid, loading, store, trials
 from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.executors.local import Processes, Serial
 from ibp_triton.harness.launch import Job
@@ -37,7 +37,7 @@ def searching(tree: Tree) -> Tree:
 
 def made(path: Path, root: Path, executor: Any = None) -> tuple[list[store.Record], list[str]]:
     plan, said = loading.load(path), list[str]()
-    trials.search(plan, Job([], root, None, Evaluate()), executor or Serial(), said.append)
+    trials.search(plan, Job(grid.runs(plan), root, None, Evaluate()), executor or Serial(), said.append)
     return trials.stored(root, plan.experiment.name), said
 
 
@@ -74,24 +74,15 @@ def test_a_killed_search_takes_up_the_trial_it_was_at(searching: Tree, write: Wr
     searching["training"]["epochs"] = 300
     searching["search"] |= {"trials": 1}
     path, root = write(searching), tmp_path / "out" / "runs"
-    command = [
-        sys.executable,
-        "-m",
-        "ibp_triton",
-        "run",
-        str(path),
-        "--only",
-        "method=bp",
-        "--set",
-        "training.epochs=300",
-    ]
+    command = [sys.executable, "-m", "ibp_triton", "run", str(path), "--only", "row=loss_ibp"]
+    own = {run.name for run in grid.runs(loading.load(path))}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         end = time.monotonic() + 120
-        while not any(store.count_epochs(folder) > 3 for folder in root.glob("loss_ibp-*")):
+        while not any(store.count_epochs(folder) > 3 for folder in root.glob("loss_ibp-*") if folder.name not in own):
             assert time.monotonic() < end
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
-    (folder,) = root.glob("loss_ibp-*")
+    (folder,) = (folder for folder in root.glob("loss_ibp-*") if folder.name not in own)
     before = store.count_epochs(folder)
     found, _ = made(path, root)
     assert [(one["trial"], one["run"], one["state"]) for one in found] == [(0, folder.name, "complete")]
@@ -111,8 +102,26 @@ def test_the_command_searches_after_its_grid_and_the_report_shows_the_trials(
     assert text.count("| complete |") == 3
     for number in range(2):
         assert (tmp_path / "out" / "figures" / f"search{number}.svg").stat().st_size > 1000
+    kept = tmp_path / "kept"
+    assert ibp_triton(monkeypatch, "keep", str(tmp_path / "out"), str(kept)) == 0
+    assert not (kept / "runs").exists()
+    (kept / "tables.md").unlink()
+    assert ibp_triton(monkeypatch, "report", str(kept)) == 0
+    assert (kept / "tables.md").read_text(encoding="utf-8").count("| complete |") == 3
     assert ibp_triton(monkeypatch, "run", str(write(searching)), "--executor", "slurm") == 1
     assert "search: waits for what each trial finds" in " ".join(capsys.readouterr().err.split())
+
+
+def test_only_chosen_rows_are_searched(
+    searching: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write(searching))
+    assert ibp_triton(monkeypatch, "run", path, "--only", "row=bp", "--dry-run") == 0
+    assert "search" not in capsys.readouterr().out
+    assert ibp_triton(monkeypatch, "run", path, "--only", "row=bp") == 0
+    assert "search of" not in capsys.readouterr().out
+    assert ibp_triton(monkeypatch, "run", path, "--only", "row=loss_ibp", "--dry-run") == 0
+    assert "besides a search: 8 trials of each of loss_ibp" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_search_whose_trials_all_fail_says_why(searching: Tree, write: Write, tmp_path: Path) -> None:
