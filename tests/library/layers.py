@@ -175,6 +175,7 @@ def check(call: Call, leads: tuple[tuple[int, ...], ...] = ((), (1,), (5,)), out
             if lead and isinstance(layer, Bilinear):
                 wanted = along  # its weight gradient is one for all tangents, of a left side that has as many
             found = call.collected(layer.vjp(pieces(d), call.aliases(wanted)) if wanted else {})
+            assert set(found) <= set(wanted), "a derivative that nobody asked for"
             for name in wanted:
                 wants = expected[names.index(name)]
                 agree(found.get(name, torch.zeros_like(wants)), wants)

@@ -125,6 +125,7 @@ def test_without_penalty_it_is_the_criterion_to_the_bit_of_bp_and_to_rounding_of
     assert torch.allclose(value, own.detach(), rtol=1e-12, atol=0)
     assert error(found, {n: p.grad for n, p in model.named_parameters()}) < 1e-12
     zero, same = ibp.LossIBP(0.0, criterion=CASES[name][1]).gradients(ibp.Network(model), x, y)
+    assert ibp.LossIBP(0.0, criterion=CASES[name][1]).parts(model, x, y).penalty.dtype == x.dtype
     assert torch.equal(zero, value)
     assert all(torch.equal(same[n], g) for n, g in found.items())
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ibp_triton as ibp
 from ibp_triton.errors import MethodError
@@ -286,6 +287,7 @@ def test_networks_of_layers_with_rules_keep_to_sweeps():
 GROUP_NORM = """
 import torch, ibp_triton as ibp
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 first = nn.GroupNorm(2, 8)
 frozen = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), nn.GroupNorm(2, 8))
 x, y = torch.randn(3, 8, 8, 8).contiguous(memory_format=torch.channels_last), torch.tensor([0, 1, 2])
@@ -301,3 +303,24 @@ def test_a_group_norm_whose_input_has_no_derivative():
     """In a process of its own: torch dies of a segmentation fault there."""
     run = subprocess.run([sys.executable, "-c", GROUP_NORM], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_model_with_a_reentrant_checkpoint_goes_by_sweeps_from_its_first_step_on():
+    class Reentrant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.runs = nn.Linear(6, 5), nn.Linear(5, 3), 0
+
+        def forward(self, x):
+            self.runs += 1
+            return self.last(checkpoint(torch.tanh, self.first(x), use_reentrant=True))
+
+    model = Reentrant().double()
+    network, x, labels = ibp.Network(model), torch.rand(4, 6, dtype=torch.float64), torch.arange(4) % 3
+    for runs in (2, 1):  # the first step begins again
+        model.runs = 0
+        found = ours(ibp.BP(), network, x, labels)[1]
+        assert model.runs == runs
+        model.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        assert error(found, {name: p.grad for name, p in model.named_parameters()}) < 1e-12
