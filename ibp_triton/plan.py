@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from ibp_triton.graph import Graph, Node
 
 
@@ -34,3 +36,17 @@ class Plan:
                 for index in node.operands.values():
                     needed[index] = True
         return needed
+
+    @cached_property
+    def last(self) -> dict[bool, list[list[int]]]:
+        """For each node the trainable parameters that none after it takes: in reverse order, and in forward order.
+
+        Not those that others are computed from, whose gradients come at the end.
+        """
+        found: dict[bool, list[list[int]]] = {forward: [[] for _ in self.graph.nodes] for forward in (False, True)}
+        for i in sorted(self.trainable):
+            users = self.graph.consumers[i]
+            if users and all(self.graph.nodes[user].kind == "active" for user in users):
+                found[False][users[0]].append(i)
+                found[True][users[-1]].append(i)
+        return found

@@ -124,7 +124,8 @@ class CompiledStep(EagerStep):
     A batch's kind (shapes, modes, flags and plain attributes of the model) is compiled when it comes a second time, and
     used once it has agreed with the eager gradient on three batches. What can't be compiled runs eagerly, and a warning
     says why: random draws inside the model, control flow that looks at numbers. The model's own Python code runs only
-    while it is recorded: what it does besides (hooks, counters) happens then alone. Arguments as for ``EagerStep``.
+    while it is recorded: what it does besides (hooks, counters) happens then alone. A network of several processes is
+    trained eagerly. Arguments as for ``EagerStep``.
     """
 
     def _begin(self) -> None:
@@ -132,6 +133,8 @@ class CompiledStep(EagerStep):
         self._made: dict[Any, _Compiled | None] = {}  # None: not to be compiled
 
     def _add_gradients(self, x: Tensor, y: Any, tangents: Any, extra: Any) -> Parts:
+        if self.network.world is not None:
+            return super()._add_gradients(x, y, tangents, extra)
         y = criterion_for(self.method.criterion).targets(y, x)
         key = self._key(x, y, tangents, extra)
         if key not in self._seen:  # a batch that comes once, such as an epoch's last, is not worth the time
@@ -158,6 +161,8 @@ class CompiledStep(EagerStep):
 
         Returns whether such batches will be trained by the compiled step, whatever came before them.
         """
+        if self.network.world is not None:
+            return False
         y = criterion_for(self.method.criterion).targets(y, x)
         key = self._key(x, y, tangents, extra)
         found = self._made.get(key)
@@ -253,7 +258,7 @@ class _Compiled:
 
 
 class CapturedStep(EagerStep):
-    """The same step as one CUDA graph: a single launch for the CPU. Without CUDA every step runs eagerly.
+    """The same step as one CUDA graph: a single launch for the CPU. Without CUDA, and with several processes, eagerly.
 
     Of each kind of batch the first three run eagerly, the fourth is captured and later ones replay it. β, ε and λ
     lie on the device and may change. A step that differs in anything else that a capture holds (shapes, a learning
@@ -291,7 +296,7 @@ class CapturedStep(EagerStep):
         self, x: Tensor, y: Any, tangents: Tensor | None = None, extra: Mapping[str, Any] | None = None
     ) -> Parts:
         """One batch; arguments as for ``EagerStep``."""
-        if not _can_capture(self._device):
+        if not _can_capture(self._device) or self.network.world is not None:
             return super().__call__(x, y, tangents, extra)
         check_tangents(self.method.key, self.method.needs_tangents, x, tangents)
         batch = (x, torch.as_tensor(y, device=x.device), tangents, dict(extra or {}))

@@ -5,7 +5,7 @@ Sweeps are pure functions of tensors. What a sweep saves belongs to its Trace an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -225,27 +225,48 @@ def g(left: Any, right: Any) -> Term:
     return Term(1, right.trace, right, left.side)
 
 
-def weight_gradients(terms: Sequence[Term], batch: int) -> dict[str, Tensor]:
+Made = Callable[[str, Tensor], None]
+
+
+def weight_gradients(terms: Sequence[Term], batch: int, made: Made | None = None) -> dict[str, Tensor]:
     """Sum of the terms divided by ``batch``: {parameter name: gradient}, of each trainable parameter in the graphs.
 
     Sweeps that have not run do so here, in one order. Bilinear layers get all their products at once and merge those
     that share a right side (see ``Bilinear.merged``). Frugal traces and their sweeps are used up. Passes that took
-    different ways through the model are summed up one by one.
+    different ways through the model are summed up one by one. ``made`` gets the gradients that are whole before the
+    end, each when it is, and the result lacks them.
     """
     groups: dict[int, list[Term]] = {}
     for term in terms:
         alone = isinstance(term.trace, Tape) or term.trace.graph.computes_parameters
         groups.setdefault(id(term.trace if alone else term.trace.graph), []).append(term)
-    traces = [(group[0].trace, group) for group in groups.values()]
-    return added([t.gradients(group) if isinstance(t, Tape) else _gradients(group, batch) for t, group in traces])
+    if not groups:
+        return {}
+    *first, last = groups.values()
+    found = added([_of_group(group, batch, None) for group in first])
+    return added([found, _of_group(last, batch, None if made is None else _after(found, made))])
 
 
-def _gradients(terms: Sequence[Term], batch: int) -> dict[str, Tensor]:
+def _after(earlier: dict[str, Tensor], made: Made) -> Made:
+    """``made`` of sums, with what there already is, and no longer after that."""
+
+    def both(name: str, d: Tensor) -> None:
+        made(name, earlier.pop(name) + d if name in earlier else d)
+
+    return both
+
+
+def _of_group(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str, Tensor]:
+    trace = terms[0].trace
+    return trace.gradients(terms, made) if isinstance(trace, Tape) else _gradients(terms, batch, made)
+
+
+def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str, Tensor]:
     """``weight_gradients`` of terms that share a graph."""
     trace = terms[0].trace
     nodes, means = trace.graph.nodes, dict[int, Any]()
     running = {id(s): s for term in terms for s in (term.right, term.tangents) if s is not None and not s.done}
-    forward = _direction(running.values())
+    forward, missing = _direction(running.values()), set(trace.plan.trainable)
     for node in nodes if forward else reversed(nodes):
         if node.kind != "active":
             continue
@@ -255,6 +276,8 @@ def _gradients(terms: Sequence[Term], batch: int) -> dict[str, Tensor]:
         elif wanted:
             for term in terms:
                 _collect(means, node, _part(term, node, wanted), term.coefficient / batch)
+        if made is not None:
+            missing -= _whole(trace, trace.plan.last[forward][node.index], means, made)
         for term in terms if trace.frugal else ():
             _let_go(term, node, forward)
         for sweep in running.values():
@@ -267,8 +290,15 @@ def _gradients(terms: Sequence[Term], batch: int) -> dict[str, Tensor]:
         wanted, layer = trace.plan.trains[node.index], trace.layers[node.index]
         if node.kind == "parametric" and layer is not None and wanted and node.index in means:
             _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
-    means |= {i: torch.zeros_like(trace.values[i]) for i in trace.plan.trainable if i not in means}
+    means |= {i: torch.zeros_like(trace.values[i]) for i in missing if i not in means}
     return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}
+
+
+def _whole(trace: Trace, found: Sequence[int], means: dict[int, Any], made: Made) -> set[int]:
+    """Pass on the gradients of parameters of which no later node has a part."""
+    for i in found:
+        made(trace.graph.parameters[i], means.pop(i) if i in means else torch.zeros_like(trace.values[i]))
+    return set(found)
 
 
 def _direction(sweeps: Collection[Sweep]) -> bool:

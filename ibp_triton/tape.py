@@ -6,7 +6,9 @@ and TRADES cost what they cost without this library, whatever the model. Tangent
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from ibp_triton.sweeps import Term
 
 
+Earlier = Sequence[tuple[Any, Mapping[str, Tensor]]]  # coefficients, and gradients by name
 UNFORESEEN = "a recipe runs other sweeps, or gives other terms, than when it was read for its cost, on one sample"
 
 
@@ -85,20 +88,42 @@ class Tape:
         parts = {name: part for name, part in zip(own, found, strict=False) if part is not None}
         return torch.zeros_like(self.input) if by_x is None else by_x, parts
 
-    def gradients(self, terms: Sequence[Term]) -> dict[str, Tensor]:
-        """The sum of the terms, divided; the sweeps among them that have not run do so together."""
+    def gradients(self, terms: Sequence[Term], made: Callable[[str, Tensor], None] | None = None) -> dict[str, Tensor]:
+        """The sum of the terms, divided; the sweeps among them that have not run do so together.
+
+        ``made`` gets each gradient as soon as it is whole; the result lacks these.
+        """
         if self.parameters is None:
             raise MethodError(UNFORESEEN)
-        total: dict[str, Tensor] = {}
         seeds = [_times(term.coefficient, term.right.seed) for term in terms if term.right.parts is None]
+        earlier = [(term.coefficient, term.right.parts) for term in terms if term.right.parts is not None]
+        total: dict[str, Tensor] = {}
+        gone: set[str] = set()
         if seeds:
             whole = [seed.sum(0) if seed.dim() > self.logits.dim() else seed for seed in seeds]
-            total = self.run(sum(whole[1:], whole[0]), to_input=False)[1]
-        for term in terms:
-            for name, part in (term.right.parts or {}).items():
-                total[name] = _plus(total.get(name), term.coefficient, part)
+            with self._told(made, earlier, gone):
+                total = self.run(sum(whole[1:], whole[0]), to_input=False)[1]
         self._runs = 0
-        return total
+        names = dict.fromkeys([*total, *(name for _, parts in earlier for name in parts)])
+        return {name: _more(total.get(name), name, earlier) for name in names if name not in gone}
+
+    @contextmanager
+    def _told(self, made: Callable[[str, Tensor], None] | None, earlier: Earlier, gone: set[str]) -> Iterator[None]:
+        """While autograd runs inside, ``made`` gets each gradient, with ``earlier`` ones; ``gone`` gets their names."""
+        if made is None:
+            yield
+            return
+
+        def tell(name: str, d: Tensor) -> None:
+            made(name, _more(d, name, earlier))
+            gone.add(name)
+
+        handles = [p.register_hook(partial(tell, name)) for name, p in (self.parameters or {}).items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class Backward:
@@ -143,8 +168,8 @@ class CurvedTape(Tape):
         self.slope = torch.zeros_like(self.input) if found is None else found
         return self.slope.detach()
 
-    def gradients(self, terms: Sequence[Term]) -> dict[str, Tensor]:
-        """The sum of the terms, divided, in one walk back."""
+    def gradients(self, terms: Sequence[Term], made: Callable[[str, Tensor], None] | None = None) -> dict[str, Tensor]:
+        """The sum of the terms, divided, in one walk back, which may fail half-way: ``made`` gets none early."""
         sides = [(self.slope if isinstance(term.right, Descent) else self._output, term) for term in terms]
         pairs = [
             (y, _times(term.coefficient, term.right.seed)) for y, term in sides if y is not None and y.requires_grad
@@ -188,6 +213,15 @@ class Descent:
 
     def __init__(self, trace: CurvedTape, seed: Tensor) -> None:
         self.trace, self.seed = trace, seed / trace.divisor
+
+
+def _more(total: Tensor | None, name: str, earlier: Earlier) -> Tensor:
+    """total + Σ coefficient · part of the parameter of this name; one of them at least is there."""
+    for coefficient, parts in earlier:
+        if name in parts:
+            total = _plus(total, coefficient, parts[name])
+    assert total is not None
+    return total
 
 
 def _times(coefficient: Any, d: Tensor) -> Tensor:

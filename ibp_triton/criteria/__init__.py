@@ -55,7 +55,7 @@ def sample_weights(criterion: Criterion, y: Tensor, world: World | None) -> tupl
     weights, count = criterion.weigh(y, world is None), y.shape[0]
     total = None if weights is None else weights.sum()
     if world is not None:
-        count, total = world.total(count, total)
+        count, total = world.total(count, total, y.device)
     if count == 0:
         raise InputError("no process has a sample")
     if weights is None or total is None:

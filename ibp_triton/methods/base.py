@@ -20,7 +20,7 @@ from ibp_triton.network import Network, network_for
 from ibp_triton.objective import objective
 from ibp_triton.operator import loss_operator, number_of
 from ibp_triton.recording.interface import check_extra
-from ibp_triton.sweeps import weight_gradients
+from ibp_triton.sweeps import Made, weight_gradients
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -177,24 +177,30 @@ class Method:
                 value, found = self._gradient(step)
             except RuntimeError as error:
                 step.retreat(error)
-                step = self._step(network, x, y, tangents, parameters or {}, extra, own)
+                step = step.again()
                 value, found = self._gradient(step)
-            for name, d in found.items():
-                dtype = (parameters or {}).get(name, step.own[name]).dtype
-                if d.dtype != dtype:
-                    found[name] = d.to(dtype)
-            if network.world is not None:
-                trained = {name: p for name, p in step.own.items() if p.requires_grad}
-                value, found = network.world.sum(value), network.world.gradients(found, trained)
-                step.used.update(trained)
         return value, found, step
 
     def _gradient(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective and the gradients in their parameters' dtypes, both those of all processes."""
+        world, whole = step.network.world, {n: step.parameters.get(n, p) for n, p in step.own.items()}
+        if world is None:
+            value, found = self._own_gradient(step, None)
+            return value, {n: d if d.dtype == whole[n].dtype else d.to(whole[n].dtype) for n, d in found.items()}
+        trained = {n: p for n, p in whole.items() if step.own[n].requires_grad}
+        sums = world.sums(trained, forward=self.program.forward, early=step.sure and not step.network.synchronised)
+        value, found = self._own_gradient(step, sums.take)
+        found = sums.finish(found)
+        step.used.update(trained)
+        return world.sum(value), found
+
+    def _own_gradient(self, step: Step, made: Made | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """This process's share; ``made`` as of ``weight_gradients``."""
         if not _takes_part(step):
             return step.zero, {}
         recipe = self.recipe(step)
         value, terms = next(recipe), list(recipe)
-        found = weight_gradients(terms, step.divisor)
+        found = weight_gradients(terms, step.divisor, made)
         step.used.update(found)
         step.network.reentrant = bool(step.network.reentrant)
         return value, found

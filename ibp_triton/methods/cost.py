@@ -35,6 +35,7 @@ class Program:
     steep: frozenset[int]  # those whose tangents autograd's second derivatives could stand for
     runs: tuple[int, ...]  # for each, how often autograd would run over it
     bends: bool  # whether the curvature of layers is asked for, so that nothing may be let go of
+    forward: bool  # whether weight gradients come along with a linear sweep, those of the first layers first
 
     def multiply_adds(self, work: MultiplyAdds) -> int:
         """The sum over the passes of this network's work."""
@@ -63,6 +64,7 @@ def program(recipe: Callable[[Any], Iterable[Any]], tangents: int) -> Program:
         steep=frozenset(tally.steep),
         runs=tuple(sum(s.trace == i for s in tally.reverses if s.read) + (i in waiting) for i in range(tally.passes)),
         bends=tally.bends,
+        forward=any(term.tangents is not None and not term.tangents.read for term in terms),
     )
 
 

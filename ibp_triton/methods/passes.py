@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -245,6 +245,15 @@ class Step:
         self.first = self.first or found
         return found
 
+    @property
+    def sure(self) -> bool:
+        """Whether this step will not be taken back half-way."""
+        return self.network.reentrant is not None
+
+    def again(self) -> Step:
+        """The same step before anything of it ran."""
+        return replace(self, used=set(), first=None, penalty=None, _passes=0, _start=None)
+
     def retreat(self, error: RuntimeError) -> None:
         """Back to before a step that autograd could not take, so that sweeps can.
 
@@ -260,7 +269,9 @@ class Step:
             return
         if "use_reentrant" not in str(error):
             raise error
-        if self._start is None:
+        if self._start is None or (
+            self.sure and self.network.world is not None
+        ):  # sums of gradients may be on their way
             raise ModelError(
                 "the model has begun to use reentrant checkpoints, which torch.autograd.grad refuses: pass "
                 "use_reentrant=False to torch.utils.checkpoint"

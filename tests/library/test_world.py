@@ -12,6 +12,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 
 import ibp_triton as ibp
+from ibp_triton import world
 from tests.library.comparing import error, example
 
 WEIGHT = torch.tensor([0.3, 2.0, 1.1]).double()
@@ -23,6 +24,7 @@ CRITERIA = {
     "squares": nn.MSELoss(),
 }
 SPLITS = ((5, 2), (7, 0), (0, 7), (1, 6))
+STEPS = ("EagerStep", "CompiledStep", "CapturedStep")
 KINDS = ("asked for", "its own")
 
 
@@ -71,6 +73,7 @@ def shard(split, rank, *tensors):
 
 
 def _worker(rank, store, out):
+    world.BUCKET = 40  # several, the first of which are sent while gradients are made
     dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
     wrapped, found = ibp.Network(network(), process_group=dist.group.WORLD), []
     for number, (name, method) in enumerate(cases()):
@@ -80,16 +83,21 @@ def _worker(rank, store, out):
         parts.loss.backward()
         gradients = {n: p.grad.clone() for n, p in wrapped.model.named_parameters()}
         found.append((parts.loss.detach(), parts.data_loss, parts.penalty, gradients))
+    steps = {kind: _steps(rank, kind) for kind in STEPS}
+    torch.save((found, steps, [_synchronised(rank, kind) for kind in KINDS]), f"{out}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _steps(rank, kind):
     model = network()
-    step = ibp.EagerStep(
+    step = getattr(ibp, kind)(
         ibp.Network(model, process_group=dist.group.WORLD), ibp.LossIBP(0.3), _sgd(model), clip_norm=0.1
     )
     for split in SPLITS:
         x, y, _ = shard(split, rank, *batch("plain"))
         step(x, y)
-    torch.save((found, model.state_dict(), [_synchronised(rank, kind) for kind in KINDS]), f"{out}.{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    return model.state_dict()
 
 
 def _synchronised(rank, kind):
@@ -151,14 +159,15 @@ def test_one_process_has_nobody_to_share_statistics_with():
         ibp.Network(network(), sync_batchnorm=True)
 
 
-def test_steps_keep_the_processes_together(results):
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_keep_the_processes_together(results, kind):
     model, x, y = network(), *batch("plain")[:2]
     step = ibp.EagerStep(model, ibp.LossIBP(0.3), _sgd(model), clip_norm=0.1)
     for _ in SPLITS:
         step(x, y)
     for name, value in model.state_dict().items():
-        assert torch.equal(results[0][1][name], results[1][1][name])
-        assert torch.allclose(results[0][1][name], value, rtol=1e-11, atol=1e-14)
+        assert torch.equal(results[0][1][kind][name], results[1][1][kind][name])
+        assert torch.allclose(results[0][1][kind][name], value, rtol=1e-11, atol=1e-14)
 
 
 def test_one_process_takes_no_empty_batch():
