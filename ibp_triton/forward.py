@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ibp_triton.backends import Backend
 from ibp_triton.errors import IBPError, InputTypeError
-from ibp_triton.graph import Graph
+from ibp_triton.graph import Graph, Node
 from ibp_triton.head import Head
 from ibp_triton.layer import Layer
 from ibp_triton.plan import Plan
@@ -19,6 +19,7 @@ from ibp_triton.recording.interface import Interface
 from ibp_triton.recording.recorder import Recorder
 from ibp_triton.recording.settings import Diverged, Restart, Settings
 from ibp_triton.recording.snapshot import Snapshot
+from ibp_triton.shards import Shards
 
 
 @dataclass(eq=False)
@@ -31,6 +32,12 @@ class Trace:
     plan: Plan
     head: Head
     frugal: bool = False  # whether sweeps let go of what only curvature would read again
+    shards: Shards | None = None  # where parameters lie in pieces
+
+    def reach(self, node: Node) -> None:
+        """See to the numbers of the parameters that a node's layer reads."""
+        if self.shards is not None:
+            self.shards.open(self.graph.reads[node.index])
 
     @property
     def logits(self) -> Tensor:

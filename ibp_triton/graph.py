@@ -78,6 +78,16 @@ class Graph:
         return found
 
     @cached_property
+    def reads(self) -> list[frozenset[str]]:
+        """For each node the names of the parameters whose numbers it, or what it is computed from, takes."""
+        found: list[frozenset[str]] = []
+        for node in self.nodes:
+            own = {self.parameters[node.index]} if node.index in self.parameters else set()
+            parametric = [i for i in node.operands.values() if self.nodes[i].kind == "parametric"]
+            found.append(frozenset(own.union(*(found[i] for i in parametric))))
+        return found
+
+    @cached_property
     def last_uses(self) -> list[list[int]]:
         """For each node the active nodes whose value no later node reads (x and the logits are kept)."""
         found: list[list[int]] = [[] for _ in self.nodes]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
-from functools import cache
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +15,7 @@ from ibp_triton import ledger
 from ibp_triton.backends import Backend, backend_for
 from ibp_triton.backends.torch.generic import Generic
 from ibp_triton.backends.torch.sync_batch_norm import Synchronised
-from ibp_triton.errors import AutocastError, InputError, MethodError, ModelError
+from ibp_triton.errors import InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace, raise_explained
 from ibp_triton.graph import Graph
 from ibp_triton.layer import HALF
@@ -24,10 +24,10 @@ from ibp_triton.recording.interface import Interface, Pick
 from ibp_triton.recording.memory import level
 from ibp_triton.recording.settings import Settings
 from ibp_triton.recording.snapshot import Snapshot
+from ibp_triton.shards import Scattered, Shards, shards_of
 from ibp_triton.tape import Unmixed
-from ibp_triton.world import World
-
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+from ibp_triton.world import Sums, World
+from ibp_triton.wrappers import check_model, unwrapped
 
 
 class Network:
@@ -47,14 +47,16 @@ class Network:
         process_group: of torch.distributed, for data parallelism: each process gives its own samples (as many as it
             has, none too), objective and gradients are those of all samples together, the same on every process. The
             processes must start from the same weights and take the same steps. Random draws are each process's own,
-            and so are batch statistics but those of nn.SyncBatchNorm.
+            and so are batch statistics but those of nn.SyncBatchNorm. A model may be sharded by
+            torch.distributed.fsdp.fully_shard: its parameters are gathered block by block for each sweep.
         sync_batchnorm: whether every batch norm in training normalises by all processes' samples, as nn.SyncBatchNorm
             does; on any device.
 
     Raises:
-        ModelError (a TypeError): for a model wrapped for data parallelism or compiled; the message names the cure.
+        ModelError (a TypeError): for a model wrapped for data parallelism or compiled, or sharded otherwise than by
+            fully_shard; the message names the cure.
         MethodError (a ValueError): for an unknown backend, a dtype that is not floating point, or sync_batchnorm
-            without a process group.
+            without a process group, or a dtype or Triton for a sharded model.
     """
 
     def __init__(
@@ -68,8 +70,8 @@ class Network:
         process_group: Any = None,
         sync_batchnorm: bool = False,
     ) -> None:
-        model = _unwrapped(model, dtype)
-        _check_model(model)
+        model = unwrapped(model, dtype)
+        check_model(model)
         if backend not in ("auto", "torch", "triton"):
             raise MethodError(f"backend must be 'auto', 'torch' or 'triton', not {backend!r}")
         if dtype is not None and not dtype.is_floating_point:
@@ -78,7 +80,16 @@ class Network:
         if sync_batchnorm and process_group is None:
             raise MethodError("sync_batchnorm=True needs process_group=, the processes whose samples share statistics")
         self.world = None if process_group is None else World(process_group)
-        within = nullcontext if self.world is None else Synchronised(self.world, sync_batchnorm)
+        self.shards = shards_of(model, self.world)
+        if self.shards is not None and (dtype is not None or backend == "triton"):
+            raise MethodError(
+                "a sharded model computes in its parameters' dtype by torch: leave dtype= and backend= out"
+            )
+        within: Any = nullcontext
+        self._synchronised = None
+        if self.world is not None:
+            self._synchronised = Synchronised(self.world, sync_batchnorm)
+            within = partial(_together, self._synchronised, self.shards)
         self.interface = Interface(x, output, within)
         self._recordings: MutableMapping[str, Recordings] = {}  # by backend
         self._shape: tuple[int, ...] | None = None
@@ -99,7 +110,8 @@ class Network:
         return self._recordings[backend.name]
 
     def _backend(self) -> Backend:
-        return backend_for(self.backend, next(self.model.parameters(), None), self.dtype)
+        asked = self.backend if self.shards is None else "torch"
+        return backend_for(asked, next(self.model.parameters(), None), self.dtype)
 
     @property
     def native(self) -> bool:
@@ -109,12 +121,35 @@ class Network:
     @property
     def synchronised(self) -> bool:
         """Whether batch norms share their statistics with other processes."""
-        within = self.interface.within
-        return isinstance(within, Synchronised) and within.applies(self.model)
+        return self._synchronised is not None and self._synchronised.applies(self.model)
+
+    @property
+    def together(self) -> bool:
+        """Whether processes meet during the sweeps, so that each must run them, also without a sample."""
+        return self.shards is not None or self.synchronised
+
+    @contextmanager
+    def in_pieces(self) -> Iterator[None]:
+        """Afterwards, no parameter of a sharded model is left whole."""
+        try:
+            yield
+        finally:
+            if self.shards is not None:
+                self.shards.close()
+
+    def sums(self, parameters: Mapping[str, Tensor], forward: bool, sure: bool) -> Sums | Scattered:
+        """What takes gradients to their sums over the processes; arguments as of ``World.sums``.
+
+        ``sure``: the step will not be taken back.
+        """
+        assert self.world is not None
+        if self.shards is not None:
+            return Scattered(self.world, parameters, forward)
+        return self.world.sums(parameters, forward=forward, early=sure and not self.together)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The model's parameters by name, each once."""
-        return dict(self.model.named_parameters())
+        """The model's parameters by name, each once; of a sharded model this process's pieces."""
+        return dict(self.model.named_parameters()) if self.shards is None else self.shards.pieces()
 
     def forward(
         self,
@@ -133,8 +168,11 @@ class Network:
         """
         _first_block()
         self._shape = tuple(x.shape)
+        if self.shards is not None:
+            own = self.shards.replaced_by(parameters)
         settings = Settings(self.model, self.parameters() if own is None else own, parameters, self.dtype, keep)
         trace = self._recorded().record(settings, x, dict(extra or {}), frugal)
+        trace.shards = self.shards
         self._classes = trace.logits.shape[-1] if trace.logits.dim() else None
         return trace
 
@@ -143,7 +181,13 @@ class Network:
 
         Half precision is left to the sweeps, which add up weight gradients in float32.
         """
-        if self.reentrant or self.dtype is not None or self.native or any(p.dtype in HALF for p in own.values()):
+        if (
+            self.reentrant
+            or self.shards is not None
+            or self.dtype is not None
+            or self.native
+            or any(p.dtype in HALF for p in own.values())
+        ):
             return False
         return level() is None and not torch.is_inference_mode_enabled() and not _below_autograd()
 
@@ -250,6 +294,13 @@ class Network:
         return f"Network({type(self.model).__name__}, backend={self.backend!r}{dtype})"
 
 
+@contextmanager
+def _together(synchronised: Synchronised, shards: Shards | None, model: nn.Module) -> Iterator[None]:
+    """What a forward pass of one of several processes runs in."""
+    with synchronised(model), nullcontext() if shards is None else shards.forward():
+        yield
+
+
 def _with(model: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
     """A context in which the model has these in place of its own."""
     if not parameters:
@@ -288,40 +339,3 @@ def network_for(model: Network | nn.Module) -> Network:
     network = Network(model)
     network._recordings = _RECORDINGS.setdefault(model, {})
     return network
-
-
-def _unwrapped(model: Any, dtype: torch.dtype | None) -> Any:
-    """The module inside Lightning Fabric's wrapper, which runs a forward under hooks and a precision of its own.
-
-    What it wraps once more for data parallelism stays wrapped, to be refused.
-
-    Raises:
-        AutocastError: for mixed precision that is not asked for by ``dtype`` too.
-        ModelError: for a precision that changes the layers themselves.
-    """
-    if type(model).__name__ != "_FabricModule":
-        return model
-    inner, precision = model._forward_module, type(model._strategy.precision).__name__
-    if isinstance(inner, _WRAPPERS) or type(inner).__name__ == "OptimizedModule":
-        return inner
-    if precision == "MixedPrecision" and dtype is None:
-        raise AutocastError(
-            "Fabric's mixed precision computes under torch.autocast, and the methods choose the dtype of each sweep "
-            "themselves: pass Network(model, dtype=torch.bfloat16), with the parameters as master weights"
-        )
-    if precision not in ("Precision", "HalfPrecision", "DoublePrecision", "MixedPrecision"):
-        raise ModelError(f"Network can't follow Fabric's {precision}: set the model up with precision='32-true'")
-    return model.module
-
-
-def _check_model(model: Any) -> None:
-    if isinstance(model, _WRAPPERS):
-        raise ModelError(
-            f"Network needs the plain model, not {type(model).__name__}: put the loss inside the wrapper instead. "
-            "Write a module whose forward(x, labels) returns method(self.network, x, labels), with self.model = model "
-            "and self.network = Network(model), and wrap that module"
-        )
-    if type(model).__name__ == "OptimizedModule":
-        raise ModelError("Network needs the plain model, not the result of torch.compile: pass the module you compiled")
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"Network needs a torch.nn.Module, not {type(model).__name__}")

@@ -113,6 +113,7 @@ class Reverse(Sweep):
         trace, layer = self.trace, self.trace.layers[node.index]
         if layer is None or node.kind != "active":
             return
+        trace.reach(node)
         wanted = trace.plan.wants[self.to_input][node.index]
         own = self.at(node.index) if wanted else None
         pulled = layer.vjp(own, wanted) if own is not None else {}
@@ -170,6 +171,7 @@ class Linear(Sweep):
         trace, layer = self.trace, self.trace.layers[node.index]
         if layer is None or node.kind != "active":
             return
+        trace.reach(node)
         if trace.plan.needs[self.to_output][node.index]:
             tangents = _tangents_of(node, self)
             if tangents:
@@ -271,6 +273,7 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
         if node.kind != "active":
             continue
         wanted, layer = trace.plan.trains[node.index], trace.layers[node.index]
+        trace.reach(node)
         if isinstance(layer, Bilinear) and wanted:
             _collect(means, node, layer.joint_gradient(_products(terms, node), wanted, batch))
         elif wanted:
@@ -289,6 +292,7 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
     for node in reversed(nodes):
         wanted, layer = trace.plan.trains[node.index], trace.layers[node.index]
         if node.kind == "parametric" and layer is not None and wanted and node.index in means:
+            trace.reach(node)
             _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
     means |= {i: torch.zeros_like(trace.values[i]) for i in missing if i not in means}
     return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}

@@ -171,7 +171,7 @@ class Method:
 
         Arguments as of ``gradients``; ``own``: the model's parameters by name, where the caller has them.
         """
-        with torch.no_grad():
+        with torch.no_grad(), network.in_pieces():
             step = self._step(network, x, y, tangents, parameters or {}, extra, own)
             try:
                 value, found = self._gradient(step)
@@ -188,7 +188,7 @@ class Method:
             value, found = self._own_gradient(step, None)
             return value, {n: d if d.dtype == whole[n].dtype else d.to(whole[n].dtype) for n, d in found.items()}
         trained = {n: p for n, p in whole.items() if step.own[n].requires_grad}
-        sums = world.sums(trained, forward=self.program.forward, early=step.sure and not step.network.synchronised)
+        sums = step.network.sums(trained, self.program.forward, step.sure)
         value, found = self._own_gradient(step, sums.take)
         found = sums.finish(found)
         step.used.update(trained)
@@ -221,7 +221,7 @@ class Method:
 
     def value_step(self, network: Network, x: Tensor, y: Any, tangents: Any, extra: Any) -> tuple[Tensor, Step]:
         """The objective alone, and the step that gave it; arguments as of the call ``method(network, x, y)``."""
-        with torch.no_grad():
+        with torch.no_grad(), network.in_pieces():
             step = self._step(network, x, y, tangents, {}, extra, None)
             value: Tensor = next(self.recipe(step)) if _takes_part(step) else step.zero
             return value if network.world is None else network.world.sum(value), step
@@ -304,4 +304,4 @@ def _shown(value: Any) -> str:
 
 def _takes_part(step: Step) -> bool:
     """Whether anything is to compute: also without a sample where others wait for this process's share of a mean."""
-    return step.x.shape[0] > 0 or step.network.synchronised
+    return step.x.shape[0] > 0 or step.network.together
