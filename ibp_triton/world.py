@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET = 1 << 22  # numbers that are added up in one call
+BUCKETS = 16  # about so many calls add a gradient up,
+SMALLEST, LARGEST = 1 << 16, 1 << 24  # of so many numbers each
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +118,11 @@ class Sums:
 
 def _buckets(parameters: Mapping[str, Tensor]) -> Iterator[list[str]]:
     """Names in order, gathered while their dtype and device stay and they are not too many numbers."""
+    most = min(max(sum(p.numel() for p in parameters.values()) // BUCKETS, SMALLEST), LARGEST)
     names: list[str] = []
     size, kind = 0, None
     for name, p in parameters.items():
-        if names and (size + p.numel() > BUCKET or (p.dtype, p.device) != kind):
+        if names and (size + p.numel() > most or (p.dtype, p.device) != kind):
             yield names
             names, size = [], 0
         names.append(name)

@@ -62,7 +62,7 @@ METHODS = [
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_sum_begins_before_the_last_weight_gradient_is_made(method, monkeypatch):
-    monkeypatch.setattr(world, "BUCKET", 50)
+    monkeypatch.setattr(world, "SMALLEST", 50)
     events, made = [], Dense.param_vjp
     network = ibp.Network(perceptron())
     network.world = Alone(events)
@@ -168,7 +168,7 @@ def given(method, x):
 
 
 def _worker(rank, store, out):
-    world.BUCKET = 12
+    world.SMALLEST = 12
     dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
     found = []
     for model in MODELS:
