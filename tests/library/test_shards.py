@@ -42,11 +42,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """[N, 3, 5] → [N, 3]."""
 
-    def __init__(self):
+    def __init__(self, blocks=2):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.out = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
-        self.blocks = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
 
     def forward(self, x):
         x = self.embed(x)
@@ -75,12 +75,19 @@ class Twisted(nn.Module):
         return self.out(a.tanh().flatten(1))
 
 
+class Copied(Transformer):
+    """To be sharded over a mesh of copies and pieces."""
+
+
 def sharded(model):
     """In place; block by block, and the rest."""
     if isinstance(model, Transformer):
+        shape = (2, 1) if isinstance(model, Copied) else (1, 2)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copy", "piece"))
+        mesh = mesh if isinstance(model, Copied) else mesh["piece"]
         for block in model.blocks:
-            fully_shard(block)
-        return fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
     fully_shard([model.twice, model.tied])
     for part in (model.first, model.frozen, model.conv, model.unused):
         fully_shard(part)
@@ -99,6 +106,7 @@ def cases():
             method = example(key)
             for mode in ("paper", "exact") if hasattr(method, "semantics") else (None,):
                 yield model, method if mode is None else method.at(semantics=mode)
+    yield Copied, ibp.LossIBP(0.1, semantics="exact")
 
 
 def shard(split, rank, x, y, tangents):
@@ -157,7 +165,7 @@ def _watching(network, most):
 
 def _watched(rank):
     most = []
-    network = ibp.Network(sharded(Transformer().double()), process_group=dist.group.WORLD)
+    network = ibp.Network(sharded(Transformer(BLOCKS).double()), process_group=dist.group.WORLD)
     return _trained(rank, network, lambda network: _watching(network, most)), most
 
 
@@ -215,10 +223,9 @@ def test_gradients_are_those_of_the_whole_model(results, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_transformer_trains_as_it_does_whole_a_block_at_a_time(results, rank):
     weights, most = results[rank][1]
-    whole = Transformer().double()
-    expected = _trained(0, ibp.Network(whole))
+    expected = _trained(0, ibp.Network(Transformer(BLOCKS).double()))
     assert error(weights, expected) < 1e-10
-    assert error(weights, Transformer().double().state_dict()) > 1e-3
+    assert error(weights, Transformer(BLOCKS).double().state_dict()) > 1e-3
     assert BLOCK <= max(most) <= 1.5 * BLOCK
     assert most[-1] == 0
 
