@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ibp_triton as ibp
+from ibp_triton.backends.torch.sync_batch_norm import Synchronised
 from ibp_triton.harness.threads import keep_freed_memory
 from ibp_triton.methods.base import Method
 from ibp_triton.world import Sums, World
@@ -95,7 +96,7 @@ def step(method: Method, world: World) -> ibp.EagerStep:
     inner = [part for _ in range(4) for part in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     model = nn.Sequential(nn.Linear(784, WIDTH), nn.ReLU(), *inner, nn.Linear(WIDTH, 10))
     network = ibp.Network(model)
-    network.world = world
+    network.world, network._synchronised = world, Synchronised(world, False)
     return ibp.EagerStep(network, method, torch.optim.SGD(model.parameters(), lr=1e-3))
 
 

@@ -138,14 +138,15 @@ class Network:
                 self.shards.close()
 
     def sums(self, parameters: Mapping[str, Tensor], forward: bool, sure: bool) -> Sums | Scattered:
-        """What takes gradients to their sums over the processes; arguments as of ``World.sums``.
+        """What takes gradients to their sums over the processes, asked for after the forward passes.
 
-        ``sure``: the step will not be taken back.
+        Arguments as of ``World.sums``; ``sure``: the step will not be taken back.
         """
         assert self.world is not None
+        assert self._synchronised is not None
         if self.shards is not None:
             return Scattered(self.world, parameters, forward)
-        return self.world.sums(parameters, forward=forward, early=sure and not self.together)
+        return self.world.sums(parameters, forward=forward, early=sure and not self._synchronised.met)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name, each once; of a sharded model this process's pieces."""

@@ -20,7 +20,7 @@ from ibp_triton.network import Network, network_for
 from ibp_triton.objective import objective
 from ibp_triton.operator import loss_operator, number_of
 from ibp_triton.recording.interface import check_extra
-from ibp_triton.sweeps import Made, weight_gradients
+from ibp_triton.sweeps import weight_gradients
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -183,27 +183,29 @@ class Method:
 
     def _gradient(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective and the gradients in their parameters' dtypes, both those of all processes."""
-        world, whole = step.network.world, {n: step.parameters.get(n, p) for n, p in step.own.items()}
-        if world is None:
-            value, found = self._own_gradient(step, None)
-            return value, {n: d if d.dtype == whole[n].dtype else d.to(whole[n].dtype) for n, d in found.items()}
-        trained = {n: p for n, p in whole.items() if step.own[n].requires_grad}
-        sums = step.network.sums(trained, self.program.forward, step.sure)
-        value, found = self._own_gradient(step, sums.take)
-        found = sums.finish(found)
-        step.used.update(trained)
-        return world.sum(value), found
-
-    def _own_gradient(self, step: Step, made: Made | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """This process's share; ``made`` as of ``weight_gradients``."""
-        if not _takes_part(step):
-            return step.zero, {}
-        recipe = self.recipe(step)
-        value, terms = next(recipe), list(recipe)
-        found = weight_gradients(terms, step.divisor, made)
+        value, terms = self._terms(step)
+        if step.network.world is None:
+            found = weight_gradients(terms, step.divisor)
+            for name, d in found.items():
+                dtype = step.parameters.get(name, step.own[name]).dtype
+                if d.dtype != dtype:
+                    found[name] = d.to(dtype)
+        else:
+            trained = {n: step.parameters.get(n, p) for n, p in step.own.items() if p.requires_grad}
+            sums = step.network.sums(trained, self.program.forward, step.sure)
+            found = sums.finish(weight_gradients(terms, step.divisor, sums.take))
+            value = step.network.world.sum(value)
         step.used.update(found)
-        step.network.reentrant = bool(step.network.reentrant)
+        if terms:
+            step.network.reentrant = bool(step.network.reentrant)
         return value, found
+
+    def _terms(self, step: Step) -> tuple[Tensor, list[Any]]:
+        """This process's share of the objective and its terms."""
+        if not _takes_part(step):
+            return step.zero, []
+        recipe = self.recipe(step)
+        return next(recipe), list(recipe)
 
     def value(
         self,

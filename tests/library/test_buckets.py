@@ -1,5 +1,6 @@
 """Sums of gradients over processes begin while others are made, in one order whatever each process computed."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import ibp_triton as ibp
 from ibp_triton import world
 from ibp_triton.backends.torch.dense import Dense
+from ibp_triton.backends.torch.sync_batch_norm import Synchronised
 from tests.library.comparing import error, example
 
 WIDTHS = (5, 6, 7, 4, 3)
@@ -66,6 +68,7 @@ def test_a_sum_begins_before_the_last_weight_gradient_is_made(method, monkeypatc
     events, made = [], Dense.param_vjp
     network = ibp.Network(perceptron())
     network.world = Alone(events)
+    network._synchronised = Synchronised(network.world, False)
     x, y = batch()
     expected = method.gradients(perceptron(), x, y)[1]
     method.gradients(network, x, y)  # a first step may be taken back, and sends nothing early
@@ -91,13 +94,24 @@ def test_a_sum_begins_before_the_last_weight_gradient_is_made(method, monkeypatc
     assert sum(event[1] for event in events if event[0] == "sent") == sum(sizes)
 
 
-def test_sums_wait_for_the_end_where_batch_norms_add_up_too():
-    events = []
-    sums = Alone(events).sums(dict(perceptron().named_parameters()), early=False)
-    for name, p in reversed(sums.parameters.items()):
-        sums.take(name, torch.ones_like(p))
-    assert not events
-    assert all(bool((g == 1).all()) for g in sums.finish({}).values())
+@pytest.mark.parametrize("normalised", [True, False])
+def test_sums_wait_for_the_end_where_batch_norms_add_up_in_between(monkeypatch, normalised):
+    monkeypatch.setattr(world, "SMALLEST", 50)
+    events, (x, y) = [], batch()
+    model = nn.Sequential(nn.Linear(5, 20), nn.BatchNorm1d(20).train(normalised), nn.Linear(20, 3)).double()
+    network = ibp.Network(model)
+    alone = network.world = Alone(events)
+    network._synchronised = Synchronised(alone, True)
+    network.interface = replace(network.interface, within=network._synchronised)
+    ibp.LossIBP(0.1).gradients(network, x, y)
+    events.clear()
+    monkeypatch.setattr(Alone, "sum", lambda self, value: (events.append(("summed",)), value)[1])
+    ibp.LossIBP(0.1).gradients(network, x, y)
+    kinds = [event[0] for event in events]
+    first, last = kinds.index("sent"), len(kinds) - 1 - kinds[::-1].index("sent")
+    assert "summed" not in kinds[first:last]
+    assert normalised == ("summed" in kinds[:first])
+    assert kinds[last + 1 :] == ["waited"] * kinds.count("sent") + ["summed"]
 
 
 class Branching(nn.Module):

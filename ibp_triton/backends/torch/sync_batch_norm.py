@@ -126,12 +126,13 @@ class SyncBatchNorm(Normalisation):
         return self._mean(u * v)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Synchronised:
     """While a model runs in it: its nn.SyncBatchNorm, and all other batch norms where ``every``, see all processes."""
 
     world: World
     every: bool
+    met: bool = False  # whether one has
 
     def applies(self, model: nn.Module) -> bool:
         """Whether the model has a batch norm that it changes."""
@@ -144,7 +145,7 @@ class Synchronised:
         for module in own:  # torch's own forward refuses CPUs and hides its sums from the sweeps
             module.forward = partial(self._forward, module)  # type: ignore[method-assign]
         try:
-            with _Mode(self.world) if self.every else nullcontext():
+            with _Mode(self.world, self) if self.every else nullcontext():
                 yield
         finally:
             for module in own:
@@ -152,7 +153,7 @@ class Synchronised:
 
     def _forward(self, module: nn.SyncBatchNorm, input: Tensor) -> Tensor:
         group = module.process_group
-        with _Mode(self.world if group is None else World(group)):
+        with _Mode(self.world if group is None else World(group), self):
             return _BatchNorm.forward(module, input)
 
 
@@ -161,18 +162,18 @@ def _own(model: nn.Module) -> list[nn.SyncBatchNorm]:
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, owner: Synchronised) -> None:
         super().__init__()
-        self.world = world
+        self.world, self.owner = world, owner
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.batch_norm:
             return func(*args, **(kwargs or {}))
-        return _batch_norm(self.world, *args, **(kwargs or {}))
+        return _batch_norm(self, *args, **(kwargs or {}))
 
 
 def _batch_norm(
-    world: World,
+    mode: _Mode,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -184,4 +185,5 @@ def _batch_norm(
 ) -> Tensor:
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    return sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, world)
+    mode.owner.met = True
+    return sync_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, mode.world)
