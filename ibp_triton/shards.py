@@ -61,7 +61,7 @@ class Shards:
     def __init__(self, model: nn.Module, world: World) -> None:
         self.model, self.world = model, world
         self._blocks: list[Any] = []  # one module of each
-        self._block_of: dict[Any, int] = {}
+        self._block_of: dict[Any, int | None] = {}  # of a module; None for one without parameters of its own
         self._block: dict[str, int] = {}  # of a parameter
         self._names: list[list[str]] = []  # of the parameters of each
         self._open: set[int] = set()
@@ -89,12 +89,14 @@ class Shards:
                     f"parameter '{name}' would be gathered as {p.dtype}: leave mp_policy= of fully_shard out"
                 )
         if not found:
+            self._block_of[module] = None
             return
-        self._block_of[module] = len(self._blocks)
-        self._block |= dict.fromkeys(found, len(self._blocks))
-        self._blocks.append(module)
-        self._names.append(list(found))
-        self.own |= found
+        self._block_of[module] = self._block.get(next(iter(found)), len(self._blocks))
+        if self._block_of[module] == len(self._blocks):
+            self._block |= dict.fromkeys(found, len(self._blocks))
+            self._blocks.append(module)
+            self._names.append(list(found))
+            self.own |= found
 
     def pieces(self) -> dict[str, nn.Parameter]:
         """{name: parameter} as an optimizer has them."""
@@ -147,7 +149,9 @@ class Shards:
                 hooks[key] = hook
             self.close()
 
-    def _enter(self, block: int, *_: Any) -> None:
+    def _enter(self, block: int | None, *_: Any) -> None:
+        if block is None:
+            return
         self._gather(block)
         for name in self._names[block]:
             if self.model.get_parameter(name) is not self.own[name]:
@@ -155,8 +159,9 @@ class Shards:
                     f"this version of torch gathers '{name}' into another tensor each time: use torch 2.13"
                 )
 
-    def _leave(self, block: int, *_: Any) -> None:
-        self._close(block)
+    def _leave(self, block: int | None, *_: Any) -> None:
+        if block is not None:
+            self._close(block)
 
 
 def _replace(hooks: dict[int, Any], own: Any) -> list[tuple[dict[int, Any], int, Any]]:

@@ -56,7 +56,7 @@ class Transformer(nn.Module):
 
 
 class Twisted(nn.Module):
-    """Used twice, computed from parameters, frozen, unused, tied, and left whole."""
+    """Used twice, computed from parameters, frozen, unused, tied, and left whole; beside a part of parts."""
 
     def __init__(self):
         super().__init__()
@@ -65,14 +65,14 @@ class Twisted(nn.Module):
         self.twice, self.frozen = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.tied, self.unused = nn.Linear(WIDTH, WIDTH), nn.Linear(2, 2)
         self.tied.weight = self.twice.weight
-        self.conv, self.out = nn.Conv1d(4, 5, 3), nn.Linear(30, 3)
+        self.conv, self.out = nn.Sequential(nn.Conv1d(4, 5, 3), nn.Tanh()), nn.Linear(30, 3)
         self.frozen.requires_grad_(False)
 
     def forward(self, x):
         a = self.first(x.flatten(1)).tanh()
         a = self.frozen(self.twice(self.twice(a).tanh()).tanh()).tanh()
         a = self.conv(self.tied(a).tanh().unflatten(1, (4, 8)))
-        return self.out(a.tanh().flatten(1))
+        return self.out(a.flatten(1))
 
 
 class Copied(Transformer):
@@ -89,7 +89,7 @@ def sharded(model):
             fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
     fully_shard([model.twice, model.tied])
-    for part in (model.first, model.frozen, model.conv, model.unused):
+    for part in (model.first, model.frozen, model.conv[0], model.conv, model.unused):
         fully_shard(part)
     return model
 
