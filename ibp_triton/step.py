@@ -319,7 +319,7 @@ class CapturedStep(EagerStep):
         return found(batch, self.method)
 
     def eager(self, batch: Any, method: Method) -> Parts:
-        """The step that a capture records, ``batch`` being the four arguments of a step."""
+        """The step of this method that a capture records, ``batch`` being the four arguments of a step."""
         own, self.method = self.method, method
         try:
             return super().__call__(*batch)
