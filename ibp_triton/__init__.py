@@ -24,6 +24,8 @@ from ibp_triton.methods import (
     TangentBP,
 )
 from ibp_triton.network import Network
+from ibp_triton.replicas import ReplicatedNetwork
+from ibp_triton.replicated_step import ReplicatedStep
 from ibp_triton.step import CapturedStep, CompiledStep, EagerStep
 from ibp_triton.tangents import lie_tangents
 
@@ -45,6 +47,8 @@ __all__ = [
     "PGDTraining",
     "Parts",
     "PredictionIBP",
+    "ReplicatedNetwork",
+    "ReplicatedStep",
     "Robustness",
     "TangentBP",
     "attacks",

@@ -102,13 +102,17 @@ class EagerStep:
         return parts._replace(loss=parts.loss.detach())
 
     def _update(self) -> None:
+        self._finish_gradients()
+        self.optimizer.step()
+
+    def _finish_gradients(self) -> None:
+        """What becomes of them between the last batch and the optimizer."""
         own = self.network.parameters()
         if self.reduce is not None:
             for name, g in self.reduce({n: p.grad for n, p in own.items() if p.grad is not None}).items():
                 own[name].grad = g
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(own.values(), self.clip_norm)
-        self.optimizer.step()
 
     def _key(self, x: Tensor, y: Any, tangents: Any, extra: Any) -> tuple[Any, ...]:
         """What the tensor operations of a gradient depend on, but for the numbers that they get."""

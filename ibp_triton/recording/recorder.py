@@ -72,6 +72,8 @@ class Recorder(TorchFunctionMode):
         self._history = History(self.own.values())
         self._running = Running(settings.model)
         self._level = level()
+        for buffer in settings.model.buffers() if self._level is not None else ():  # those that vmap has put there
+            self.memory.track(buffer, None)
         self._call = Call()
         self._casting = False
         floats = settings.model.buffers() if settings.dtype is not None else ()

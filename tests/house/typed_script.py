@@ -29,8 +29,14 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
         ibp.CompiledStep(model, method.at(beta=0.01), optimizer, clip_norm=1.0),
         ibp.CapturedStep(network, rivals[0], optimizer),
     ]
+    replicas = ibp.ReplicatedNetwork([model, nn.Linear(3, 2)], seeds=[0, 1])
+    replicas.seed(range(2))
+    rates = [torch.optim.SGD(own.model.parameters(), lr=0.1) for own in replicas.networks]
+    together = ibp.ReplicatedStep(replicas, rivals[:2], rates, clip_norm=2.0, reduce=lambda gradients: gradients)
+    together.methods = [method.at(beta=0.1), method]
     total = 0.0
     for x, y in batches:
+        total += float(together(x, y, each=True).loss.sum())
         loss: Tensor = method(network, x, y, tangents=ibp.lie_tangents(x), extra={"mask": x})
         parts: ibp.Parts = method.parts(model, x, y)
         penalty: Tensor | None = parts.penalty
