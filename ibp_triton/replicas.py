@@ -75,7 +75,7 @@ class ReplicatedNetwork:
         if len(seeds) != len(self):
             raise InputError(f"{len(self)} replicas need as many seeds, not {len(seeds)}")
         device = next(iter(self.parameters.values())).device
-        self.states = [_seeded(int(seed), device) for seed in seeds]
+        self.states = [seeded(int(seed), device) for seed in seeds]
 
     def gather(self) -> None:
         """Stack what the models have now: at first, and where one has got other tensors than its views.
@@ -138,7 +138,7 @@ def _stacked(each: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _seeded(seed: int, device: torch.device) -> RandomState:
+def seeded(seed: int, device: torch.device) -> RandomState:
     """As after ``torch.manual_seed``, which seeds every device alike."""
     cuda = torch.Generator(device).manual_seed(seed).get_state() if device.type == "cuda" else None
     return RandomState(torch.Generator().manual_seed(seed).get_state(), cuda)

@@ -135,6 +135,12 @@ def _check_labels(method: Method, inputs: Inputs, logits: Tensor) -> None:
         check_labels(y, z, criterion.ignored)
 
 
+def structure(method: Method) -> tuple[Any, ...]:
+    """What methods share that can be trained together: their class and fields, of a strength whether it is 0."""
+    values = ((field, getattr(method, field.name)) for field in fields(method))
+    return type(method), *(none(value) if field.type == "Strength" else value for field, value in values)
+
+
 def _strengths(methods: Sequence[Method], x: Tensor) -> Tensors:
     """The numbers in which they differ, [R] each, in float32 at least.
 

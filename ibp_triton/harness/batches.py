@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,12 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self._labels)
+
+    def of(self, seeds: Seeds) -> Batches:
+        """The same set in the order of other seeds."""
+        other = copy(self)
+        other._seeds = seeds
+        return other
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """Batches of epoch `number` (from 0), the last one smaller if the set does not divide."""

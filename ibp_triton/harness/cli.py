@@ -44,7 +44,7 @@ from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.doctor import doctor
 from ibp_triton.harness.executors import torchrun
 from ibp_triton.harness.executors.choosing import OPTIONS, choose
-from ibp_triton.harness.executors.desk import Executor
+from ibp_triton.harness.executors.desk import Executor, beside
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.kernel_report import kernels
 from ibp_triton.harness.launch import (
@@ -159,7 +159,8 @@ def _train(plan: ExperimentFile, job: Job, execute: Executor, folder: Path, boar
         _warn_of_precision(job, console)
     try:
         download(job)
-        with Progress(console, job.runs, left, execute.width, job.evaluate) as progress:
+        width = execute.width * max((beside(run, len(left), execute.width) for run in job.runs[:1]), default=1)
+        with Progress(console, job.runs, left, width, job.evaluate) as progress:
             failures = launch(job, execute, log.listening(job.runs, progress))
         for each in job.runs if boards else ():
             log.finished(each)

@@ -127,7 +127,8 @@ class Training(Strict):
 
     `optimizer` is another class of torch.optim with its own options, `lr` among them, in the place of `learning_rate`,
     `momentum`, `dampening` and `weight_decay`, which are the options of the paper's descent. `compile` trains by one
-    compiled graph a step, on the CPU, after comparing it with the eager step.
+    compiled graph a step, on the CPU, after comparing it with the eager step. `replicas` runs of one structure are
+    trained side by side, at most; auto: so many that every worker has some.
     """
 
     epochs: Count = 80
@@ -146,6 +147,7 @@ class Training(Strict):
     test_every: Annotated[int, Field(ge=0)] = 0
     device: str = "cpu"
     compile: bool = False
+    replicas: Count | Literal["auto"] = 1
 
     @property
     def rate(self) -> float:
@@ -179,6 +181,8 @@ class Training(Strict):
     def _compiles(self) -> Training:
         if self.compile and self.device != "cpu":
             raise ValueError(f"compile: true is for device: cpu, not {self.device}; leave one of the two out")
+        if self.compile and self.replicas != 1:
+            raise ValueError("compile: true is for runs trained alone; leave it out, or replicas")
         return self
 
 

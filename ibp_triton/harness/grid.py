@@ -17,13 +17,17 @@ from ibp_triton.harness.config import Data, Experiment, NetworkChoice, Seeds, Ta
 from ibp_triton.harness.loading import ExperimentFile
 from ibp_triton.harness.rows import MethodRow, from_stored, kinds, numbers, scheduled, stored
 from ibp_triton.harness.schedule import CONSTANT, RATE, Schedule
+from ibp_triton.vmapped import structure
 
+PLACE = ("device", "replicas")  # of the training: where and beside whom, which decides no result
 FILTERS = ("method", "row", "variant", "seed", "parameter")
 
 
 @dataclass(frozen=True)
 class Run:
     """One training run, resolved; `variant`, `row` and `axes` only label it and are no part of its identity.
+
+    `beside` are the runs that are trained side by side with it; they have none.
 
     `axes` are the fields of the method that have several values in its row.
     `folder` is the name of the run's folder where that is not the one its config gives, as `provenance.settle` finds.
@@ -41,6 +45,18 @@ class Run:
     schedule: Schedule = CONSTANT  # of the numbers that this run has
     folder: str = ""
     axes: tuple[str, ...] = ()
+    beside: tuple[Run, ...] = ()
+
+    @property
+    def together(self) -> tuple[Run, ...]:
+        """It and the runs beside it, each as if alone."""
+        return (replace(self, beside=()), *self.beside) if self.beside else (self,)
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What runs must share to be trained side by side: all but their seeds and strengths."""
+        sections = (self.data, self.network, self.training, self.tangents)
+        return *map(_text, sections), self.track_cosine, self.schedule.plain(), structure(self.method)
 
     def config(self) -> dict[str, Any]:
         """Everything that decides the result, as plain values (no folders of data sets, no device)."""
@@ -52,7 +68,7 @@ class Run:
             "data": _text(self.data, "dir"),
             "network": _text(self.network),
             # an option younger than stored runs counts only where it is set: they keep their names
-            "training": _text(self.training, "device", *(() if self.training.compile else ("compile",))),
+            "training": _text(self.training, *PLACE, *(() if self.training.compile else ("compile",))),
             "method": _method_text(self.method),
             "tangents": _text(self.tangents) if self.method.needs_tangents else "null",
             "seeds": _text(self.seeds),

@@ -21,7 +21,8 @@ from ibp_triton.harness.executors.local import Local
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.team import ALONE, Team
 from ibp_triton.harness.threads import one_thread
-from ibp_triton.harness.train import train
+from ibp_triton.harness.train import Shared, course
+from ibp_triton.harness.turns import Course, Row, alone
 
 ERROR = "error.txt"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -55,7 +56,8 @@ def launch(job: Job, executor: Executor | int, listen: Listener) -> list[str]:
     pending = list({run.name: run for run in job.runs if not finished(job, run)}.values())
     failures: dict[str, Event] = {}
     execute = Local(executor) if isinstance(executor, int) else executor
-    conduct(job, execute, Desk(pending, listen, failures))
+    width = execute.width if any(run.training.replicas == "auto" for run in pending) else 1
+    conduct(job, execute, Desk(pending, listen, failures, width))
     unfit = {event["message"] for event in failures.values() if event.get("unfit")}
     if len(unfit) == 1 and len(failures) == len(pending):
         raise LaunchError(unfit.pop())
@@ -131,6 +133,26 @@ def _remaining(folder: Path, run: Run) -> float:
 
 
 def _one(job: Job, run: Run, listen: Listener, *, team: Team = ALONE) -> None:
+    """Train and evaluate one run, or one and those beside it."""
+    if run.beside:
+        _row(job, run.together, listen)
+    else:
+        alone(_course(job, run, listen, team), team)
+
+
+def _row(job: Job, runs: Sequence[Run], listen: Listener) -> None:
+    """Runs side by side; where a step of theirs fails each goes on alone, so that the one at fault fails alone."""
+    shared: Shared = {}
+    with one_thread():
+        left, error = Row([_course(job, run, listen, ALONE, shared) for run in runs]).run()
+    if error is not None:
+        message = f"side by side: {_reason(error)['message']}; each of these runs goes on alone"
+        listen({"kind": "note", "run": runs[left[0]].name, "message": message})
+    for number in left:
+        _one(job, runs[number], listen)
+
+
+def _course(job: Job, run: Run, listen: Listener, team: Team, shared: Shared | None = None) -> Course[None]:
     """Train and evaluate one run; whatever its files, model or data raise, the other runs go on."""
     folder = job.root / run.name
     try:
@@ -140,8 +162,9 @@ def _one(job: Job, run: Run, listen: Listener, *, team: Team = ALONE) -> None:
                 return listen({"kind": "busy", "run": run.name})
             if not finished(job, run):
                 listen({"kind": "start", "run": run.name})
-                listen({"kind": "done", "run": run.name, **_trained(run, folder, job, listen, team)})
-    except KeyboardInterrupt:
+                result = yield from _trained(run, folder, job, listen, team, shared)
+                listen({"kind": "done", "run": run.name, **result})
+    except (KeyboardInterrupt, GeneratorExit):
         raise
     except PrunedError:
         listen({"kind": "pruned", "run": run.name})
@@ -155,7 +178,9 @@ def _one(job: Job, run: Run, listen: Listener, *, team: Team = ALONE) -> None:
         listen({"kind": "failed", "run": run.name, **_reason(error)})
 
 
-def _trained(run: Run, folder: Path, job: Job, listen: Listener, team: Team) -> store.Record:
+def _trained(
+    run: Run, folder: Path, job: Job, listen: Listener, team: Team, shared: Shared | None
+) -> Course[store.Record]:
     def report(record: store.Record) -> None:
         listen({"kind": "epoch", "run": run.name, **record})
         if job.is_hopeless and job.is_hopeless(run, record):
@@ -172,7 +197,7 @@ def _trained(run: Run, folder: Path, job: Job, listen: Listener, team: Team) -> 
     result = store.result(folder)
     if result is None and (folder / store.RESULT).exists():
         say(f"{folder / store.RESULT}: damaged, or of another run; the run counts as not finished")
-    result = result or train(run, folder, report, job.data_dir, say, team)
+    result = result or (yield from course(run, folder, report, job.data_dir, say, team, shared))
     if not evaluate.done(folder, job.evaluate):
         tell(0.0)
         evaluate.evaluate(run, folder, job.evaluate, job.data_dir, tell)

@@ -6,9 +6,8 @@ import math
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,11 @@ from ibp_triton.harness.schedule import RATE
 from ibp_triton.harness.sources import Examples
 from ibp_triton.harness.streams import derive
 from ibp_triton.harness.team import ALONE, Team
+from ibp_triton.harness.turns import Course, Turn, Watch, alone
 
 Report = Callable[[store.Record], None]
 Say = Callable[[str], None]
+Shared = dict[int, tuple[Dataset, Batches]]  # by subset seed
 PROBE = 256
 _RATIOS: dict[tuple[object, ...], float] = {}
 
@@ -56,17 +57,30 @@ def train(
     holds the folder's lock, and is process 0 of `team`. Raises DataError and NetworkError, and LaunchError for a team
     that breaks up.
     """
-    dataset = _data(run, data_dir)
+    return alone(course(run, folder, report, data_dir, say, team), team)
+
+
+def course(
+    run: Run,
+    folder: Path,
+    report: Report,
+    data_dir: str | None = None,
+    say: Say = warn,
+    team: Team = ALONE,
+    shared: Shared | None = None,
+) -> Course[store.Record]:
+    """What `train` does, as a course of steps that others make; `shared` are the data of runs beside this one."""
+    dataset, batches = _batches(run, data_dir, team, {} if shared is None else shared)
     state = restore(run, folder, start(run, dataset), say)
     store.write_json(folder / store.CONFIG, provenance.config(run), last=False)
     several = {"processes": team.size} if team.size > 1 else {}
-    store.write_json(folder / store.ENVIRONMENT, {**store.environment(), **several}, last=False)
-    batches = _batches(run, dataset, team)
+    store.write_json(folder / store.ENVIRONMENT, {**store.environment(), **several, **_beside(run)}, last=False)
     _check_team(run, team)
     team.call((run, data_dir))
     with team.together():
         team.spread((_tensors(run, state), state.metrics))
-        for epoch, record in _epochs(run, state, batches, team):
+        for epoch in range(len(state.metrics), run.training.epochs):
+            record = yield from _epoch(run, state, batches, epoch, team)
             if _is_test_epoch(run, epoch):
                 record |= errors(state.model, dataset, run.training.channels_last)
             if run.track_cosine and hasattr(run.method, "semantics"):
@@ -77,35 +91,37 @@ def train(
     return finish(run, folder, state, dataset)
 
 
+def _beside(run: Run) -> store.Record:
+    return {"replicas": run.training.replicas} if run.training.replicas != 1 else {}
+
+
 def assist(run: Run, team: Team, data_dir: str | None = None) -> None:
     """Do this process's share of what `train` does in process 0, from the state that it has; nothing is written."""
     with team.together():
-        dataset = _data(run, data_dir)
-        state = start(run, dataset)
-        _take(run, state, *team.spread())
-        for _ in _epochs(run, state, _batches(run, dataset, team), team):
-            pass
+        alone(_assisting(run, team, data_dir), team)
 
 
-def _data(run: Run, data_dir: str | None) -> Dataset:
-    return data.load(run.data.found_in(data_dir), run.seeds.subset).to(torch.device(run.training.device))
+def _assisting(run: Run, team: Team, data_dir: str | None) -> Course[None]:
+    dataset, batches = _batches(run, data_dir, team, {})
+    state = start(run, dataset)
+    _take(run, state, *team.spread())
+    for epoch in range(len(state.metrics), run.training.epochs):
+        yield from _epoch(run, state, batches, epoch, team)
 
 
-def _batches(run: Run, dataset: Dataset, team: Team) -> Batches:
-    tangents = run.tangents if run.method.needs_tangents else None
-    return Batches(dataset, run.training, run.seeds, tangents, team.share)
+def _batches(run: Run, data_dir: str | None, team: Team, shared: Shared) -> tuple[Dataset, Batches]:
+    """The data of a run; those of a subset seed are loaded once for all runs that share them."""
+    if run.seeds.subset not in shared:
+        dataset = data.load(run.data.found_in(data_dir), run.seeds.subset).to(torch.device(run.training.device))
+        tangents = run.tangents if run.method.needs_tangents else None
+        shared[run.seeds.subset] = dataset, Batches(dataset, run.training, run.seeds, tangents, team.share)
+    dataset, batches = shared[run.seeds.subset]
+    return dataset, batches.of(run.seeds)
 
 
 def _check_team(run: Run, team: Team) -> None:
     if team.size > 1 and run.training.compile:
         raise LaunchError("training.compile is for one process: leave it out, or torchrun")
-
-
-def _epochs(run: Run, state: State, batches: Batches, team: Team) -> Iterator[tuple[int, store.Record]]:
-    """Each epoch that is left, as it is trained."""
-    steps = _steps(run, state, team)
-    for epoch in range(len(state.metrics), run.training.epochs):
-        yield epoch, _epoch(run, steps, state, batches, epoch, team)
 
 
 def start(run: Run, dataset: Dataset) -> State:
@@ -135,48 +151,31 @@ def _optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _steps(run: Run, state: State, team: Team) -> tuple[ibp.EagerStep, ibp.EagerStep]:
-    """The step of a batch, and that of an epoch's smaller last one, never compiled: a resumed run would differ."""
-    group, dtype = team.group, models.PRECISIONS[run.training.precision]
-    network = ibp.Network(state.model, dtype=dtype, process_group=group, sync_batchnorm=group is not None)
-    doubled = run.method.key == "at" and run.training.at_gradient == "sum"
-    kinds = (ibp.CompiledStep if run.training.compile else ibp.EagerStep, ibp.EagerStep)
-    whole, rest = (kind(network, run.method, state.optimizer, reduce=_twice if doubled else None) for kind in kinds)
-    return whole, rest
-
-
-def _twice(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sum of AT's two gradients instead of their mean."""
-    return {name: 2.0 * g for name, g in gradients.items()}
-
-
-def _epoch(
-    run: Run, steps: tuple[ibp.EagerStep, ...], state: State, batches: Batches, epoch: int, team: Team
-) -> store.Record:
+def _epoch(run: Run, state: State, batches: Batches, epoch: int, team: Team) -> Course[store.Record]:
     rate, method = run.rate_in(epoch), run.method_in(epoch)
-    for step in steps:
-        step.method = method
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    torch.manual_seed(derive(run.seeds.order, "step", epoch, *([team.rank] if team.rank else [])))
     state.model.train()
-    whole = min(run.training.batch_size, len(batches))
-    if isinstance(steps[0], ibp.CompiledStep):  # before the first batch, so that a resumed run has the same bits
-        batch = batches.first(whole)
-        steps[0].prepare(batch.x, batch.labels, batch.tangents)
-    clock = _clock(run)
-    begin, wall = clock(), time.perf_counter()
+    seed = derive(run.seeds.order, "step", epoch, *([team.rank] if team.rank else []))
+    place = run.seeds.subset, run.seeds.order, epoch
+    turn = Turn(run, state.model, state.optimizer, method, batches.first(run.training.batch_size), place, seed)
+    yield turn
+    watch = Watch(run.training.device)
     total = torch.zeros((), device=next(state.model.parameters()).device)
     sound, count = torch.zeros_like(total), 0  # steps until the objective was no number, and all
     for batch in batches.epoch(epoch):
-        step = steps[batch.size < whole]
-        total += batch.size * step(batch.x, batch.labels, batch.tangents).loss
-        sound, count = sound + total.isfinite(), count + 1
+        watch.stop()
+        answer = yield replace(turn, batch=batch, seed=None)
+        watch.go()
+        assert answer is not None
+        total += batch.size * answer.loss
+        sound, count = sound + answer.loss.isfinite(), count + 1
+        watch.add(answer)
     loss = float(total) / len(batches)
+    watch.stop()
     shown = loss if math.isfinite(loss) else None
-    seconds, wall = clock() - begin, time.perf_counter() - wall
     record = {name: getattr(method, name) for name in run.schedule.root if name != RATE}
-    record |= {"epoch": epoch + 1, "loss": shown, "seconds": seconds, "wall_seconds": wall, "learning_rate": rate}
+    record |= {"epoch": epoch + 1, "loss": shown, "learning_rate": rate, **watch.record()}
     if shown is None or not _is_finite(state.model):
         record["diverged_step"] = epoch * count + min(int(sound) + 1, count)
     return record
@@ -184,11 +183,6 @@ def _epoch(
 
 def _is_finite(model: nn.Module) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
-
-
-def _clock(run: Run) -> Callable[[], float]:
-    """CPU seconds of the process, which a busy machine does not stretch; wall-clock seconds on an accelerator."""
-    return time.process_time if run.training.device == "cpu" else time.perf_counter
 
 
 def _is_test_epoch(run: Run, epoch: int) -> bool:

@@ -192,7 +192,7 @@ class TrialDesk(Desk):
 
     def __init__(self, trials: Trials, listen: Listener, failures: dict[str, Event]) -> None:
         super().__init__(trials.left_behind(), listen, failures)
-        self._trials = trials
+        self._trials, self._alone = trials, set(self._runs)  # what is asked for next depends on how one ends
 
     def __len__(self) -> int:
         return super().__len__() + len(self._trials)

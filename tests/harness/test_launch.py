@@ -89,9 +89,9 @@ def test_one_failing_run_does_not_stop_the_others(tree: Tree, write: Write, tmp_
             raise KeyError("out of luck")
         return original(run, *rest)
 
-    original = train.train
+    original = train.course
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ibp_triton.harness.launch.train", refuse)
+        patch.setattr("ibp_triton.harness.launch.course", refuse)
         failures = launch(task, 1, lambda _: None)
     assert failures == [f"{task.runs[1].name}: KeyError: 'out of luck'"]
     assert "out of luck" in (tmp_path / task.runs[1].name / "error.txt").read_text(encoding="utf-8")
@@ -159,14 +159,14 @@ class OddError(BaseException):
 def test_whatever_a_run_raises_the_others_go_on(
     tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    task, original = job(write(tree), tmp_path), train.train
+    task, original = job(write(tree), tmp_path), train.course
 
     def refuse(run: grid.Run, *rest: Any) -> store.Record:
         if run.name == task.runs[1].name:
             raise error
         return original(run, *rest)
 
-    monkeypatch.setattr("ibp_triton.harness.launch.train", refuse)
+    monkeypatch.setattr("ibp_triton.harness.launch.course", refuse)
     assert launch(task, 1, lambda _: None) == [f"{task.runs[1].name}: {type(error).__name__}: {error}"]
     assert len(list(tmp_path.glob(f"*/{store.RESULT}"))) == 3
 

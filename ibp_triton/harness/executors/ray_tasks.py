@@ -144,9 +144,10 @@ class _Fleet:
         gone = isinstance(error, reasons.NodeDiedError | reasons.ObjectLostError)
         reason = "its node died" if gone else f"its Ray worker died ({type(error).__name__})"
         self._deaths[run.name] += not gone
-        self._lost.add(run.name)
+        self._lost |= {one.name for one in run.together}
         if self._deaths[run.name] >= DEATHS:
             text = f"{reason} while it trained this run, as one before"
             return self._desk.hear({"kind": "failed", "run": run.name, "message": text})
         self._desk.hear({"kind": "note", "run": run.name, "message": f"{reason}; another one takes this run up"})
-        self._send(run, PATIENCE)
+        for one in run.together:  # each alone: one of several may be what ends a worker
+            self._send(one, PATIENCE)

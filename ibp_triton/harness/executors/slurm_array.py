@@ -44,14 +44,15 @@ class Slurm:
             runs.append(run)
         if not runs:
             return
-        elements = [Element(Parcel.of(do, runs[k::MOST])) for k in range(min(MOST, len(runs)))]
+        shares = [runs[k::MOST] for k in range(min(MOST, len(runs)))]
+        elements = [Element(Parcel.of(do, [one for run in share for one in run.together])) for share in shares]
         jobs = self._submitted(elements)
         array = str(jobs[0].job_id).partition("_")[0]
         output = f"{self.folder.resolve() / array}_*_log.out"
         told = f"submitted as job {array}, {len(jobs)} elements; their output: {output}"
         desk.hear({"kind": "note", "run": "", "message": told})
-        for run in runs:
-            desk.hear({"kind": "busy", "run": run.name})
+        for one in (one for run in runs for one in run.together):
+            desk.hear({"kind": "busy", "run": one.name})
 
     def _submitted(self, elements: list[Element]) -> list[Any]:
         try:

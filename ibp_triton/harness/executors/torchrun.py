@@ -42,7 +42,8 @@ class Torchrun:
         """Do them all."""
         ranks = self._team
         while run := desk.next():
-            do(_placed(run), desk.hear, team=ranks)
+            for one in run.together:
+                do(_placed(one), desk.hear, team=ranks)
         ranks.call(None)
         dist.destroy_process_group()
 
