@@ -52,7 +52,7 @@ class Run:
         """It and the runs beside it, each as if alone."""
         return (replace(self, beside=()), *self.beside) if self.beside else (self,)
 
-    @property
+    @cached_property
     def structure(self) -> tuple[Any, ...]:
         """What runs must share to be trained side by side: all but their seeds and strengths."""
         sections = (self.data, self.network, self.training, self.tangents)

@@ -1,5 +1,6 @@
-"""The kernels as torch operators with fake implementations and derivatives."""
+"""The kernels as torch operators with fake implementations, derivatives and rules for vmap."""
 
+from ibp_triton.ops import batching as _batching  # noqa: F401 - registers them
 from ibp_triton.ops import derivatives as _derivatives  # noqa: F401 - registers them
 from ibp_triton.ops.operators import (
     avg_pool2d,

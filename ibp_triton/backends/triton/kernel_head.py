@@ -1,7 +1,6 @@
 """The loss head on Triton kernels, with the functions of ``ibp_triton.head``: each one a launch.
 
-Coefficients (β, ε) are numbers here, or 0-d tensors that kernels read where they lie; no gradient or vmap runs through
-them.
+Coefficients (β, ε) are numbers here, or 0-d tensors that kernels read where they lie; no gradient runs through them.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from ibp_triton import head, ops
 from ibp_triton.backends.triton.lower import reads_signs
 from ibp_triton.graph import Graph
+from ibp_triton.layer import wrapped
 from ibp_triton.ops.operators import apart
 from ibp_triton.seeds import Absolute, Seed
 
@@ -86,4 +86,5 @@ def _rows(u: Tensor) -> Tensor:
     """[N, ...] dense, or a small [T, N, M] as [T · N, M]."""
     if u.dim() == 3:
         return u.contiguous().flatten(0, 1)
-    return u if u.dim() == 4 and u.is_contiguous(memory_format=torch.channels_last) else u.contiguous()
+    last = u.dim() == 4 and not wrapped(u)  # vmap knows of one memory format alone
+    return u if last and u.is_contiguous(memory_format=torch.channels_last) else u.contiguous()

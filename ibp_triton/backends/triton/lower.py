@@ -23,7 +23,7 @@ from ibp_triton.backends.torch.structural import BatchedMap, Reshape
 from ibp_triton.graph import Graph, Node
 from ibp_triton.kernels.tiles import precision
 from ibp_triton.kernels.wgrad import MAX_SEGMENTS
-from ibp_triton.layer import Bilinear, Layer, Names, Product, Tangents, over
+from ibp_triton.layer import Bilinear, Layer, Names, Product, Tangents, over, wrapped
 from ibp_triton.ops.operators import apart
 from ibp_triton.seeds import Seed
 
@@ -270,11 +270,14 @@ def reads_signs(graph: Graph) -> bool:
 
 def _packed(x: Tensor) -> Tensor:
     """x without gaps."""
-    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    last = x.dim() == 4 and not wrapped(x)  # vmap knows of one memory format alone
+    dense = x.is_contiguous() or (last and x.is_contiguous(memory_format=torch.channels_last))
     return x if dense else x.contiguous()
 
 
 def _last(x: Tensor) -> Tensor:
+    if wrapped(x):
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -74,13 +74,13 @@ class Desk:
 
     def _others(self, run: Run) -> tuple[Run, ...]:
         """Those that are trained beside it, taken from the waiting ones."""
-        others, left = list[Run](), list[Run]()
+        others, left = list[Run](), deque[Run]()
         most = 1 if run.name in self._alone else beside(run, len(self._waiting) + 1, self._width)
-        for one in self._waiting if most > 1 else ():
-            fits = len(others) < most - 1 and one.name not in self._alone and one.structure == run.structure
-            (others if fits and self._known(one) is None else left).append(one)
-        if others:
-            self._waiting = deque(left)
+        while self._waiting and len(others) < most - 1:
+            one = self._waiting.popleft()
+            fits = one.name not in self._alone and one.structure == run.structure and self._known(one) is None
+            (others if fits else left).append(one)
+        self._waiting.extendleft(reversed(left))
         return tuple(others)
 
     def again(self, name: str) -> None:
