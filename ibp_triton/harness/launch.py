@@ -22,7 +22,7 @@ from ibp_triton.harness.grid import Run
 from ibp_triton.harness.team import ALONE, Team
 from ibp_triton.harness.threads import one_thread
 from ibp_triton.harness.train import Shared, course
-from ibp_triton.harness.turns import Course, Row, alone
+from ibp_triton.harness.turns import Course, SideBySide, alone
 
 ERROR = "error.txt"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -144,7 +144,7 @@ def _row(job: Job, runs: Sequence[Run], listen: Listener) -> None:
     """Runs side by side; where a step of theirs fails each goes on alone, so that the one at fault fails alone."""
     shared: Shared = {}
     with one_thread():
-        left, error = Row([_course(job, run, listen, ALONE, shared) for run in runs]).run()
+        left, error = SideBySide([_course(job, run, listen, ALONE, shared) for run in runs]).run()
     if error is not None:
         message = f"side by side: {_reason(error)['message']}; each of these runs goes on alone"
         listen({"kind": "note", "run": runs[left[0]].name, "message": message})

@@ -135,7 +135,7 @@ def alone(course: Course[T], team: Team = ALONE) -> T:
         return end.value  # type: ignore[no-any-return]
 
 
-class Row:
+class SideBySide:
     """Courses side by side: a step is made for all that wait for one, by one `ibp.ReplicatedStep`."""
 
     def __init__(self, courses: Sequence[Course[None]]) -> None:
