@@ -192,7 +192,7 @@ class TrialDesk(Desk):
 
     def __init__(self, trials: Trials, listen: Listener, failures: dict[str, Event]) -> None:
         super().__init__(trials.left_behind(), listen, failures)
-        self._trials, self._alone = trials, set(self._runs)  # what is asked for next depends on how one ends
+        self._trials = trials
 
     def __len__(self) -> int:
         return super().__len__() + len(self._trials)
@@ -203,6 +203,10 @@ class TrialDesk(Desk):
         if run is not None:
             self._runs[run.name] = run
         return run
+
+    def _others(self, run: Run) -> tuple[Run, ...]:
+        """None: what is tried next depends on how a trial ends."""
+        return ()
 
     def hear(self, event: Event) -> None:
         """Take in an event, pass it on, and tell Optuna."""
