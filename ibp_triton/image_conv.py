@@ -111,7 +111,7 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Any:
         ctx.save_for_backward(input, weight)
-        ctx.settings, ctx.bias = settings, bias is not None
+        ctx.settings = settings
         return F.conv2d(input, weight, bias, *settings)
 
     @staticmethod
@@ -119,9 +119,8 @@ class _Conv2d(torch.autograd.Function):
         (input, weight), (stride, padding, dilation) = ctx.saved_tensors, ctx.settings
         to_input, to_weight, to_bias = ctx.needs_input_grad[:3]
         again = torch.is_grad_enabled()  # derivatives of this derivative are wanted
-        sizes = [weight.shape[0]] if ctx.bias else None
         by_input, by_weight, by_bias = torch.ops.aten.convolution_backward(
-            d, input, weight, sizes, stride, padding, dilation, False, [0, 0], 1, [to_input and again, to_weight, False]
+            d, input, weight, None, stride, padding, dilation, False, [0, 0], 1, [to_input and again, to_weight, False]
         )
         if to_input and not again:
             by_input = data_gradient(d, weight, input.shape[2:], stride, padding, dilation)
