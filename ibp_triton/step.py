@@ -23,6 +23,7 @@ from ibp_triton.compiling import compiled, distance
 from ibp_triton.criteria import CrossEntropy, criterion_for
 from ibp_triton.errors import MethodError
 from ibp_triton.methods.base import Method, Parts
+from ibp_triton.methods.cost import none
 from ibp_triton.network import Network, network_for
 from ibp_triton.recording.snapshot import Snapshot
 
@@ -337,7 +338,7 @@ class CapturedStep(EagerStep):
         states = tuple(t.data_ptr() for t in self._state())
         places = tuple(p.data_ptr() for p in self.network.model.parameters())
         value = _value(self.method)
-        strength = id(value) if isinstance(value, Tensor) else value == 0  # for which some methods do less
+        strength = id(value) if isinstance(value, Tensor) else none(value)  # for which some methods do less
         return strength, numbers, states, places, tuple(b.data_ptr() for b in self.network.model.buffers()), _flags()
 
     def _state(self) -> list[Tensor]:
@@ -357,8 +358,7 @@ class _Captured:
 
     def __init__(self, step: CapturedStep, batch: Any) -> None:
         self._batch = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, batch)
-        zero = not isinstance(_value(step.method), Tensor) and _value(step.method) == 0
-        self._strength = {} if zero else _tensors(step.method, batch[0])
+        self._strength = {} if none(_value(step.method)) else _tensors(step.method, batch[0])
         graph = _graph()
         with _capturing(graph):
             self._parts = step.eager(self._batch, step.method.at(**self._strength))

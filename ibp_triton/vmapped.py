@@ -157,7 +157,7 @@ def _strengths(methods: Sequence[Method], x: Tensor) -> Tensors:
         if field.type != "Strength" or any(none(value) for value in values):
             what = "some are 0" if field.type == "Strength" else "only strengths may be tensors"
             raise MethodError(f"the methods differ in {field.name}: {what}")
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(x.dtype, torch.float32)
         found[field.name] = torch.stack([torch.as_tensor(v, dtype=dtype, device=x.device) for v in values])
     return found
 

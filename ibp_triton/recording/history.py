@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +13,12 @@ class History:
     """The tensors that graphs may end at without being leaves: results of unseen code, parameters with a history."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        copied = (p for p in parameters if p.grad_fn is not None)  # those of a copied scripted module
-        self._made: dict[Any, Tensor] = {p.grad_fn: p for p in copied}
+        self._parameters = parameters
+
+    @cached_property
+    def _made(self) -> dict[Any, Tensor]:
+        """By their last function; parameters have one in a copied scripted module."""
+        return {p.grad_fn: p for p in self._parameters if p.grad_fn is not None}
 
     def add(self, a: Tensor) -> None:
         """A tensor that unseen code made, a node from now on."""
