@@ -184,6 +184,16 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
 
 
+def stacked_like_first(parts: Sequence[Tensor]) -> Tensor:
+    """[R, ...], each part in the memory format of the first, one behind the other."""
+    first = parts[0]
+    numel, strides = first.numel(), torch.empty_like(first).stride()
+    whole = first.new_empty(len(parts) * numel).as_strided((len(parts), *first.shape), (numel, *strides))
+    for own, part in zip(whole, parts, strict=True):
+        own.copy_(part)
+    return whole
+
+
 def fold(t: Tensor, value: Tensor) -> Tensor:
     """[T, N, ...] as [T·N, ...]; [N, ...] as it is."""
     return t.flatten(0, 1) if t.dim() > value.dim() else t

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton.errors import InputError, ModelError
+from ibp_triton.layer import stacked_like_first
 from ibp_triton.network import Network
 from ibp_triton.randomness import RandomState
 from ibp_triton.recording.interface import Pick
@@ -129,11 +130,8 @@ def _check_alike(each: Sequence[Mapping[str, Tensor]]) -> None:
 
 def _stacked(each: Sequence[Tensor]) -> Tensor:
     """[R, ...], in the memory format of the first; the tensors become views of it."""
-    first = each[0].detach()
-    numel, strides = first.numel(), torch.empty_like(first).stride()
-    whole = first.new_empty(len(each) * numel).as_strided((len(each), *first.shape), (numel, *strides))
+    whole = stacked_like_first([a.detach() for a in each])
     for own, a in zip(whole, each, strict=True):
-        own.copy_(a.detach())
         a.data = own
     return whole
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ibp_triton.layer import stacked_like_first
 from ibp_triton.ops import operators as ops
 
 Rule = Callable[..., tuple[Any, Any]]
@@ -41,7 +42,7 @@ def each(operator: Any) -> Rule:
 
     def rule(info: Any, axes: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         found = [operator(*_own(args, axes, r), **kwargs) for r in range(info.batch_size)]
-        out = tree_map(lambda *parts: _stacked(parts), *found)
+        out = tree_map(lambda *parts: stacked_like_first(parts), *found)
         return out, tree_map(lambda _: 0, out)
 
     return rule
@@ -68,15 +69,6 @@ def _own(args: Any, axes: Any, r: int) -> list[Any]:
         _own(a, axis, r) if isinstance(axis, (list, tuple)) else a if axis is None else a.select(axis, r)
         for a, axis in zip(args, axes, strict=True)
     ]
-
-
-def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
-    first = parts[0]
-    whole = first.new_empty(len(parts) * first.numel())
-    whole = whole.as_strided((len(parts), *first.shape), (first.numel(), *torch.empty_like(first).stride()))
-    for own, part in zip(whole, parts, strict=True):
-        own.copy_(part)
-    return whole
 
 
 def _folded(a: Tensor, axis: int | None, samples: int, count: int) -> Tensor:
