@@ -35,9 +35,9 @@ class Trace:
     shards: Shards | None = None  # where parameters lie in pieces
 
     def reach(self, node: Node) -> None:
-        """See to the numbers of the parameters that a node's layer reads."""
-        if self.shards is not None:
-            self.shards.open(self.graph.reads[node.index])
+        """See to the numbers of the parameters that a node's layer reads, where these lie in pieces."""
+        assert self.shards is not None
+        self.shards.open(self.graph.reads[node.index])
 
     @property
     def logits(self) -> Tensor:
@@ -105,7 +105,8 @@ class Recordings:
     def _once(
         self, settings: Settings, x: Tensor, extra: Any, last: Graph | None, strict: bool = False
     ) -> tuple[Recorder, Graph]:
-        settings = replace(settings, own_input=self._copies_x)
+        if self._copies_x:
+            settings = replace(settings, own_input=True)
         recorder = Recorder(settings, last, self.opaque, strict)
         try:
             with torch.enable_grad():

@@ -49,10 +49,11 @@ def _by_columns(d: Tensor, weight: Tensor, size: Sizes, stride: Sizes, padding: 
     columns = columns.view((*weight.shape[2:], channels, n, height, width))
     padded = [s + 2 * p for s, p in zip(size, padding, strict=True)]
     total = d.new_zeros(channels, n, *padded, dtype=torch.float32 if d.dtype in HALF else d.dtype)
-    for i in range(columns.shape[0]):
-        for j in range(columns.shape[1]):
-            rows = _strided(i * dilation[0], height, stride[0])
-            total[:, :, rows, _strided(j * dilation[1], width, stride[1])].add_(columns[i, j])
+    across = [_strided(j * dilation[1], width, stride[1]) for j in range(columns.shape[1])]
+    for i, parts in enumerate(columns.unbind()):
+        rows = total[:, :, _strided(i * dilation[0], height, stride[0])]
+        for where, part in zip(across, parts.unbind(), strict=True):
+            rows[..., where].add_(part)
     total = total[:, :, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
     layout = torch.channels_last if channels > 1 and d.stride(1) == 1 else torch.contiguous_format
     return total.transpose(0, 1).to(d.dtype).contiguous(memory_format=layout)

@@ -19,6 +19,7 @@ from ibp_triton.errors import InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace, raise_explained
 from ibp_triton.graph import Graph
 from ibp_triton.layer import HALF
+from ibp_triton.members import parameters_of
 from ibp_triton.operator import number_of
 from ibp_triton.recording.interface import Interface, Pick
 from ibp_triton.recording.memory import level
@@ -150,7 +151,7 @@ class Network:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name, each once; of a sharded model this process's pieces."""
-        return dict(self.model.named_parameters()) if self.shards is None else self.shards.pieces()
+        return parameters_of(self.model) if self.shards is None else self.shards.pieces()
 
     def forward(
         self,

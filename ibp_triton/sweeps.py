@@ -113,7 +113,8 @@ class Reverse(Sweep):
         trace, layer = self.trace, self.trace.layers[node.index]
         if layer is None or node.kind != "active":
             return
-        trace.reach(node)
+        if trace.shards is not None:
+            trace.reach(node)
         wanted = trace.plan.wants[self.to_input][node.index]
         own = self.at(node.index) if wanted else None
         pulled = layer.vjp(own, wanted) if own is not None else {}
@@ -171,7 +172,8 @@ class Linear(Sweep):
         trace, layer = self.trace, self.trace.layers[node.index]
         if layer is None or node.kind != "active":
             return
-        trace.reach(node)
+        if trace.shards is not None:
+            trace.reach(node)
         if trace.plan.needs[self.to_output][node.index]:
             tangents = _tangents_of(node, self)
             if tangents:
@@ -266,33 +268,36 @@ def _of_group(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str,
 def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str, Tensor]:
     """``weight_gradients`` of terms that share a graph."""
     trace = terms[0].trace
-    nodes, means = trace.graph.nodes, dict[int, Any]()
+    frugal = terms if trace.frugal else ()
+    nodes, layers, trains, means = trace.graph.nodes, trace.layers, trace.plan.trains, dict[int, Any]()
     running = {id(s): s for term in terms for s in (term.right, term.tangents) if s is not None and not s.done}
     forward, missing = _direction(running.values()), set(trace.plan.trainable)
     for node in nodes if forward else reversed(nodes):
         if node.kind != "active":
             continue
-        wanted, layer = trace.plan.trains[node.index], trace.layers[node.index]
-        trace.reach(node)
-        if isinstance(layer, Bilinear) and wanted:
+        wanted, layer = trains[node.index], layers[node.index]
+        if trace.shards is not None:
+            trace.reach(node)
+        if wanted and isinstance(layer, Bilinear):
             _collect(means, node, layer.joint_gradient(_products(terms, node), wanted, batch))
         elif wanted:
             for term in terms:
                 _collect(means, node, _part(term, node, wanted), term.coefficient / batch)
         if made is not None:
             missing -= _whole(trace, trace.plan.last[forward][node.index], means, made)
-        for term in terms if trace.frugal else ():
+        for term in frugal:
             _let_go(term, node, forward)
         for sweep in running.values():
             sweep.advance(node)
-        for term in terms if trace.frugal else ():
+        for term in frugal:
             term.trace.layers[node.index] = None
     for sweep in running.values():
         sweep.done = True
-    for node in reversed(nodes):
-        wanted, layer = trace.plan.trains[node.index], trace.layers[node.index]
+    for node in reversed(nodes) if trace.graph.computes_parameters else ():
+        wanted, layer = trains[node.index], layers[node.index]
         if node.kind == "parametric" and layer is not None and wanted and node.index in means:
-            trace.reach(node)
+            if trace.shards is not None:
+                trace.reach(node)
             _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
     means |= {i: torch.zeros_like(trace.values[i]) for i in missing if i not in means}
     return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 Look = Callable[[Tensor], tuple[Any, Any]]  # a tensor → its value and its key, a Ref or a Constant
-_ITSELF = {type(None), int, str, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, type(...)}
+_ITSELF = frozenset(
+    (type(None), int, str, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, type(...))
+)
+_SIZES = {int}
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,20 +28,18 @@ class Same:
 
 def bind(args: Iterable[Any], look: Look) -> tuple[list[Any], list[Any]]:
     """Values and keys of the arguments; numbers are the same only if their types are."""
-    values: list[Any] = []
-    keys: list[Any] = []
-    for a in args:
+    values: list[Any] = [*args]
+    keys = values.copy()
+    for i, a in enumerate(keys):
         kind = type(a)
+        if kind in _ITSELF:
+            continue
         if kind is Tensor or isinstance(a, Tensor):
-            value, key = look(a)
-        elif kind in _ITSELF:
-            value = key = a
+            values[i], keys[i] = look(a)
         elif kind is float or kind is bool:
-            value, key = a, (kind, a)
-        else:
-            value, key = _container(a, kind, look)
-        values.append(value)
-        keys.append(key)
+            keys[i] = (kind, a)
+        elif kind is not tuple or {*map(type, a)} != _SIZES:
+            values[i], keys[i] = _container(a, kind, look)
     return values, keys
 
 

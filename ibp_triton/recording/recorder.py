@@ -59,7 +59,8 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.settings, self.last, self.opaque, self.strict = settings, last, opaque, strict
-        self.own = settings.own
+        self.own, self._keep = settings.own, settings.keep
+        self._apart = bool(opaque)  # whether some modules run by plain autograd
         self.nodes: list[Node] = []
         self.values: list[Any] = []
         self.layers: list[Layer | None] = []
@@ -89,7 +90,7 @@ class Recorder(TorchFunctionMode):
             if self.settings.watch:
                 self._look(args)
             return func(*args, **kwargs)
-        if level() != self._level or (self.opaque and self._running.inside(self.opaque)):
+        if level() != self._level or (self._apart and self._running.inside(self.opaque)):
             return func(*args, **kwargs)
         if kind is not None:
             return self._no_layer(kind, func, args, kwargs)
@@ -182,13 +183,15 @@ class Recorder(TorchFunctionMode):
         """What a layer gets for a tensor, and the key."""
         if self.memory.writes:
             self._catch_up(a)
-        call, index = self._call, self._index(a)
+        call, name = self._call, self._names.get(id(a))
+        index = self._index(a) if name is None else self._parameter(name)
         if index is None:
             call.complex = call.complex or a.is_complex()
             return (self._cast(a) if self._casting and id(a) in self._buffers else a), _CONSTANT
         call.operands.append(index)
-        call.complex = call.complex or index in self._complex
-        value = self.values[index] if id(a) in self._names else a.detach()
+        if self._complex:
+            call.complex = call.complex or index in self._complex
+        value = a.detach() if name is None else self.values[index]
         call.sources.append((value, a))
         return value, _REFS[index] if index < len(_REFS) else Ref(index)
 
@@ -240,7 +243,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor) and value.is_complex():
             self._complex.add(len(self.nodes))
         self.nodes.append(node)
-        self.values.append(value if self.settings.keep or layer is None or node.kind == "parametric" else None)
+        self.values.append(value if layer is None or self._keep or node.kind == "parametric" else None)
         self.layers.append(layer)
 
     def _followed(self, call: Any) -> Node | None:
@@ -248,8 +251,8 @@ class Recorder(TorchFunctionMode):
         if not self.following:
             return None
         place = len(self.nodes)
-        if place < len(self._ahead) and self._ahead[place].call == call:
-            return self._ahead[place]
+        if place < len(self._ahead) and (node := self._ahead[place]).call == call:
+            return node
         if self.strict:
             raise Diverged
         self.following = False
@@ -280,7 +283,8 @@ class Recorder(TorchFunctionMode):
                 self.following = following
                 return out, None
         index = len(self.nodes)
-        layer.let_go_of_numbers()
+        if layer.shapes_only:
+            layer.let_go_of_numbers()
         self._append(node, out, layer)
         return self._publish(out, index), index
 

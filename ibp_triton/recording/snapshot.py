@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ibp_triton.members import buffers_of
 from ibp_triton.randomness import RandomState
 
 
@@ -22,7 +23,7 @@ class Snapshot:
     @classmethod
     def of(cls, model: nn.Module, x: Tensor) -> Snapshot:
         """Now."""
-        found = [(*place, place[2].detach().clone()) for place in _buffers(model)]
+        found = [(*place, place[2].detach().clone()) for place in buffers_of(model)]
         return cls(RandomState.now([x]), found)
 
     def restore(self) -> None:
@@ -50,17 +51,3 @@ class Snapshot:
             random.restore()
             for module, name, buffer in now:
                 module._buffers[name] = buffer
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """As ``named_buffers`` has them, at half its price: a step asks each time."""
-    seen, todo = set(), [model]
-    while todo:
-        module = todo.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                yield module, name, buffer
-        todo += [child for child in module._modules.values() if child is not None]

@@ -1,0 +1,41 @@
+"""A model's parameters and buffers, as torch's generators give them, at half the price: every step asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """As ``dict(model.named_parameters())``."""
+    if type(model).named_parameters is not nn.Module.named_parameters:  # a model that shows but some
+        return dict(model.named_parameters())
+    found, seen = {}, set()
+    for prefix, module in _modules(model):
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                found[prefix + name] = p
+    return found
+
+
+def buffers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Each module's own, under the name that it has there."""
+    for _, module in _modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield module, name, buffer
+
+
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Each once, in the order of ``named_modules``, with what its members' names begin with."""
+    found, seen, todo = [], set(), [("", model)]
+    while todo:
+        prefix, module = pair = todo.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append(pair)
+            if children := module._modules:
+                todo += [(f"{prefix}{name}.", child) for name, child in reversed(children.items()) if child is not None]
+    return found
