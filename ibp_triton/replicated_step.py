@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from ibp_triton import joined
+from ibp_triton.alike import apart, in_short, with_latest
 from ibp_triton.criteria.criterion import as_tensor
 from ibp_triton.errors import MethodError
 from ibp_triton.methods.base import Method, Parts
 from ibp_triton.randomness import RandomState
 from ibp_triton.replicas import ReplicatedNetwork
-from ibp_triton.step import CHECKED, SEEN, EagerStep, Reduce, _apart, _in_short, _with
+from ibp_triton.step import CHECKED, SEEN, EagerStep, Reduce
 from ibp_triton.vmapped import Inputs, Together, Vmapped
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of gradients, relative to the largest entry; else 0.1
@@ -110,7 +111,7 @@ class ReplicatedStep:
         """Into ``.grad`` of each replica's parameters."""
         kind = tuple(step._key(batch.x, batch.y, batch.tangents, batch.extra) for step in self._alone)
         if kind not in self._seen:  # one that comes once, such as an epoch's last, is not worth the check
-            self._seen = _with(self._seen, kind, None, SEEN)
+            self._seen = with_latest(self._seen, kind, None, SEEN)
             return self._one_by_one(batch)
         trial = self._trials.get(kind, _Trial())
         if trial is None or trial.is_slower:
@@ -120,7 +121,7 @@ class ReplicatedStep:
             found = self._together(self.methods, batch)
         except Exception as error:  # of torch's transforms or of the model under them, whatever its type
             parts = self._one_by_one(batch)
-            self._give_up(kind, _in_short(error))
+            self._give_up(kind, in_short(error))
             return parts
         if trial.count == CHECKED:
             return self._taken(found)
@@ -156,7 +157,7 @@ class ReplicatedStep:
         if worst is not None and not worst <= limit:
             self._give_up(kind, f"together they are off by {worst:.2g} of the largest entry, more than {limit:g}")
         elif worst is not None:
-            self._trials = _with(self._trials, kind, trial, SEEN)
+            self._trials = with_latest(self._trials, kind, trial, SEEN)
 
     def _off(self, r: int, found: Together, parts: Parts) -> float | None:
         """How far a replica's gradient, loss, buffers and draws are from its own; None of one that has diverged."""
@@ -165,13 +166,13 @@ class ReplicatedStep:
             return None
         if found.states[r].differs(self.network.states[r]) or set(own) != set(found.gradients):
             return math.inf
-        off = _apart({"": found.parts["loss"][r]}, {"": parts.loss[r]})
-        off = max(off, _apart({n: g[r] for n, g in found.gradients.items()}, own))
+        off = apart({"": found.parts["loss"][r]}, {"": parts.loss[r]})
+        off = max(off, apart({n: g[r] for n, g in found.gradients.items()}, own))
         moved = {n: b[r] for n, b in found.buffers.items()}
-        return max(off, _apart(moved, dict(self.network.networks[r].model.named_buffers())))
+        return max(off, apart(moved, dict(self.network.networks[r].model.named_buffers())))
 
     def _give_up(self, kind: Any, reason: str) -> None:
-        self._trials = _with(self._trials, kind, None, SEEN)
+        self._trials = with_latest(self._trials, kind, None, SEEN)
         warnings.warn(f"ReplicatedStep: replicas are trained one after another; {reason}", stacklevel=5)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ibp_triton.alike import apart, flags, in_short, kind_of, plain, settings, with_latest
 from ibp_triton.checks import check_labels, check_tangents
-from ibp_triton.compiling import compiled, distance
+from ibp_triton.compiling import compiled
 from ibp_triton.criteria import CrossEntropy, criterion_for
 from ibp_triton.errors import MethodError
 from ibp_triton.methods.base import Method, Parts
@@ -118,9 +119,9 @@ class EagerStep:
     def _key(self, x: Tensor, y: Any, tangents: Any, extra: Any) -> tuple[Any, ...]:
         """What the tensor operations of a gradient depend on, but for the numbers that they get."""
         method = self.method.at(**_strength(self.method, 0.0))
-        inputs = tuple(_kind(a) for a in tree_leaves((x, y, tangents, dict(extra or {}))))
+        inputs = tuple(kind_of(a) for a in tree_leaves((x, y, tangents, dict(extra or {}))))
         own = tuple((id(p), p.requires_grad, p.dtype, p.device) for p in self.network.model.parameters())
-        return method, _settings(method.criterion), inputs, own, _settings(self.network.model)
+        return method, settings(method.criterion), inputs, own, settings(self.network.model)
 
 
 class CompiledStep(EagerStep):
@@ -143,10 +144,10 @@ class CompiledStep(EagerStep):
         y = criterion_for(self.method.criterion).targets(y, x)
         key = self._key(x, y, tangents, extra)
         if key not in self._seen:  # a batch that comes once, such as an epoch's last, is not worth the time
-            self._seen = _with(self._seen, key, None, SEEN)
+            self._seen = with_latest(self._seen, key, None, SEEN)
             return super()._add_gradients(x, y, tangents, extra)
         if key not in self._made:
-            self._made = _with(self._made, key, self._compiled(x, y, tangents, extra), KEPT)
+            self._made = with_latest(self._made, key, self._compiled(x, y, tangents, extra), KEPT)
         found = self._made[key]
         if found is None:
             return super()._add_gradients(x, y, tangents, extra)
@@ -175,7 +176,7 @@ class CompiledStep(EagerStep):
             return found is not None
         before = Snapshot.of(self.network.model, x)
         gradients = [(p, p.grad) for p in self.network.model.parameters()]
-        self._seen = _with(self._seen, key, None, SEEN)
+        self._seen = with_latest(self._seen, key, None, SEEN)
         found = self._made[key] = self._compiled(x, y, tangents, extra)
         if found is not None:
             for p, _ in gradients:
@@ -192,7 +193,7 @@ class CompiledStep(EagerStep):
         try:
             return _Compiled(self.network, self.method, x, y, tangents, extra)
         except Exception as error:  # of torch's compilers or of the C++ compiler, whatever its type: training goes on
-            self._say(_in_short(error))
+            self._say(in_short(error))
             return None
         finally:
             before.restore()
@@ -204,7 +205,7 @@ class CompiledStep(EagerStep):
             parts, gradients = found(self.method, x, y, tangents, extra)
         except Exception as error:
             self._made[key] = None
-            self._say(_in_short(error))
+            self._say(in_short(error))
             before.restore()
             return super()._add_gradients(x, y, tangents, extra)
         buffers = _buffers(self.network)
@@ -218,8 +219,8 @@ class CompiledStep(EagerStep):
             held = earlier[name]
             if held is not None:
                 p.grad = held if p.grad is None else held + p.grad
-        off = max(_apart({"loss": parts.loss}, {"loss": expected.loss}), _apart(gradients, own))
-        off = max(off, _apart(buffers, _buffers(self.network)))
+        off = max(apart({"loss": parts.loss}, {"loss": expected.loss}), apart(gradients, own))
+        off = max(off, apart(buffers, _buffers(self.network)))
         found.checked += 1
         limit = TOLERANCE.get(self.network.dtype or x.dtype, 0.1)
         if not off <= limit:
@@ -311,7 +312,7 @@ class CapturedStep(EagerStep):
     def _on_device(self, batch: Any) -> Parts:
         kind = self._key(*batch)
         if self._seen.get(kind, 0) < WARM_UP:
-            self._seen = _with(self._seen, kind, self._seen.get(kind, 0) + 1, SEEN)
+            self._seen = with_latest(self._seen, kind, self._seen.get(kind, 0) + 1, SEEN)
             with _side_stream(self._device):
                 return super().__call__(*batch)
         self._refuse_host_state()
@@ -320,7 +321,7 @@ class CapturedStep(EagerStep):
         if found is None:
             found = _Captured(self, batch)
             self.captures += 1
-            self._made = _with(self._made, held, found, KEPT)
+            self._made = with_latest(self._made, held, found, KEPT)
         return found(batch, self.method)
 
     def eager(self, batch: Any, method: Method) -> Parts:
@@ -334,12 +335,12 @@ class CapturedStep(EagerStep):
     def _held(self) -> tuple[Any, ...]:
         """The addresses and numbers that a capture freezes."""
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        numbers = tuple(_plain(v) for g in groups for _, v in sorted(g.items()))
+        numbers = tuple(plain(v) for g in groups for _, v in sorted(g.items()))
         states = tuple(t.data_ptr() for t in self._state())
         places = tuple(p.data_ptr() for p in self.network.model.parameters())
         value = _value(self.method)
         strength = id(value) if isinstance(value, Tensor) else none(value)  # for which some methods do less
-        return strength, numbers, states, places, tuple(b.data_ptr() for b in self.network.model.buffers()), _flags()
+        return strength, numbers, states, places, tuple(b.data_ptr() for b in self.network.model.buffers()), flags()
 
     def _state(self) -> list[Tensor]:
         """The optimizer's."""
@@ -378,26 +379,8 @@ class _Captured:
         return Parts(*(None if part is None else part.clone() for part in self._parts))  # type: ignore[arg-type]
 
 
-def _with(kept: dict[Any, Any], key: Any, value: Any, most: int) -> dict[Any, Any]:
-    """The latest entries, at most so many, and this one."""
-    return {**dict(list(kept.items())[1 - most :]), key: value}
-
-
-def _in_short(error: Exception) -> str:
-    """The first line of what went wrong."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-
-
 def _buffers(network: Network) -> Gradients:
     return {name: b.detach().clone() for name, b in network.model.named_buffers()}
-
-
-def _apart(found: Gradients, expected: Gradients) -> float:
-    """The largest difference of any tensor, relative to its own largest entry or a thousandth of the largest of all."""
-    if not expected:
-        return 0.0
-    least = 1e-3 * max(float(value.double().abs().max()) for value in expected.values() if value.numel())
-    return max(distance(found.get(name, torch.zeros(())), value, least) for name, value in expected.items())
 
 
 def _can_capture(device: torch.device) -> bool:
@@ -441,37 +424,3 @@ def _tensors(method: Method, x: Tensor) -> dict[str, Tensor]:
     if value is not None and not isinstance(value, Tensor):
         value = torch.tensor(float(value), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return _strength(method, value)
-
-
-def _kind(a: Any) -> Any:
-    if isinstance(a, Tensor):
-        return tuple(a.shape), a.dtype, a.device, a.stride()
-    return type(a), _plain(a)
-
-
-def _settings(module: Any) -> tuple[Any, ...]:
-    """The modes and plain attributes of a module and those inside it, and whether it has hooks."""
-    if not isinstance(module, nn.Module):
-        return ()
-    return tuple(
-        (id(m), *((k, _plain(v)) for k, v in vars(m).items() if k not in ("_parameters", "_buffers", "_modules")))
-        for m in module.modules()
-    )
-
-
-def _plain(value: Any) -> Any:
-    """A number, a flag, a string or a tuple of them as it is, of anything else which object it is."""
-    if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(v) for v in value)
-    if isinstance(value, dict):
-        return tuple((k if isinstance(k, (int, str)) else id(k), _plain(v)) for k, v in value.items())
-    return id(value)
-
-
-def _flags() -> tuple[Any, ...]:
-    """torch's switches that choose between kernels."""
-    cudnn: Any = torch.backends.cudnn  # its settings are made at run time
-    precisions = (torch.backends.cuda.matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
-    return *precisions, cudnn.enabled, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()

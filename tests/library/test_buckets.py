@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +14,7 @@ from ibp_triton import world
 from ibp_triton.backends.torch.dense import Dense
 from ibp_triton.backends.torch.sync_batch_norm import Synchronised
 from tests.library.comparing import error, example
+from tests.library.processes import of_two
 
 WIDTHS = (5, 6, 7, 4, 3)
 
@@ -181,9 +181,7 @@ def given(method, x):
     return x.flip(-1)[None].repeat(2, 1, 1) if method.needs_tangents else None
 
 
-def _worker(rank, store, out):
-    world.SMALLEST = 12
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
+def _gradients(rank):
     found = []
     for model in MODELS:
         for method in kinds():
@@ -191,16 +189,12 @@ def _worker(rank, store, out):
             for split in STEPS:
                 x, y = shard(split, rank)
                 found.append(method.gradients(network, x, y, given(method, x))[1])
-    torch.save(found, f"{out}.{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("buckets")
-    multiprocessing.spawn(_worker, (folder / "store", folder / "out"), nprocs=2)
-    return [iter(torch.load(f"{folder / 'out'}.{rank}")) for rank in (0, 1)]
+    return [iter(found) for found in of_two(_gradients, tmp_path_factory.mktemp("buckets"), smallest=12)]
 
 
 def expected(model, method, split):

@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -18,6 +17,7 @@ from torch.distributed.tensor import distribute_module
 import ibp_triton as ibp
 from ibp_triton.shards import Scattered, Shards
 from tests.library.comparing import error, example
+from tests.library.processes import of_two
 
 WIDTH, BLOCKS = 32, 5
 BLOCK = 9 * WIDTH * WIDTH * 8  # bytes of a block's three large matrices
@@ -192,19 +192,13 @@ def _refused(rank):
     return found
 
 
-def _worker(rank, store, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
-    torch.save((_gradients(rank), _watched(rank), _refused(rank)), f"{out}.{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+def _work(rank):
+    return _gradients(rank), _watched(rank), _refused(rank)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    multiprocessing.spawn(_worker, (folder / "store", folder / "out"), nprocs=2)
-    return [torch.load(f"{folder / 'out'}.{rank}") for rank in (0, 1)]
+    return of_two(_work, tmp_path_factory.mktemp("shards"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

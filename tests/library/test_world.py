@@ -8,12 +8,11 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
 
 import ibp_triton as ibp
-from ibp_triton import world
 from tests.library.comparing import error, example
+from tests.library.processes import of_two
 
 WEIGHT = torch.tensor([0.3, 2.0, 1.1]).double()
 CRITERIA = {
@@ -72,9 +71,7 @@ def shard(split, rank, *tensors):
     return [t[start:stop] if t.dim() < 5 else t[:, start:stop] for t in tensors]
 
 
-def _worker(rank, store, out):
-    world.SMALLEST = 1  # number: many buckets, the first of which are sent while gradients are made
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
+def _work(rank):
     wrapped, found = ibp.Network(network(), process_group=dist.group.WORLD), []
     for number, (name, method) in enumerate(cases()):
         x, y, tangents = shard(SPLITS[number % 4], rank, *batch(name))
@@ -84,9 +81,7 @@ def _worker(rank, store, out):
         gradients = {n: p.grad.clone() for n, p in wrapped.model.named_parameters()}
         found.append((parts.loss.detach(), parts.data_loss, parts.penalty, gradients))
     steps = {kind: _steps(rank, kind) for kind in STEPS}
-    torch.save((found, steps, [_synchronised(rank, kind) for kind in KINDS]), f"{out}.{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found, steps, [_synchronised(rank, kind) for kind in KINDS]
 
 
 def _steps(rank, kind):
@@ -118,9 +113,8 @@ def _sgd(model):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What two processes find: gradients of every case and split, and a model after a few steps."""
-    folder = tmp_path_factory.mktemp("world")
-    multiprocessing.spawn(_worker, (folder / "store", folder / "out"), nprocs=2)  # if one fails the other is ended
-    return [torch.load(f"{folder / 'out'}.{rank}") for rank in (0, 1)]
+    # many buckets, the first of which are sent while gradients are made
+    return of_two(_work, tmp_path_factory.mktemp("world"), smallest=1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
