@@ -121,6 +121,56 @@ def test_a_sweep_that_runs_along_with_the_gradient_gives_the_same(name):
     assert error(weight_gradients(terms, n), expected) < 1e-13
 
 
+class Solved(nn.Module):
+    """[N, 5] → [N, 2], by a function of two operands that has no rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.side = nn.Linear(5, 4), nn.Linear(5, 2)
+
+    def forward(self, x):
+        a = self.matrix(x).unflatten(1, (2, 2)) + 3 * torch.eye(2, dtype=x.dtype)
+        return torch.linalg.solve(a, self.side(x).unsqueeze(-1)).squeeze(-1)
+
+
+def test_tangents_travel_together_through_a_function_without_a_rule_after_a_reverse_sweep():
+    torch.manual_seed(0)
+    model, x, tau = Solved().double(), torch.randn(3, 5).double(), torch.randn(4, 3, 5).double()
+    trace = ibp.Network(model).forward(x, {})
+    reverse(trace, torch.randn(3, 2).double(), to_input=True)
+    together = linear_sweep(trace, tau, to_output=True).at_output
+    expected = torch.stack([torch.func.jvp(model, (x,), (one,))[1] for one in tau])
+    assert float((together - expected).detach().abs().max()) < 1e-12
+
+
+class Opened:
+    """Stands for the shards of a model: which parameters were asked for, in which order."""
+
+    def __init__(self):
+        self.names = []
+
+    def open(self, names):
+        if names:
+            self.names.append(set(names))
+
+
+def test_parameters_are_there_for_each_sweep_that_reads_them():
+    """Also for the way back from a computed weight to what it is computed from, which comes last."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 3)).double()
+    trace = ibp.Network(model).forward(torch.randn(6, 5).double(), {})
+    trace.shards = opened = Opened()
+    first, last = {name for name, _ in model[0].named_parameters(prefix="0")}, {"2.weight", "2.bias"}
+    d = reverse(trace, torch.randn(6, 3).double(), to_input=True)
+    assert opened.names == [last, first]
+    opened.names.clear()
+    weight_gradients([Term(1, trace, d)], 6)
+    assert opened.names == [last, first, first - {"0.bias"}]
+    opened.names.clear()
+    linear_sweep(trace, trace.input, to_output=True)
+    assert opened.names == [first, last]
+
+
 def test_sweeps_change_nothing_that_an_earlier_one_saved():
     for name in ("paper_mnist", "residual_train", "gelu_layer_norm", "attention"):
         _, trace, d, _c, _, tau = swept(name)

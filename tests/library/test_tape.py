@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ibp_triton as ibp
 from ibp_triton.errors import MethodError
-from ibp_triton.sweeps import g
+from ibp_triton.sweeps import Term, g
+from ibp_triton.tape import Backward, Tape
 from tests.library.comparing import error, example, oracle, ours
 from tests.library.networks import build
 
@@ -54,6 +55,20 @@ def test_bp_is_the_plain_loop_to_the_bit():
     expected = torch.autograd.grad(model(x), list(model.parameters()), seed)
     found = ibp.BP().gradients(model, x, labels)[1]
     assert all(torch.equal(a, b) for a, b in zip(found.values(), expected, strict=True))
+
+
+@pytest.mark.parametrize("coefficient", [0.5, torch.tensor(0.5).double()], ids=type)
+def test_a_sweep_that_has_run_joins_those_that_run_with_the_gradient(coefficient):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double(), torch.randn(6, 4).double()
+    x.requires_grad_()
+    own, (d, e) = dict(model.named_parameters()), torch.randn(2, 6, 3).double()
+    expected = torch.autograd.grad(model(x), list(own.values()), (d + 0.5 * e) / 6)
+    tape = Tape(model(x), x, own, divisor=6, runs=2)
+    before = Backward(tape, e)
+    assert before.at_input.shape == x.shape
+    found = tape.gradients([Term(1, tape, Backward(tape, d)), Term(coefficient, tape, before)])
+    assert error(found, dict(zip(own, expected, strict=True))) < 1e-12
 
 
 @pytest.mark.parametrize("key", ["at", "trades"])
