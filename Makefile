@@ -5,7 +5,9 @@ RUN = . $(VENV)/bin/activate &&
 STAMP = $(VENV)/.complete
 CPUS ?= 2
 VERSIONS = 3.10 3.11 3.12 3.13
-EXTRAS = --extra all --extra dev --extra zoo --extra docs --extra ray --extra slurm --extra optuna
+EXTRAS = --extra all --extra dev --extra zoo --extra docs --extra ray --extra slurm --extra optuna --extra s3
+# An object store for tests.
+FAKES = moto[server]
 # A test reads a checkpoint with it. It asks for a torchvision, tied to one torch, which that test does without.
 PEER = torchattacks==3.5.1
 # They ask for a torch of their own, and do with this one.
@@ -82,13 +84,14 @@ $(VENV)/boards/.complete: $(STAMP)
 	$(VENV)/boards/bin/python -m pip install --quiet --disable-pip-version-check wandb 'trackio>=0.20'
 	touch $@
 
-# Runs on a Ray cluster of two nodes, as a job array and as a search, in an environment of their own.
+# Runs on a Ray cluster of two nodes, as a job array, as a search and in an object store, in an environment of their own.
 cluster: $(VENV)/cluster/.complete
 	. $(VENV)/cluster/bin/activate && $(TEST_ENV) python -m pytest tests/cluster -n 1
 
 $(VENV)/cluster/.complete: $(STAMP)
 	$(BESIDE)
-	$(VENV)/cluster/bin/python -m pip install --quiet --disable-pip-version-check ray submitit optuna -c constraints.txt
+	$(VENV)/cluster/bin/python -m pip install --quiet --disable-pip-version-check ray submitit optuna s3fs '$(FAKES)' \
+		-c constraints.txt
 	touch $@
 
 # The report in a real browser. Debian's package chromium is wanted; EXPECT_CHROMIUM=1 makes its absence a failure.
@@ -102,14 +105,14 @@ $(VENV)/browser/.complete: $(STAMP)
 
 # What the constraints say is a whole for each version of Python: an index of packages is asked, nothing is installed.
 resolve: setup
-	printf '%s\n' $(TIED) > $(VENV)/tied.txt
+	printf '%s\n' $(TIED) '$(FAKES)' > $(VENV)/tied.txt
 	for version in $(VERSIONS); do $(RUN) uv pip compile --quiet --python-version $$version --only-binary :all: \
 		pyproject.toml $(VENV)/tied.txt $(EXTRAS) -c constraints.txt > $(VENV)/resolved-$$version.txt || exit 1; \
 		echo "Python $$version: $$(grep -c '^[a-z]' $(VENV)/resolved-$$version.txt) packages"; done
 
 # The constraints anew, one file for all versions, which keeps what it can of the old one. CUDA's come with torch.
 constraints: setup
-	printf '%s\n' $(TIED) > $(VENV)/tied.txt
+	printf '%s\n' $(TIED) '$(FAKES)' > $(VENV)/tied.txt
 	cp constraints.txt $(VENV)/constraints.txt
 	$(RUN) uv pip compile --quiet --universal --python-version $(firstword $(VERSIONS)) --no-annotate --no-header \
 		pyproject.toml $(VENV)/tied.txt $(EXTRAS) -o $(VENV)/constraints.txt > /dev/null

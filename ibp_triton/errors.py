@@ -14,6 +14,7 @@ IBPError
     ├── DamageError (ValueError)      a stored file of a run that can't be used
     ├── LaunchError (RuntimeError)    runs that can't begin or go on
     ├── PrunedError (RuntimeError)    a trial that its search has stopped half-way
+    ├── OvertakenError (RuntimeError) a run in an object store that another process has taken over
     ├── BoardError (RuntimeError)     a board asked for whose package is not installed
     └── BenchError (ValueError)       a benchmark file that can't be compared
 """
@@ -75,6 +76,10 @@ class LaunchError(ExperimentError, RuntimeError):
 
 class PrunedError(ExperimentError, RuntimeError):
     """A trial that its search has stopped half-way; the search goes on."""
+
+
+class OvertakenError(ExperimentError, RuntimeError):
+    """An object that another process has written since this one saw it: a run in a bucket is in other hands now."""
 
 
 class BoardError(ExperimentError, RuntimeError):

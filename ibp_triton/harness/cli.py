@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +30,7 @@ from ibp_triton.harness import (
     grid,
     kept,
     loading,
+    mirror,
     plugins,
     provenance,
     schema,
@@ -40,6 +41,7 @@ from ibp_triton.harness import (
 )
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness.board import Log
+from ibp_triton.harness.bucket import shown, url_of
 from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.doctor import doctor
 from ibp_triton.harness.executors import torchrun
@@ -122,28 +124,43 @@ def run(
     """Train every run of an experiment that is not finished yet, then print the comparison."""
     if torchrun.follows(executor):
         return None if dry_run else torchrun.follow()
-    plan = loading.load(_plan_in(config) if config.is_dir() else shipped.find(config), override or [])
-    folder = config if config.is_dir() else output_of(plan)
-    root = _root_of(plan, folder)
-    count = workers or plan.experiment.workers
-    room = {"address": address, "cpus_per_run": cpus_per_run, "gpus_per_run": gpus_per_run}
-    execute = choose(executor, folder, count, {"workers": workers, **room, "partition": partition, "time": time})
+    with ExitStack() as stack:
+        is_stored = config.is_dir() or url_of(config) is not None
+        plan = loading.load(_plan_in(config, stack) if is_stored else shipped.find(config), override or [])
+        folder = config if is_stored else output_of(plan)
+        count = workers or plan.experiment.workers
+        room = {"address": address, "cpus_per_run": cpus_per_run, "gpus_per_run": gpus_per_run}
+        options = {"workers": workers, **room, "partition": partition, "time": time}
+        bucket = mirror.bucket_of(_root_of(plan, folder))
+        execute = choose(executor, folder, count, options, apart=bucket is not None)
+        if bucket and executor == "slurm":  # nobody else looks whether the owner of a lock has died
+            bucket = replace(bucket, patient=True)
+        root = mirror.brought(_root_of(plan, folder), stack)
 
-    def job_in(place: Path) -> Job:
-        chosen = provenance.settle(grid.select(grid.runs(plan), only or []), place)
-        return Job(chosen, place, data_dir, plan.experiment.evaluate, accept_changed)
+        def job_in(place: Path) -> Job:
+            chosen = provenance.settle(grid.select(grid.runs(plan), only or []), place)
+            return Job(chosen, place, data_dir, plan.experiment.evaluate, accept_changed, bucket=bucket)
 
-    if dry_run:
-        with kept.opened(root) as (place, _):
-            job = job_in(place)
-            return _list(job, execute.width, as_json, trials.announced(plan, job.runs))
-    if as_json:
-        raise ConfigError("--json is of a dry run's list; add --dry-run, or read the results with ibp-triton report")
-    kept.unpack_all(root)
-    job = job_in(root)
-    store.write_bytes(folder / PLAN, plan.text().encode())
-    trials.check(plan, execute)
-    _train(plan, job, execute, folder, [*(log or []), *(["tensorboard"] if tensorboard else [])], quiet)
+        if dry_run:
+            with kept.opened(root) as (place, _):
+                job = job_in(place)
+                return _list(job, execute.width, as_json, trials.announced(plan, job.runs))
+        if as_json:
+            raise ConfigError(
+                "--json is of a dry run's list; add --dry-run, or read the results with ibp-triton report"
+            )
+        kept.unpack_all(root)
+        job = job_in(root)
+        boards = [*(log or []), *(["tensorboard"] if tensorboard else [])]
+        _check_bucket(job, boards)
+        trials.check(plan, execute, bucket is not None)
+        mirror.write(folder / PLAN, plan.text().encode())
+        _train(plan, job, execute, folder, boards, quiet)
+
+
+def _check_bucket(job: Job, boards: list[str]) -> None:
+    if job.bucket and boards:
+        raise ConfigError(f"--log {boards[0]}: boards read a run's folder, which lies in {job.place}; leave it out")
 
 
 def _train(plan: ExperimentFile, job: Job, execute: Executor, folder: Path, boards: list[str], quiet: bool) -> None:
@@ -153,7 +170,7 @@ def _train(plan: ExperimentFile, job: Job, execute: Executor, folder: Path, boar
     untested = sum(share == 0.0 for share in left.values())
     done = f"{len(job.runs) - len(left) + untested} finished before"
     more = f", {untested} of them to evaluate" if untested else ""
-    console.print(f"{len(job.runs)} runs, {done}{more}, in {job.root}", highlight=False, markup=False)
+    console.print(f"{len(job.runs)} runs, {done}{more}, in {job.place}", highlight=False, markup=False)
     check_changes(job)
     if left:
         _warn_of_precision(job, console)
@@ -170,14 +187,16 @@ def _train(plan: ExperimentFile, job: Job, execute: Executor, folder: Path, boar
         raise typer.Exit(130) from None
     finally:
         log.close()
+    if job.bucket:
+        mirror.fetch_small(job.bucket, job.root)
     console.print(result_table(summary.rows(job.runs, job.root)))
     others = len(remaining(job)) - len(failures)
     if others:
         console.print(f"{others} runs are in the hands of another process", highlight=False)
-    console.print(f"report: ibp-triton report {folder}", highlight=False, soft_wrap=True, markup=False)
+    console.print(f"report: ibp-triton report {shown(folder)}", highlight=False, soft_wrap=True, markup=False)
     if failures:
-        shown = [*failures[:10], *([f"… and {len(failures) - 10} more"] if len(failures) > 10 else [])]
-        raise LaunchError(f"some runs failed; their folders in {job.root} hold {ERROR}:\n" + "\n".join(shown))
+        listed = [*failures[:10], *([f"… and {len(failures) - 10} more"] if len(failures) > 10 else [])]
+        raise LaunchError(f"some runs failed; their folders in {job.place} hold {ERROR}:\n" + "\n".join(listed))
 
 
 def _warn_of_precision(job: Job, console: Console) -> None:
@@ -201,6 +220,8 @@ def log(
     quiet: QUIET = False,
 ) -> None:
     """Log finished runs: every epoch, errors and robustness, sample images."""
+    if url_of(directory):
+        raise ConfigError(f"{shown(directory)}: boards read folders of a machine; copy it to one, and log that")
     is_run = not (directory / PLAN).exists()
     folder = directory.resolve().parent.parent if is_run else directory
     plan = loading.load(folder / PLAN) if (folder / PLAN).exists() else None
@@ -299,7 +320,7 @@ def evaluate(
     Any model: package.module:build is called with the images' shape and the number of classes, --checkpoint and --data
     say which weights and images. Sizes are in pixels from 0 to 1, to which perturbed images are clipped.
     """
-    if ":" in run_dir and not Path(run_dir).exists():
+    if ":" in run_dir and not Path(run_dir).exists() and not url_of(run_dir):
         if checkpoint is None or examples is None:
             raise ConfigError(f"evaluate {run_dir}: give --checkpoint FILE and --data SOURCE")
         check_device(device, "--device")
@@ -337,21 +358,25 @@ def _evaluate_run(
     run_dir: Path, config: Path | None, override: list[str], data_dir: str | None, device: str, accept_changed: bool
 ) -> tuple[store.Record, str]:
     """The summary of an evaluation, and the stem of the files that have it."""
-    root = run_dir.resolve().parent
-    choice = loading.evaluation(config or root.parent / PLAN, override)
-    check_device(device, "--device")
-    trained = _run_in(run_dir)
-    check_changes(Job([trained], root, accept_changed=accept_changed))
-    with store.lock(run_dir) as mine:
-        if not mine:
-            raise ConfigError(f"{run_dir}: another process is working on this run; wait for it")
-        found = measure.evaluate(trained.on(device), run_dir, choice, data_dir)
+    with ExitStack() as stack:
+        above = run_dir.parent if url_of(run_dir) else run_dir.resolve().parent
+        choice = loading.evaluation(config or mirror.file_of(above.parent / PLAN, stack), override)
+        check_device(device, "--device")
+        root = mirror.brought(above, stack, run_dir.name)
+        trained = _run_in(root / run_dir.resolve().name)
+        job = Job([trained], root, accept_changed=accept_changed, bucket=mirror.bucket_of(above))
+        check_changes(job)
+        with job.hold(trained.name) as held:
+            if held is None:
+                raise ConfigError(f"{shown(run_dir)}: another process is working on this run; wait for it")
+            found = measure.evaluate(trained.on(device), held.folder, choice, data_dir)
+            held.commit()
     return found, measure.file_stem(choice)
 
 
 def _show_curves(folder: Path, found: store.Record, stem: str) -> None:
     Console(emoji=False).print(curve_table(found))
-    text = f"written to {folder / stem}.json and .safetensors"
+    text = f"written to {shown(folder / stem)}.json and .safetensors"
     Console(emoji=False, markup=False).print(text, highlight=False)
 
 
@@ -381,17 +406,24 @@ def report(
     """
     from ibp_triton.harness.report import (  # matplotlib doubles the time to start
         Findings,
+        pictured,
         write_comparison,
         write_report,
     )
 
-    found = [_stored(directory) for directory in directories]
-    if len(found) > 2:
-        raise ConfigError(f"{len(found)} folders; give one, or two to compare, or see ibp-triton leaderboard")
-    if len(found) == 2:
-        first, second = (Findings(*each) for each in found)
-        return _print_paths(write_comparison(first, second, directories[1]), quiet)
-    _print_paths(write_report(*found[0], directories[0], data_dir=data_dir), quiet)
+    if len(directories) > 2:
+        raise ConfigError(f"{len(directories)} folders; give one, or two to compare, or see ibp-triton leaderboard")
+    with ExitStack() as stack:
+        found = [Findings(*_stored(directory, stack)) for directory in directories]
+        folder = mirror.scratch(stack) if url_of(directories[-1]) else directories[-1]
+        if len(found) == 2:
+            paths = write_comparison(found[0], found[1], folder)
+        else:
+            bucket = mirror.bucket_of(_root_of(found[0].plan, directories[0]))
+            if bucket:
+                bucket.fetch((f"{run.name}/{store.CHECKPOINT}" for run in pictured(found[0])), found[0].root)
+            paths = write_report(found[0].plan, found[0].root, folder, data_dir=data_dir)
+        _print_paths(mirror.sent(paths, folder, directories[-1]), quiet)
 
 
 @app.command()
@@ -403,8 +435,9 @@ def leaderboard(
     """Gather the rows of many experiments in one page, the lowest error first, apart for each data set and size."""
     from ibp_triton.harness.report import Findings, write_leaderboard
 
-    found = [Findings(*_stored(directory)) for directory in directories]
-    _print_paths(write_leaderboard(found, to), quiet)
+    with ExitStack() as stack:
+        found = [Findings(*_stored(directory, stack)) for directory in directories]
+        _print_paths(write_leaderboard(found, to), quiet)
 
 
 @app.command()
@@ -415,10 +448,11 @@ def claims(
     """Write claims.md there: each statement of the paper beside what its experiments have found."""
     from ibp_triton.harness.report import Findings, claims_text, experiments_in
 
-    found = experiments_in(directory, lambda folder: Findings(*_stored(folder)))
-    if not found:
-        raise ConfigError(f"{directory}: no folder in it has an {PLAN}; give the folder above those of experiments")
-    store.write_bytes(directory / "claims.md", claims_text(found).encode())
+    with ExitStack() as stack:
+        found = experiments_in(directory, lambda folder: Findings(*_stored(folder, stack)))
+        if not found:
+            raise ConfigError(f"{directory}: no folder in it has an {PLAN}; give the folder above those of experiments")
+        store.write_bytes(directory / "claims.md", claims_text(found).encode())
     _print_paths([directory / "claims.md"], quiet)
 
 
@@ -435,34 +469,41 @@ def keep(
     """
     from ibp_triton.harness.report import write_report
 
-    plan, root = _stored(directory)
-    written = [to / PLAN]
-    if plan.experiment.runs is None:
-        file = kept.file_of(to / "runs")
-        if not kept.keep(root, file):
-            raise ConfigError(f"{root}: no run is finished; train some with ibp-triton run")
-        written += [file, *trials.keep(root, to / "runs", plan.experiment.name)]
-    store.write_bytes(to / PLAN, plan.text().encode())
-    again, place = _stored(to)
-    _print_paths([*written, *write_report(again, place, to, png=False)], quiet)
+    with ExitStack() as stack:
+        plan, root = _stored(directory, stack)
+        written = [to / PLAN]
+        if plan.experiment.runs is None:
+            file = kept.file_of(to / "runs")
+            if not kept.keep(root, file):
+                raise ConfigError(f"{shown(directory)}: no run is finished; train some with ibp-triton run")
+            written += [file, *trials.keep(root, to / "runs", plan.experiment.name)]
+        store.write_bytes(to / PLAN, plan.text().encode())
+        again, place = _stored(to, stack)
+        _print_paths([*written, *write_report(again, place, to, png=False)], quiet)
 
 
-def _print_paths(paths: list[Path], quiet: bool) -> None:
+def _print_paths(paths: Sequence[Path | str], quiet: bool) -> None:
     console = Console(emoji=False, markup=False, quiet=quiet)
     for path in paths:
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
-def _stored(directory: Path) -> tuple[ExperimentFile, Path]:
-    """The plan in an experiment's folder, and the folder of its runs; raises ConfigError for any other folder."""
-    plan = loading.load(_plan_in(directory))
-    return plan, _root_of(plan, directory)
+def _stored(directory: Path, stack: ExitStack) -> tuple[ExperimentFile, Path]:
+    """The plan in an experiment's folder, and the folder of its runs; raises ConfigError for any other folder.
+
+    Of runs in a bucket it is one with their small files, until the stack is closed.
+    """
+    plan = loading.load(_plan_in(directory, stack))
+    return plan, mirror.brought(_root_of(plan, directory), stack)
 
 
-def _plan_in(directory: Path) -> Path:
-    if not (directory / PLAN).exists():
-        raise ConfigError(f"{directory}: no {PLAN}; give the folder that `ibp-triton run` writes to, like runs/NAME")
-    return directory / PLAN
+def _plan_in(directory: Path, stack: ExitStack) -> Path:
+    path = mirror.file_of(directory / PLAN, stack)
+    if not path.exists():
+        raise ConfigError(
+            f"{shown(directory)}: no {PLAN}; give the folder that `ibp-triton run` writes to, like runs/NAME"
+        )
+    return path
 
 
 def main() -> None:

@@ -68,6 +68,7 @@ def _packages() -> Iterator[Finding]:
         ("ray", "ray", "--executor ray"),
         ("submitit", "slurm", "--executor slurm"),
         ("optuna", "optuna", "search: in a file"),
+        ("s3fs", "s3", "output: s3://…, runs in a bucket"),
     ):
         yield _package(name, own, f"pip install 'ibp-triton[{extra}]'")
     for name in BOARDS:

@@ -6,15 +6,16 @@ import errno
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from ibp_triton.errors import DamageError, DataError, LaunchError, NetworkError, PrunedError
-from ibp_triton.harness import evaluate, provenance, sources, store
+from ibp_triton.errors import DamageError, DataError, LaunchError, NetworkError, OvertakenError, PrunedError
+from ibp_triton.harness import evaluate, mirror, provenance, sources, store
+from ibp_triton.harness.bucket import Bucket
 from ibp_triton.harness.config import Evaluate
 from ibp_triton.harness.executors.desk import Desk, Event, Executor, Listener
 from ibp_triton.harness.executors.local import Local
@@ -33,7 +34,8 @@ class Job:
     """Runs to train and evaluate under `root`, one folder each; `data_dir` overrides data.dir.
 
     `accept_changed` takes stored runs as they are although their data or code have changed since. `is_hopeless` may
-    stop a run after an epoch, which is then neither finished nor failed.
+    stop a run after an epoch, which is then neither finished nor failed. Of runs in a `bucket`, `root` has the small
+    files, as they were when the launch began.
     """
 
     runs: Sequence[Run]
@@ -42,6 +44,16 @@ class Job:
     evaluate: Evaluate = field(default_factory=Evaluate)
     accept_changed: bool = False
     is_hopeless: Callable[[Run, store.Record], bool] | None = None
+    bucket: Bucket | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the runs are, as a user names it."""
+        return self.bucket.url if self.bucket else str(self.root)
+
+    def hold(self, name: str) -> AbstractContextManager[mirror.Held | None]:
+        """The folder of a run and its lock; None if another process holds that."""
+        return mirror.held(self.root, name, self.bucket)
 
 
 def launch(job: Job, executor: Executor | int, listen: Listener) -> list[str]:
@@ -57,11 +69,30 @@ def launch(job: Job, executor: Executor | int, listen: Listener) -> list[str]:
     failures: dict[str, Event] = {}
     execute = Local(executor) if isinstance(executor, int) else executor
     width = execute.width if any(run.training.replicas == "auto" for run in pending) else 1
-    conduct(job, execute, Desk(pending, listen, failures, width))
+    if job.bucket and pending:
+        job.bucket.check()
+    leased: list[Run] = []
+    conduct(job, execute, Desk(pending, _sparing(leased, pending, listen), failures, width))
+    if job.bucket and leased:  # by processes that may have died
+        patient = replace(job, bucket=replace(job.bucket, patient=True))
+        conduct(patient, execute, Desk(leased, listen, failures, width))
     unfit = {event["message"] for event in failures.values() if event.get("unfit")}
     if len(unfit) == 1 and len(failures) == len(pending):
         raise LaunchError(unfit.pop())
     return [f"{name}: {event['message']}" for name, event in failures.items()]
+
+
+def _sparing(leased: list[Run], runs: Sequence[Run], listen: Listener) -> Listener:
+    """Listens for the runs whose lock in a bucket another process holds; of the rest `listen` hears."""
+    known = {run.name: run for run in runs}
+
+    def hear(event: Event) -> None:
+        if event["kind"] == "busy" and event.get("leased"):
+            leased.append(known[event["run"]])
+        else:
+            listen(event)
+
+    return hear
 
 
 def conduct(job: Job, executor: Executor, desk: Desk) -> None:
@@ -74,17 +105,20 @@ def check_changes(job: Job) -> None:
     changed = [(run, found) for run in job.runs if (found := provenance.changes(run, job.root / run.name))]
     if job.accept_changed:
         for run, _ in changed:
-            with store.lock(job.root / run.name) as mine:
-                if mine:
-                    provenance.accept(run, job.root / run.name)
+            with job.hold(run.name) as held:
+                if held:
+                    provenance.accept(run, held.folder)
+                    held.commit()
+                    if job.bucket:
+                        job.bucket.fetch([f"{run.name}/{store.CONFIG}"], job.root)
         return
     if changed:
         kinds = dict.fromkeys(kind for _, found in changed for kind in found)
         what = " and ".join(f"{provenance.KEYS[kind]} ({_named(changed[0][0], kind)})" for kind in kinds)
         raise LaunchError(
-            f"{what} changed since {len(changed)} of these runs were trained, such as {job.root / changed[0][0].name}: "
-            "restore what they were trained with, or move their folders away to train them anew, or keep them as they "
-            "are with --accept-changed"
+            f"{what} changed since {len(changed)} of these runs were trained, such as "
+            f"{job.place}/{changed[0][0].name}: restore what they were trained with, or move their folders away to "
+            "train them anew, or keep them as they are with --accept-changed"
         )
 
 
@@ -110,7 +144,10 @@ def check_device(name: str, key: str) -> None:
 
 def finished(job: Job, run: Run) -> bool:
     """Whether the run's result and its evaluation are stored and sound."""
-    folder = job.root / run.name
+    return _is_finished(job.root / run.name, job)
+
+
+def _is_finished(folder: Path, job: Job) -> bool:
     return store.result(folder) is not None and evaluate.done(folder, job.evaluate)
 
 
@@ -154,40 +191,58 @@ def _row(job: Job, runs: Sequence[Run], listen: Listener) -> None:
 
 def _course(job: Job, run: Run, listen: Listener, team: Team, shared: Shared | None = None) -> Course[None]:
     """Train and evaluate one run; whatever its files, model or data raise, the other runs go on."""
-    folder = job.root / run.name
     try:
         check_device(run.training.device, "training.device")
-        with one_thread(), store.lock(folder) as mine:
-            if not mine:
-                return listen({"kind": "busy", "run": run.name})
-            if not finished(job, run):
+        with one_thread(), job.hold(run.name) as held:
+            if held is None:
+                return listen(_busy(job, run))
+            if not _is_finished(held.folder, job):
                 listen({"kind": "start", "run": run.name})
-                result = yield from _trained(run, folder, job, listen, team, shared)
+                result = yield from _trained(run, held, job, listen, team, shared)
                 listen({"kind": "done", "run": run.name, **result})
     except (KeyboardInterrupt, GeneratorExit):
         raise
     except PrunedError:
         listen({"kind": "pruned", "run": run.name})
+    except OvertakenError as error:
+        listen({"kind": "note", "run": run.name, "message": f"{error}, and goes on with this run"})
+        listen(_busy(job, run))
     except LaunchError as error:
         listen({"kind": "fatal", "run": run.name, "message": str(error)})
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in FULL:
             listen({"kind": "fatal", "run": run.name, "message": _full(error)})
-        with suppress(OSError):
-            store.write_bytes(folder / ERROR, traceback.format_exc().encode(errors="replace"))
+        _note(job, run)
         listen({"kind": "failed", "run": run.name, **_reason(error)})
 
 
+def _busy(job: Job, run: Run) -> Event:
+    return {"kind": "busy", "run": run.name, **({"leased": True} if job.bucket else {})}
+
+
+def _note(job: Job, run: Run) -> None:
+    """Write down the error that is being handled."""
+    text = traceback.format_exc().encode(errors="replace")
+    with suppress(OSError, LaunchError):
+        if job.bucket:
+            job.bucket.replace(f"{run.name}/{ERROR}", text)
+        else:
+            store.write_bytes(job.root / run.name / ERROR, text)
+
+
 def _trained(
-    run: Run, folder: Path, job: Job, listen: Listener, team: Team, shared: Shared | None
+    run: Run, held: mirror.Held, job: Job, listen: Listener, team: Team, shared: Shared | None
 ) -> Course[store.Record]:
+    folder = held.folder
+
     def report(record: store.Record) -> None:
+        held.commit()
         listen({"kind": "epoch", "run": run.name, **record})
         if job.is_hopeless and job.is_hopeless(run, record):
             raise PrunedError
 
     def say(message: str) -> None:
-        listen({"kind": "note", "run": run.name, "message": message})
+        listen({"kind": "note", "run": run.name, "message": held.told(message)})
 
     def tell(share: float) -> None:
         listen({"kind": "evaluate", "run": run.name, "share": share})
@@ -198,9 +253,11 @@ def _trained(
     if result is None and (folder / store.RESULT).exists():
         say(f"{folder / store.RESULT}: damaged, or of another run; the run counts as not finished")
     result = result or (yield from course(run, folder, report, job.data_dir, say, team, shared))
+    held.commit()
     if not evaluate.done(folder, job.evaluate):
         tell(0.0)
         evaluate.evaluate(run, folder, job.evaluate, job.data_dir, tell)
+        held.commit()
     return result
 
 

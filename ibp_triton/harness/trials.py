@@ -256,10 +256,12 @@ def _searched(rows: Iterable[str], runs: Sequence[Run]) -> list[str]:
     return [row for row in rows if row in chosen]
 
 
-def check(plan: ExperimentFile, executor: Executor) -> None:
-    """Raise ConfigError for a search that cannot be made here."""
+def check(plan: ExperimentFile, executor: Executor, is_remote: bool = False) -> None:
+    """Raise ConfigError for a search that cannot be made here, or of runs in a bucket."""
     if plan.experiment.search is None:
         return
+    if is_remote:
+        raise ConfigError("search: its journal is a file that all processes share: take a folder, for the runs too")
     _optuna()
     if isinstance(executor, Slurm | Torchrun):
         raise ConfigError("search: waits for what each trial finds: take --executor serial, processes or ray")

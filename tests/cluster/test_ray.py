@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ibp_triton.harness import store
+from ibp_triton.harness.bucket import Bucket
 from ibp_triton.harness.executors.ray_tasks import Ray
 from ibp_triton.harness.launch import launch
+from tests.cluster.conftest import ObjectStore
+from tests.cluster.test_bucket import copied
 from tests.harness.test_executors import content, job
 
 ray = pytest.importorskip("ray")
@@ -69,6 +73,40 @@ def test_a_node_that_dies_loses_no_run_and_changes_no_bit(
     assert notes[0].startswith(("its node died; another one", "its Ray worker died ("))
     for run in calm.runs:
         assert content(tmp_path / "calm" / run.name) == content(tmp_path / "cluster" / run.name)
+    assert sorted(event["run"] for event in events if event["kind"] == "done") == sorted(r.name for r in calm.runs)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_nodes_that_share_no_folder_share_a_bucket(
+    object_store: ObjectStore, runs: Bucket, cluster: Any, tree: Tree, write: Write, tmp_path: Path
+) -> None:
+    """Slow: two nodes import torch, and a third worker after one was killed."""
+    tree["training"]["epochs"] = 20
+    path, events, requests = write(tree), list[dict[str, Any]](), list[str]()
+    object_store.hear = lambda request: requests.append(f"{request['REQUEST_METHOD']} {request['PATH_INFO']}")
+    calm = job(path, tmp_path / "calm")
+    launch(calm, 1, lambda _: None)
+    nodes = [cluster.add_node(**SMALL) for _ in range(2)]
+
+    def listen(event: dict[str, Any]) -> None:
+        events.append(event)
+        trained = {one["run"] for one in events if one["kind"] == "epoch" and one["epoch"] >= 3}
+        if nodes and len(trained) == 2:  # one on each node
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            nodes.clear()
+
+    other = replace(job(path, tmp_path / "none"), bucket=runs)
+    assert launch(other, Ray(cluster.address, apart=True), listen) == []
+    notes = [event["message"] for event in events if event["kind"] == "note"]
+    assert len(notes) == 1
+    assert notes[0].startswith(("its node died; another one", "its Ray worker died ("))
+    assert not (tmp_path / "none").exists(), "all of it is in the bucket"
+    found = copied(runs, tmp_path / "copy")
+    for run in calm.runs:
+        assert content(tmp_path / "calm" / run.name) == content(found / run.name)
+        states = [one for one in requests if one == f"PUT /bucket/tiny/runs/{run.name}/{store.RESUME}"]
+        assert 20 <= len(states) <= 23, "each epoch once, but for what a dead node had not put"
     assert sorted(event["run"] for event in events if event["kind"] == "done") == sorted(r.name for r in calm.runs)
 
 

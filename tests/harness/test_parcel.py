@@ -29,6 +29,16 @@ def test_it_is_opened_in_its_folder_with_its_modules_last(tmp_path: Path, monkey
     assert sys.path[: len(before)] == before
 
 
+def test_machines_that_need_no_folder_do_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    parcel = Parcel.of(5, apart=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").rmdir()
+    assert parcel.open() == (5,)
+    assert Path.cwd() == tmp_path
+
+
 def test_a_folder_that_this_machine_has_not_is_named(tmp_path: Path) -> None:
     parcel = Parcel(str(tmp_path / "shared"), (), b"")
     with pytest.raises(LaunchError, match=r"shared: not to be reached from .*; give the command in a folder that"):

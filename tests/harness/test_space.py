@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from ibp_triton.errors import ConfigError
-from ibp_triton.harness import grid, loading
+from ibp_triton.harness import bucket, grid, loading, trials
+from ibp_triton.harness.executors.local import Serial
 from tests.harness.test_cli import ibp_triton
 
 Tree = dict[str, Any]
@@ -92,6 +93,21 @@ def test_without_optuna_its_extra_is_named(
     assert "search: Optuna is not installed; pip install 'ibp-triton[optuna]'" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_without_s3fs_its_extra_is_named_and_a_search_needs_a_folder(
+    searching: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    bucket._files.cache_clear()
+    for more in ([], ["--dry-run"]):
+        assert ibp_triton(monkeypatch, "run", str(write(searching)), "--set", "output=s3://bucket/tiny", *more) == 1
+        told = " ".join(capsys.readouterr().err.split())
+        assert "s3://bucket/tiny/runs: s3fs is not installed; pip install 'ibp-triton[s3]'" in told
+    with pytest.raises(
+        ConfigError, match=r"search: its journal is a file that all processes share: take a folder, for"
+    ):
+        trials.check(loading.load(write(searching)), Serial(), is_remote=True)
 
 
 @pytest.mark.parametrize(("name", "package"), [("ray", "ray"), ("slurm", "submitit")])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ibp_triton.errors import ConfigError
+from ibp_triton.harness.bucket import shown, url_of
 from ibp_triton.harness.executors.desk import Executor
 from ibp_triton.harness.executors.local import Local, Processes, Serial
 from ibp_triton.harness.executors.ray_tasks import Ray
@@ -22,11 +23,12 @@ OPTIONS = {  # of the command, that an executor has for its own
 }
 
 
-def choose(name: str | None, folder: Path, workers: int, given: Mapping[str, Any]) -> Executor:
+def choose(name: str | None, folder: Path, workers: int, given: Mapping[str, Any], apart: bool = False) -> Executor:
     """The executor of that name; None: torchrun's where it has started this, else `workers` local processes at most.
 
     `given` are the command's options by name, None where they are left out; `folder` is for an executor's own files.
-    Raises ConfigError for an unknown name, an option of another executor, or a package that is not installed.
+    `apart`: machines need not share the folder in which the command is given. Raises ConfigError for an unknown name,
+    an option of another executor, or a package that is not installed.
     """
     if name is not None and name not in OPTIONS:
         raise ConfigError(f"--executor {name}: no executor; choose one of {', '.join(OPTIONS)}")
@@ -37,8 +39,13 @@ def choose(name: str | None, folder: Path, workers: int, given: Mapping[str, Any
     if name == "serial":
         return Serial()
     if name == "ray":
-        return Ray(given["address"], given["cpus_per_run"] or 1.0, given["gpus_per_run"] or 0.0)
+        return Ray(given["address"], given["cpus_per_run"] or 1.0, given["gpus_per_run"] or 0.0, apart)
     if name == "slurm":
+        if url_of(folder):
+            raise ConfigError(
+                f"--executor slurm: its array needs a folder that all nodes share, {shown(folder)} is none; name one "
+                "by output, and the bucket by runs"
+            )
         cpus, gpus = (_whole(option, given[option] or least) for option, least in _LEAST.items())
         return Slurm(folder / "slurm", given["partition"], given["time"] or 60, cpus, gpus)
     return Local(workers) if name is None else Processes(workers)

@@ -23,11 +23,15 @@ PATIENCE = 2.0  # seconds before a run is taken up again: the system is to free 
 
 @dataclass(frozen=True)
 class Ray:
-    """Tasks on a Ray cluster, each of which reserves so many CPUs and GPUs; without an address one on this machine."""
+    """Tasks on a Ray cluster, each of which reserves so many CPUs and GPUs; without an address one on this machine.
+
+    `apart`: a node that lacks this command's folder does without it.
+    """
 
     address: str | None = None
     cpus: float = 1.0
     gpus: float = 0.0
+    apart: bool = False
 
     def _connected(self) -> Any:
         """Ray itself, connected."""
@@ -56,7 +60,7 @@ class Ray:
         ray = self._connected()
         try:
             task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(_attempt)
-            _Fleet(ray, task, do, desk).serve(self)
+            _Fleet(ray, task, do, desk, self.apart).serve(self)
         finally:
             ray.shutdown()
 
@@ -90,8 +94,8 @@ def _attempt(parcel: Parcel, delay: float) -> Iterator[Event]:
 class _Fleet:
     """Tasks under way by the stream of events that each sends, and the run each is at."""
 
-    def __init__(self, ray: Any, task: Any, do: Do, desk: Desk) -> None:
-        self._ray, self._task, self._do, self._desk = ray, task, do, desk
+    def __init__(self, ray: Any, task: Any, do: Do, desk: Desk, apart: bool) -> None:
+        self._ray, self._task, self._do, self._desk, self._apart = ray, task, do, desk, apart
         self._at: dict[Any, Run] = {}
         self._deaths: Counter[str] = Counter()
         self._lost: set[str] = set()  # runs of which a process may live on though its node is given up
@@ -113,7 +117,7 @@ class _Fleet:
             self._send(run)
 
     def _send(self, run: Run, delay: float = 0.0) -> None:
-        self._at[self._task.remote(Parcel.of(self._do, run), delay)] = run
+        self._at[self._task.remote(Parcel.of(self._do, run, apart=self._apart), delay)] = run
 
     def _take(self, stream: Any) -> None:
         """The next event of a task, or its end."""

@@ -2,6 +2,15 @@
 
 from ibp_triton.harness.report.claims import claims_text, experiments_in
 from ibp_triton.harness.report.gather import Findings
+from ibp_triton.harness.report.samples import pictured
 from ibp_triton.harness.report.write import write_comparison, write_leaderboard, write_report
 
-__all__ = ["Findings", "claims_text", "experiments_in", "write_comparison", "write_leaderboard", "write_report"]
+__all__ = [
+    "Findings",
+    "claims_text",
+    "experiments_in",
+    "pictured",
+    "write_comparison",
+    "write_leaderboard",
+    "write_report",
+]

@@ -52,6 +52,11 @@ def samples(findings: Findings, data_dir: str | None = None) -> Iterator[Sketch]
         )
 
 
+def pictured(findings: Findings) -> list[Run]:
+    """The runs that `samples` draws from where every finished one has its checkpoint."""
+    return [row.runs[0] for row in findings.chosen if row.runs][:ROWS]
+
+
 def _checkpoint(findings: Findings, runs: tuple[Run, ...]) -> Run | None:
     return next((run for run in runs if (findings.folder(run) / store.CHECKPOINT).is_file()), None)
 
