@@ -208,9 +208,8 @@ def _files() -> Any:
     """S3 as fsspec knows it: endpoint and credentials are those of AWS's variables and files."""
     import s3fs
 
-    return s3fs.S3FileSystem(
-        skip_instance_cache=True, use_listings_cache=False, config_kwargs={"retries": {"total_max_attempts": 2}}
-    )
+    config = {"retries": {"total_max_attempts": 2}, "read_timeout": 60}  # seconds, in which an object must be put
+    return s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
 
 
 def _endpoint() -> str:

@@ -285,7 +285,8 @@ SeedList = Annotated[
 class Experiment(Strict):
     """A whole YAML file, its preset filled in; `variants` maps a label to dotted overrides of this file.
 
-    `runs` is the folder of the run folders (output/runs if absent); experiments that share it share their runs.
+    `runs` is the folder of the run folders (output/runs if absent); experiments that share it share their runs. Either
+    may be an s3:// address.
     `compare` names the table of the paper to print beside, `track_cosine` logs both semantics' penalty gradients.
     `schedule` changes the learning rate, and fields of every method that has them, from epoch to epoch. `search` has
     Optuna look for good values beside the grid.

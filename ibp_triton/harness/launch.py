@@ -74,6 +74,8 @@ def launch(job: Job, executor: Executor | int, listen: Listener) -> list[str]:
     leased: list[Run] = []
     conduct(job, execute, Desk(pending, _sparing(leased, pending, listen), failures, width))
     if job.bucket and leased:  # by processes that may have died
+        text = f"{len(leased)} runs are locked by other processes; waits to see which of these live"
+        listen({"kind": "note", "run": "", "message": text})
         patient = replace(job, bucket=replace(job.bucket, patient=True))
         conduct(patient, execute, Desk(leased, listen, failures, width))
     unfit = {event["message"] for event in failures.values() if event.get("unfit")}

@@ -57,7 +57,9 @@ def race(runs: Bucket, rounds: int, line: Any) -> None:
     line.send(won)
 
 
+@pytest.mark.slow
 def test_of_two_processes_that_want_a_lock_exactly_one_gets_it(runs: Bucket) -> None:
+    """Slow: two processes import torch."""
     context, rounds = multiprocessing.get_context("spawn"), 20
     lines, processes = [], []
     for _ in range(2):
@@ -115,9 +117,11 @@ def test_a_process_that_stood_still_writes_nothing_over_its_successor(runs: Buck
     assert runs.get(f"run/{store.RESUME}").content == b"new 2"  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_runs_in_a_bucket_have_the_bits_of_those_in_a_folder(
     tree: Tree, write: Write, tmp_path: Path, runs: Bucket
 ) -> None:
+    """Slow: two workers import torch."""
     path, events = write(tree), list[dict[str, Any]]()
     calm = job(path, tmp_path / "calm")
     launch(calm, 1, lambda _: None)
@@ -132,9 +136,27 @@ def test_runs_in_a_bucket_have_the_bits_of_those_in_a_folder(
     assert launch(remote(path, tmp_path / "again", runs), 1, lambda event: pytest.fail(str(event))) == []
 
 
+def test_a_command_waits_for_the_runs_of_dead_owners_alone(
+    tree: Tree, write: Write, tmp_path: Path, runs: Bucket
+) -> None:
+    task, events = remote(write({**tree, "seeds": [0]}), tmp_path / "small", runs), list[dict[str, Any]]()
+    dead, alive = (Lease(runs, f"{run.name}/{LOCK}") for run in task.runs)
+    assert dead.take()
+    assert alive.take()
+    dead._ended.set()
+    assert launch(task, 1, events.append) == []
+    alive.free()
+    assert [event["kind"] for event in events if event["run"] == task.runs[0].name][::5] == ["start", "done"]
+    assert [event["kind"] for event in events if event["run"] == task.runs[1].name] == ["busy"]
+    told = [event["message"] for event in events if event["kind"] == "note"]
+    assert told == ["2 runs are locked by other processes; waits to see which of these live"]
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_killed_loses_no_run_and_changes_no_bit(
     tree: Tree, write: Write, tmp_path: Path, runs: Bucket
 ) -> None:
+    """Slow: two workers import torch, one after another."""
     tree["training"]["epochs"], tree["seeds"], tree["methods"] = 30, [0], {"loss_ibp": {"beta": 0.03}}
     path, events = write(tree), list[dict[str, Any]]()
     calm = job(path, tmp_path / "calm")
@@ -149,7 +171,7 @@ def test_a_worker_that_is_killed_loses_no_run_and_changes_no_bit(
 
     assert launch(remote(path, tmp_path / "small", runs), Processes(1), listen) == []
     notes = [event["message"] for event in events if event["kind"] == "note"]
-    assert notes == ["a worker process ended by signal 9; another one takes this run up"]
+    assert notes[0] == "a worker process ended by signal 9; another one takes this run up"
     epochs = [event["epoch"] for event in events if event["kind"] == "epoch"]
     assert max(Counter(epochs).values()) <= 2, "it goes on from the last epoch in the bucket"
     assert len(epochs) < 30 + 5
