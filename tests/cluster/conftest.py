@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -12,6 +13,7 @@ import pytest
 
 from ibp_triton.harness import bucket
 from ibp_triton.harness.bucket import Bucket
+from ibp_triton.harness.leases import LOCK
 from tests.harness.conftest import _one_thread, tree, write  # noqa: F401
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -66,3 +68,9 @@ def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
 def runs(object_store: ObjectStore) -> Bucket:
     """The runs of an experiment there, whose locks hold for two seconds."""
     return Bucket("s3://bucket/tiny/runs", lease=2.0)
+
+
+def copied(runs: Bucket, folder: Path) -> Path:
+    """All that the bucket has, as a folder."""
+    runs.fetch((name for name in runs.names() if not name.endswith(LOCK)), folder)
+    return folder

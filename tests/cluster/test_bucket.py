@@ -22,7 +22,7 @@ from ibp_triton.harness.bucket import Bucket
 from ibp_triton.harness.executors.local import Processes
 from ibp_triton.harness.launch import Job, launch
 from ibp_triton.harness.leases import LOCK, Lease
-from tests.cluster.conftest import ObjectStore
+from tests.cluster.conftest import ObjectStore, copied
 from tests.harness.test_cli import ibp_triton
 from tests.harness.test_executors import content, job
 
@@ -38,12 +38,6 @@ def remote(path: Path, root: Path, runs: Bucket, *overrides: str) -> Job:
     root.mkdir(exist_ok=True)
     mirror.fetch_small(runs, root)
     return replace(job(path, root, *overrides), bucket=runs)
-
-
-def copied(runs: Bucket, folder: Path) -> Path:
-    """All that the bucket has, as a folder."""
-    runs.fetch((name for name in runs.names() if not name.endswith(LOCK)), folder)
-    return folder
 
 
 def race(runs: Bucket, rounds: int, line: Any) -> None:

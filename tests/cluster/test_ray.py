@@ -20,8 +20,7 @@ from ibp_triton.harness import store
 from ibp_triton.harness.bucket import Bucket
 from ibp_triton.harness.executors.ray_tasks import Ray
 from ibp_triton.harness.launch import launch
-from tests.cluster.conftest import ObjectStore
-from tests.cluster.test_bucket import copied
+from tests.cluster.conftest import ObjectStore, copied
 from tests.harness.test_executors import content, job
 
 ray = pytest.importorskip("ray")

@@ -7,14 +7,18 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ibp_triton.harness import store
+from ibp_triton.harness import evaluate, store
+from ibp_triton.harness.bucket import Bucket
 from ibp_triton.harness.executors.slurm_array import Slurm
 from ibp_triton.harness.launch import launch, remaining
+from ibp_triton.harness.leases import LOCK, Lease
+from tests.cluster.conftest import copied
 from tests.harness.test_cli import ibp_triton
 from tests.harness.test_executors import content, job
 
@@ -64,6 +68,31 @@ def test_an_array_trains_the_same_bits_and_goes_on_after_its_time(
         assert not (tmp_path / "array" / run.name / "error.txt").exists()
     wait_for(lambda: "[2/2] loss_ibp" in said("out"))
     assert "Requeued job" in said("err") + said("out")
+    os.waitpid(int(told[1]), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("elsewhere")
+def test_an_array_has_its_runs_in_a_bucket_and_waits_for_a_dead_ones(
+    tree: Tree, write: Write, tmp_path: Path, runs: Bucket
+) -> None:
+    """Slow: its one element imports torch."""
+    path, events = write({**tree, "methods": {"bp": None}, "seeds": [0]}), list[dict[str, Any]]()
+    calm = job(path, tmp_path / "calm")
+    launch(calm, 1, lambda _: None)
+    (run,) = calm.runs
+    dead = Lease(replace(runs, lease=30.0), f"{run.name}/{LOCK}")
+    assert dead.take()
+    dead._ended.set()
+    other = replace(job(path, tmp_path / "none"), bucket=replace(runs, patient=True))
+    assert launch(other, Slurm(Path("slurm"), cluster="local"), events.append) == []
+    assert [event["kind"] for event in events] == ["note", "busy"]
+    wait_for(lambda: f"{run.name}/{evaluate.file_stem(other.evaluate)}.json" in runs.names())
+    assert content(tmp_path / "calm" / run.name) == content(copied(runs, tmp_path / "copy") / run.name)
+    assert not (tmp_path / "none").exists()
+    told = re.search(r"submitted as job (\d+)", events[0]["message"])
+    assert told
     os.waitpid(int(told[1]), 0)
 
 
