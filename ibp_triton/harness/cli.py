@@ -226,7 +226,7 @@ def log(
     folder = directory.resolve().parent.parent if is_run else directory
     plan = loading.load(folder / PLAN) if (folder / PLAN).exists() else None
     if is_run:
-        runs, root = [_run_in(directory)], directory.resolve().parent
+        runs, root = [_run_in(directory, directory)], directory.resolve().parent
     else:
         assert plan is not None
         root = _root_of(plan, folder)
@@ -363,7 +363,7 @@ def _evaluate_run(
         choice = loading.evaluation(config or mirror.file_of(above.parent / PLAN, stack), override)
         check_device(device, "--device")
         root = mirror.brought(above, stack, run_dir.name)
-        trained = _run_in(root / run_dir.resolve().name)
+        trained = _run_in(root / run_dir.name if url_of(run_dir) else run_dir, run_dir)
         job = Job([trained], root, accept_changed=accept_changed, bucket=mirror.bucket_of(above))
         check_changes(job)
         with job.hold(trained.name) as held:
@@ -380,18 +380,22 @@ def _show_curves(folder: Path, found: store.Record, stem: str) -> None:
     Console(emoji=False, markup=False).print(text, highlight=False)
 
 
-def _run_in(folder: Path) -> Run:
-    """The run whose folder this is; raises ConfigError for any other folder, in which nothing is touched."""
+def _run_in(folder: Path, given: Path) -> Run:
+    """The run whose folder this is; raises ConfigError, which names it as `given`, for any other folder.
+
+    Nothing is touched in it.
+    """
     stored = store.read_json(folder / store.CONFIG)
     cure = "give the folder of a run, like runs/NAME/runs/bp-0123456789ab"
     if stored is None:
-        raise ConfigError(f"{folder}: no {store.CONFIG}; {cure}")
+        raise ConfigError(f"{shown(given)}: no {store.CONFIG}; {cure}")
     try:
         return replace(Run.from_config(stored), folder=folder.resolve().name)
     except (ValueError, KeyError, TypeError) as error:
         told = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else error
         reason = str(told).partition("\n")[0]
-        raise ConfigError(f"{folder / store.CONFIG}: not the {store.CONFIG} of a run ({reason}); {cure}") from error
+        path = shown(given / store.CONFIG)
+        raise ConfigError(f"{path}: not the {store.CONFIG} of a run ({reason}); {cure}") from error
 
 
 @app.command()

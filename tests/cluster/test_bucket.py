@@ -329,6 +329,8 @@ def test_what_a_bucket_cannot_do_is_one_sentence(
     assert "--log tensorboard: boards read a run's folder, which lies in s3://bucket/tiny/runs" in text
     text = told(monkeypatch, capsys, "report", "s3://bucket/nothing")
     assert "s3://bucket/nothing: no experiment.yaml; give the folder that" in text
+    text = told(monkeypatch, capsys, "evaluate", "s3://bucket/tiny/runs/nothing")
+    assert "s3://bucket/tiny/runs/nothing: no config.json; give the folder of a run" in text
 
 
 @pytest.mark.usefixtures("object_store")
