@@ -265,6 +265,19 @@ def test_the_command_on_a_bucket_and_its_report(
     assert b"4 of 4 runs are finished" in page["tables.md"]
 
 
+def test_runs_alone_may_lie_in_a_bucket(
+    tree: Tree, write: Write, tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write({**tree, "methods": {"bp": None}, "runs": "s3://bucket/shared"})
+    assert ibp_triton(monkeypatch, "run", str(path)) == 0
+    (first, _), there = job(path, tmp_path).runs, Bucket("s3://bucket/shared")
+    assert f"{first.name}/{store.RESULT}" in there.names()
+    assert ibp_triton(monkeypatch, "report", str(tmp_path / "out")) == 0
+    assert "2 of 2 runs are finished" in (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "figures" / "filters.svg").exists(), "pictures from a checkpoint"
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def test_evaluate_and_keep_read_a_bucket(
     tree: Tree,
     write: Write,
