@@ -171,6 +171,21 @@ def test_parameters_are_there_for_each_sweep_that_reads_them():
     assert opened.names == [first, last]
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize("samples", [2, 9])
+def test_a_frozen_parameter_gets_no_gradient(frozen, samples):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, c = torch.randn(samples, 5).double(), torch.randn(samples, 3).double()
+    trace = ibp.Network(model).forward(x, {})
+    expected = weight_gradients([Term(1, trace, reverse(trace, c, to_input=False))], samples)
+    getattr(model[2], frozen).requires_grad_(False)
+    trace = ibp.Network(model).forward(x, {})
+    found = weight_gradients([Term(1, trace, reverse(trace, c, to_input=False))], samples)
+    assert error(found, {name: d for name, d in expected.items() if name != f"2.{frozen}"}) < 1e-12
+    assert f"2.{frozen}" not in found
+
+
 def test_sweeps_change_nothing_that_an_earlier_one_saved():
     for name in ("paper_mnist", "residual_train", "gelu_layer_norm", "attention"):
         _, trace, d, _c, _, tau = swept(name)
