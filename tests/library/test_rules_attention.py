@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
+import ibp_triton as ibp
+from ibp_triton.backends.torch import attention
 from ibp_triton.backends.torch.multihead import MultiHeadAttention
 from ibp_triton.layer import Pieces
 from tests.library.layers import Call, check, floating, half_agrees, random_like
@@ -255,3 +258,31 @@ def test_attention_broadcasts():
     torch.manual_seed(3)
     check(sdpa((1, 3, 4, 5), (1, 3, 6, 5), (2, 3, 6, 7)))
     check(sdpa((2, 3, 4, 5), (1, 3, 6, 5), (1, 1, 6, 7), attn_mask=bools(2, 1, 4, 6)))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "attention" in name])
+def test_a_few_samples_at_a_time_are_all_of_them(name, monkeypatch):
+    monkeypatch.setattr(attention, "_CACHED", 1)
+    torch.manual_seed(3)
+    check(CASES[name]())
+
+
+class Attending(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+    def forward(self, x):
+        return self.attend(x, x, x, need_weights=False)[0].mean(1)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_self_attention_takes_each_product_over_all_rows_at_once(batch_first):
+    model, x = Attending(batch_first), torch.randn(4, 5, 8)
+    network = ibp.Network(model)
+    with profile(record_shapes=True) as seen:
+        ibp.LossIBP(0.1).gradients(network, x, torch.arange(4) % 8)
+    assert any(node.rule is MultiHeadAttention for node in network.graph().nodes)
+    batched = [event for event in seen.events() if event.name == "aten::bmm"]
+    assert batched
+    assert all(event.input_shapes[0][0] == (8 if batch_first else 10) for event in batched)  # heads of samples

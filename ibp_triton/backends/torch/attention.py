@@ -7,15 +7,29 @@ Attention O = P V with P = M∘softmax(c Q Kᵀ + mask), M a dropout mask: the s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ibp_triton.layer import Layer, Names, Tangents, each, matched, product, shell, sum_to, without, wrapped
+from ibp_triton.layer import (
+    Layer,
+    Names,
+    Tangents,
+    each,
+    matched,
+    plus_product,
+    product,
+    shell,
+    sum_to,
+    without,
+    wrapped,
+)
 
 Sides = Mapping[str, Tensor]
+_CACHED = 1 << 17  # of numbers as many as P are, some stay in a core's cache
 
 
 class Softmax(Layer):
@@ -119,6 +133,32 @@ def _plus(fresh: Tensor, other: Tensor) -> Tensor:
     return fresh.add_(other) if same else fresh + other
 
 
+def _plus_product(total: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
+    """total + u v, in the place of the first where that is allowed; a number for each row broadcasts."""
+    if total is None:
+        return u * v
+    fits = torch.broadcast_shapes(total.shape, u.shape, v.shape) == total.shape
+    return plus_product(total, u, v) if fits else total + u * v
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _total(fresh: list[Tensor]) -> Tensor:
+    return fresh[0] if len(fresh) == 1 else _plus(*fresh)
+
+
+def _scaled(fresh: Tensor, by: float) -> Tensor:
+    return fresh * by if wrapped(fresh) else fresh.mul_(by)
+
+
+def _scaled_copy(x: Tensor, by: float) -> Tensor:
+    """Contiguous: the copy is scaled in its place where one is made."""
+    copy = x.contiguous()
+    return x * by if copy is x else _scaled(copy, by)
+
+
 def _each(parts: Tangents) -> list[dict[str, Tensor]]:
     """One tangent vector after the other."""
     return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
@@ -127,14 +167,16 @@ def _each(parts: Tangents) -> list[dict[str, Tensor]]:
 class Attention:
     """The core: O = P V, P = M∘softmax(c Q Kᵀ + mask), for q [..., L, E], k [..., S, E], v [..., S, F].
 
-    All broadcast in front. Both outputs, O and P, may have derivatives. Tangent vectors go one by one: what is as large
-    as P stays in the cache, and no side is copied for each of them.
+    All broadcast in front. Both outputs, O and P, may have derivatives. Tangent vectors go one by one, and samples a
+    few at a time: what is as large as P stays in the cache, and no side is copied for each tangent.
     """
+
+    runs: list[slice]
 
     def __init__(self, sides: Sides, scale: float | None, mask: Tensor | None, p: float) -> None:
         query = sides["query"]
         self.scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        self.q = (query * self.scale).contiguous()  # c Q: batched products copy what is not contiguous, each anew
+        self.q = _scaled_copy(query, self.scale)  # c Q: batched products copy what is not contiguous, each anew
         self.k, self.v = sides["key"].contiguous(), sides["value"].contiguous()
         self.soft = self._softmax(mask)  # [..., L, S]
         self.drop = None if p == 0 else torch.empty_like(self.soft).bernoulli_(1 - p).div_(1 - p if p < 1 else 1)
@@ -142,6 +184,30 @@ class Attention:
         self._output: Tensor | None = self.weights @ self.v
         self.rank = self._output.dim()
         self.sides = {name: shell(side) for name, side in sides.items()}  # for their shapes
+        self.runs = self._runs()
+
+    def _runs(self) -> list[slice]:
+        """The samples in runs, one of all where they share a side."""
+        first = {x.shape[: x.dim() - 2] for x in (self.q, self.k, self.v)}
+        if len(first) > 1 or self.rank < 3 or self.soft.is_cuda or wrapped(self.soft) or not self.soft.numel():
+            return [slice(None)]
+        count = max(1, _CACHED // self.soft[0].numel())
+        return [slice(i, i + count) for i in range(0, len(self.soft), count)]
+
+    def _by_runs(self, call: Callable[[Attention, dict[str, Tensor]], Any], sides: Sides) -> list[Any]:
+        """``call`` of the core and of the sides of each run."""
+        if len(self.runs) == 1:
+            return [call(self, dict(sides))]
+        return [call(self._of(run), {name: x[run] for name, x in sides.items()}) for run in self.runs]
+
+    def _of(self, run: slice) -> Attention:
+        part = copy(self)
+        part.q, part.k, part.v, part.soft, part.weights = (
+            x[run] for x in (self.q, self.k, self.v, self.soft, self.weights)
+        )
+        part.drop = None if self.drop is None else self.drop[run]
+        part.sides = {name: self.sides[name][run] for name in ("query", "key", "value")}
+        return part
 
     def take_output(self) -> Tensor:
         """O, once: no derivative reads it."""
@@ -163,14 +229,23 @@ class Attention:
     def push(self, t: Tangents, weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """t_O and, if wanted, t_P."""
         if any(part.dim() == self.sides[name].dim() for name, part in t.items()):
-            return self._push(t)
-        found = [self._push(one) for one in _each(t)]
-        shown = torch.stack([w for _, w in found]) if weights else None
+            return self._push(t, weights)
+        found = [self._push(one, weights) for one in _each(t)]
+        shown = torch.stack([w for _, w in found if w is not None]) if weights else None
         return torch.stack([output for output, _ in found]), shown
 
-    def _push(self, t: Tangents) -> tuple[Tensor, Tensor]:
-        scores = self._scores(t)
-        weights = None if scores is None else self._dropped(softmax_pull(self.soft, scores))
+    def _push(self, t: Tangents, weights: bool) -> tuple[Tensor, Tensor | None]:
+        if weights or "mask" in t:
+            return self._push_run(t)
+        return _joined(self._by_runs(lambda core, own: core._push_run(own)[0], t)), None
+
+    def _push_run(self, t: Tangents) -> tuple[Tensor, Tensor]:
+        t = {name: part.contiguous() for name, part in t.items()}
+        return self._moved(t, self._soft_tangent(t))
+
+    def _moved(self, t: Tangents, soft: Tensor | None) -> tuple[Tensor, Tensor]:
+        """t_O and t_P for the softmax's tangent."""
+        weights = None if soft is None else self._dropped(soft)
         output = None if weights is None else weights @ self.v
         if "value" in t:
             moved = self.weights @ t["value"]
@@ -178,12 +253,14 @@ class Attention:
         assert output is not None
         return output, torch.zeros_like(self.weights) if weights is None else weights
 
-    def _scores(self, t: Tangents) -> Tensor | None:
-        """t_S = c (t_Q Kᵀ + Q t_Kᵀ) + t_mask."""
-        parts = [(t["query"] * self.scale) @ self.k.mT] if "query" in t else []
+    def _soft_tangent(self, t: Tangents) -> Tensor | None:
+        """P∘(t_S − ⟨P, t_S⟩), before dropout, with t_S = c (t_Q Kᵀ + Q t_Kᵀ) + t_mask."""
+        parts = [_scaled_copy(t["query"], self.scale) @ self.k.mT] if "query" in t else []
         parts += [self.q @ t["key"].mT] if "key" in t else []
         parts += [t["mask"].expand(self.soft.shape)] if "mask" in t else []
-        return None if not parts else parts[0] if len(parts) == 1 else _plus(parts[0], sum(parts[2:], parts[1]))
+        if not parts:
+            return None
+        return softmax_pull(self.soft, parts[0] if len(parts) == 1 else _plus(parts[0], sum(parts[2:], parts[1])))
 
     def _soft_derivative(self, d: Tensor | None, w: Tensor | None) -> Tensor:
         """d_softmax = M∘(d Vᵀ + w)."""
@@ -201,13 +278,13 @@ class Attention:
         return {name: torch.stack([part[name] for part in found]) for name in found[0]}
 
     def _pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
-        out = {}
+        out, d = {}, None if d is None else d.contiguous()
         if "value" in wanted and d is not None:
             out["value"] = self.weights.mT @ d
         if not {"query", "key", "mask"}.isdisjoint(wanted):
             scores = softmax_pull(self.soft, self._soft_derivative(d, w))
             if "query" in wanted:
-                out["query"] = (scores @ self.k) * self.scale
+                out["query"] = _scaled(scores @ self.k, self.scale)
             if "key" in wanted:
                 out["key"] = scores.mT @ self.q
             if "mask" in wanted:
@@ -215,45 +292,70 @@ class Attention:
         return self._fitting(out)
 
     def bend(self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        """The derivatives' derivatives along t, summed over tangents.
+        """The derivatives' derivatives along t, summed over tangents."""
+        return self.bend_and_push(d, w, t, wanted, push=False)[0]
+
+    def bend_and_push(
+        self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names, push: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """``bend`` and, of each tangent, t_O.
 
         With d' = d_P − ⟨P, d_P⟩, t' = t_S − ⟨P, t_S⟩ and g = d t_Vᵀ + d'∘t', the scores' is P∘(g − ⟨P, g⟩).
         """
         if any(part.dim() == self.sides[name].dim() for name, part in t.items()):
-            return self._bend(d, w, t, wanted)
+            return self._bend(d, w, t, wanted, push)
         given = {name: part for name, part in (("d", d), ("w", w), *t.items()) if part is not None}
         total: dict[str, Tensor] = {}
+        pushed: list[Any] = []
         for one in _each(given):
-            found = self._bend(one.pop("d", None), one.pop("w", None), one, wanted)
+            found, moved = self._bend(one.pop("d", None), one.pop("w", None), one, wanted, push)
             total = {name: _plus(total[name], part) if name in total else part for name, part in found.items()}
-        return total
+            pushed.append(moved)
+        return total, torch.stack(pushed) if push else None
 
-    def _bend(self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names) -> dict[str, Tensor]:
-        y = self.soft
-        soft_d, scores_t = self._centred(self._soft_derivative(d, w)), self._scores(t)
-        soft_t = None if scores_t is None else self._centred(scores_t)
+    def _bend(
+        self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names, push: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        if d is None or w is not None or "mask" in wanted or "mask" in t:
+            return self._bend_run(d, w, t, wanted, push)
+        found = self._by_runs(lambda core, own: core._bend_run(own.pop("d"), None, own, wanted, push), {"d": d, **t})
+        parts = {name: _joined([part[name] for part, _ in found]) for name in found[0][0]}
+        return parts, _joined([moved for _, moved in found]) if push else None
+
+    def _bend_run(
+        self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names, push: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        d, t = None if d is None else d.contiguous(), {name: part.contiguous() for name, part in t.items()}
         out: dict[str, Tensor] = {}
+        soft_t = self._soft_tangent(t)
         if "value" in wanted and soft_t is not None and d is not None:
-            out["value"] = self._dropped(y * soft_t).mT @ d
-        parts = [self._dropped(d @ t["value"].mT)] if "value" in t and d is not None else []
-        parts += [] if soft_t is None else [soft_t * soft_d]
-        bent = softmax_pull(y, parts[0] if len(parts) == 1 else _plus(*parts)) if parts else None
-        scores_d = y * soft_d
+            out["value"] = self._dropped(soft_t).mT @ d
+        pushed = self._moved(t, soft_t)[0] if push else None
+        bent, scores_d = self._bent_scores(d, w, t.get("value"), soft_t)
         if "query" in wanted:
             terms = [] if bent is None else [bent @ self.k]
             terms += [scores_d @ t["key"]] if "key" in t else []
-            out |= {"query": sum(terms[1:], terms[0]) * self.scale} if terms else {}
+            out |= {"query": _scaled(_total(terms), self.scale)} if terms else {}
         if "key" in wanted:
             terms = [] if bent is None else [bent.mT @ self.q]
-            terms += [scores_d.mT @ (t["query"] * self.scale)] if "query" in t else []
-            out |= {"key": sum(terms[1:], terms[0])} if terms else {}
+            terms += [scores_d.mT @ _scaled_copy(t["query"], self.scale)] if "query" in t else []
+            out |= {"key": _total(terms)} if terms else {}
         if "mask" in wanted and bent is not None:
             out["mask"] = bent
-        return self._fitting(out)
+        return self._fitting(out), pushed
 
-    def _centred(self, v: Tensor) -> Tensor:
-        """v − ⟨P, v⟩ of each row (before dropout); P∘ that is the softmax's derivative."""
-        return v - (self.soft * v).sum(-1, keepdim=True)
+    def _bent_scores(
+        self, d: Tensor | None, w: Tensor | None, t_v: Tensor | None, soft_t: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """P∘(g − ⟨P, g⟩) and P∘d', from P∘t'."""
+        y, soft_d = self.soft, self._soft_derivative(d, w)
+        scores_d = y * soft_d
+        along = scores_d.sum(-1, keepdim=True)
+        scores_d = _plus_product(scores_d, y, -along)
+        found = None if t_v is None or d is None else self._dropped(d @ t_v.mT) * y
+        if soft_t is not None:
+            found = _plus_product(found, soft_t, soft_d - along)
+        return None if found is None else _plus_product(found, y, -found.sum(-1, keepdim=True)), scores_d
 
     def _fitting(self, parts: Sides) -> dict[str, Tensor]:
         """Summed over the axes along which a side was broadcast."""

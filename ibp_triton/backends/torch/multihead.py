@@ -9,7 +9,7 @@ derivatives c_Q along (t_Q, t_K, t_V):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibp_triton.backends.torch.attention import Attention
-from ibp_triton.layer import HALF, Layer, Names, Pieces, Tangents, product, wide
+from ibp_triton.layer import HALF, Layer, Names, Pieces, Tangents, product, shell, wide, wrapped
 
 _INPUTS = ("query", "key", "value")
 _WEIGHTS = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_ALL = "query, key and value"
 _MASKS = ("attn_mask", "key_padding_mask")
 
 
@@ -31,6 +32,7 @@ class MultiHeadAttention(Layer):
     label = "multi_head_attention"
     packed: Any  # [3E, E] or None
     weights: dict[str, Any]  # its three parts, or three separate weights
+    _source: Callable[[], Tensor] | None = None  # makes the inputs anew where they are not kept
     _last_pull: tuple[dict[Any, Tensor], dict[str, Tensor]] | None = None
     _last_push: tuple[dict[Any, Tensor], Tensor] | None = None
 
@@ -74,23 +76,24 @@ class MultiHeadAttention(Layer):
         self.unbatched, self.heads, self.averaged = query.dim() == 2, num_heads, average_attn_weights
         self.need_weights = need_weights
         self.inputs = dict(zip(_INPUTS, map(self._batched, (query, key, value)), strict=True))
+        self.orders = {name: _in_order(x) for name, x in self.inputs.items()}
         nodes = [self.node.operands.get(name, name) for name in _INPUTS]
         self.packed = None if use_separate_proj_weight else in_proj_weight
-        self.shared = self.packed is not None and len(set(nodes)) == 1 and query is key and key is value
+        self.shared = self.packed is not None and len(set(nodes)) == 1
         weights = (q_proj_weight, k_proj_weight, v_proj_weight) if self.packed is None else self.packed.chunk(3)
         self.weights = dict(zip(_INPUTS, weights, strict=True))
         self.out_weight = out_proj_weight
         self.core = self._attend(in_proj_bias, self._mask(attn_mask, key_padding_mask), dropout_p if training else 0.0)
         self.joined = self._join(self.core.take_output())
-        output = F.linear(self.joined, out_proj_weight, out_proj_bias)
+        output = _linear(self.joined, out_proj_weight, out_proj_bias)
         return self._unbatched(output), self._shown(self.core.weights) if need_weights else None
 
     def _attend(self, bias: Tensor | None, mask: Tensor | None, p: float) -> Attention:
         biases = (None,) * 3 if bias is None else bias.chunk(3)
         if self.shared:
-            parts = F.linear(self.inputs["query"], self.packed, bias).chunk(3, -1)
+            parts = _linear(self.inputs["query"], self.packed, bias).chunk(3, -1)
         else:
-            parts = tuple(F.linear(self.inputs[n], self.weights[n], b) for n, b in zip(_INPUTS, biases, strict=True))
+            parts = tuple(_linear(self.inputs[n], self.weights[n], b) for n, b in zip(_INPUTS, biases, strict=True))
         sides = {name: self._split(part) for name, part in zip(_INPUTS, parts, strict=True)}
         return Attention(sides, None, mask, p)
 
@@ -115,9 +118,32 @@ class MultiHeadAttention(Layer):
         """[..., L, N, E] → [..., N, heads, L, E / heads]."""
         return x.unflatten(-1, (self.heads, -1)).movedim(-4, -2)  # type: ignore[no-any-return]
 
-    def _join(self, x: Tensor) -> Tensor:
-        """[..., N, heads, L, E / heads] → [..., L, N, E]."""
-        return x.movedim(-2, -4).flatten(-2)
+    @property
+    def spared(self) -> str | None:
+        """Query, key and value where they are one."""
+        return "query" if self.shared else None
+
+    def spare(self, source: Callable[[], Tensor]) -> None:
+        """Of all three."""
+        self.inputs, self._source = {name: shell(x) for name, x in self.inputs.items()}, source
+
+    @property
+    def _lefts(self) -> Mapping[str, Tensor]:
+        """The inputs' numbers."""
+        return self.inputs if self._source is None else dict.fromkeys(_INPUTS, self._batched(self._source()))
+
+    def _join(self, x: Tensor, name: str = "query") -> Tensor:
+        """[..., N, heads, L, E / heads] → [..., L, N, E], its rows in the order of the operand's."""
+        if self.orders[name]:
+            return x.movedim(-2, -4).flatten(-2)
+        return x.transpose(-2, -3).flatten(-2).transpose(-2, -3)
+
+    def _pack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Three of [..., N, heads, L, E / heads] → [..., L, N, 3E], likewise."""
+        stacked = [parts[name].transpose(-2, -3) for name in _INPUTS]
+        if self.orders["query"]:
+            return torch.stack([part.transpose(-3, -4) for part in stacked], -3).flatten(-3)
+        return torch.stack(stacked, -3).flatten(-3).transpose(-2, -3)
 
     def _batched(self, x: Tensor) -> Tensor:
         return x.unsqueeze(-2) if self.unbatched else x
@@ -146,35 +172,29 @@ class MultiHeadAttention(Layer):
             self._last_pull = dict(d), self._inner(self.core.pull(heads, shown, _INPUTS))
         return self._last_pull[1]
 
-    def _moved(self, t: Tangents, pushed: Mapping[str, Tensor]) -> Tensor:
-        """The tangent in front of the last linear map, that of the linear sweep where t is the same."""
-        if self._last_push is not None and _same(self._last_push[0], t):
-            return self._last_push[1]
-        return self._join(self.core.push(pushed)[0])
-
     def _sides(self, d: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The output's derivative, the same for the heads' outputs, and the weights' derivative."""
         outer = self._outer(d)
-        return outer, None if outer is None else self._split(outer @ self.out_weight), self._shown_vjp(d.get(1))
+        heads = None if outer is None else self._split(_linear(outer, self.out_weight.mT))
+        return outer, heads, self._shown_vjp(d.get(1))
 
     def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
         """Through the last linear map, the core and the first linear maps."""
         inner, outer = self._pulled(d), self._outer(d)
-        return self._through(inner, wanted) | self._weights_of(inner, self.inputs, wanted) | self._last(outer, wanted)
+        return self._through(inner, wanted) | self._weights_of(inner, self._lefts, wanted) | self._last(outer, wanted)
 
     def _inner(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._join(part) for name, part in parts.items()}
+        """Derivatives in front of the core as those behind the first linear maps; all in one where these are one."""
+        if self.shared and len(parts) == len(_INPUTS):
+            return {_ALL: self._pack(parts)}
+        return {name: self._join(part, name) for name, part in parts.items()}
 
     def _through(self, inner: Mapping[str, Tensor], wanted: Names) -> dict[str, Tensor]:
         """Through the first linear maps; one product where their operand is the same."""
-        if self.shared and len(inner) == 3:
+        if _ALL in inner:
             names = [name for name in _INPUTS if name in wanted][:1]
-            return {name: self._unbatched(self._pack(inner) @ self.packed) for name in names}
-        return {n: self._unbatched(part @ self.weights[n]) for n, part in inner.items() if n in wanted}
-
-    @staticmethod
-    def _pack(inner: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([inner[name] for name in _INPUTS], -1)
+            return {name: self._unbatched(_linear(inner[_ALL], self.packed.mT)) for name in names}
+        return {n: self._unbatched(_linear(part, self.weights[n].mT)) for n, part in inner.items() if n in wanted}
 
     def _weights_of(
         self, inner: Mapping[str, Tensor], left: Mapping[str, Tensor], wanted: Names, bias: bool = True
@@ -183,6 +203,8 @@ class MultiHeadAttention(Layer):
         out: dict[str, Tensor] = {}
         if not inner:
             return out
+        if _ALL in inner:
+            return self._packed_weights_of(inner[_ALL], left["query"], wanted, bias)
         if any(name in wanted for name in ("in_proj_weight", *_SEPARATE)):
             parts = {n: _gradient(left[n], inner[n]) for n in _INPUTS if n in left and n in inner}
             if self.packed is None:
@@ -200,6 +222,11 @@ class MultiHeadAttention(Layer):
         return out
 
     @staticmethod
+    def _packed_weights_of(inner: Tensor, left: Tensor, wanted: Names, bias: bool) -> dict[str, Tensor]:
+        out = {"in_proj_weight": _gradient(left, inner)} if "in_proj_weight" in wanted else {}
+        return out | ({"in_proj_bias": wide(inner).sum((-3, -2))} if bias and "in_proj_bias" in wanted else {})
+
+    @staticmethod
     def _rows(parts: Mapping[str, Tensor]) -> Tensor:
         """The packed weight's gradient, zeros where a part has none."""
         some = next(iter(parts.values()))
@@ -215,10 +242,11 @@ class MultiHeadAttention(Layer):
 
     def jvp(self, t: Tangents) -> Any:
         """Through the same maps without their biases."""
-        output, weights = self.core.push(self._pushed(t), self.need_weights)
-        moved = self._join(output)
-        self._last_push = dict(t), moved
-        pushed = self._unbatched(F.linear(moved, self.out_weight))
+        weights = None
+        if self._last_push is None or self.need_weights or not _same(self._last_push[0], t):
+            output, weights = self.core.push(self._pushed(t), self.need_weights)
+            self._last_push = dict(t), self._join(output)
+        pushed = self._unbatched(_linear(self._last_push[1], self.out_weight))
         shown = {1: self._shown(weights)} if self.need_weights and weights is not None else {}
         return Pieces({0: pushed, **shown})
 
@@ -226,9 +254,9 @@ class MultiHeadAttention(Layer):
         """The tangents of the core's operands."""
         if self.shared:
             tangent = self._batched(next(iter(t.values())))
-            parts = F.linear(tangent, self.packed).chunk(3, -1)
+            parts = _linear(tangent, self.packed).chunk(3, -1)
             return {name: self._split(part) for name, part in zip(_INPUTS, parts, strict=True)}
-        return {n: self._split(F.linear(self._batched(t[n]), self.weights[n])) for n in _INPUTS if n in t}
+        return {n: self._split(_linear(self._batched(t[n]), self.weights[n])) for n in _INPUTS if n in t}
 
     def curvature(self, d: Any, t: Tangents, wanted: Names) -> dict[str, Tensor]:
         """The core's, through the first linear maps."""
@@ -241,16 +269,19 @@ class MultiHeadAttention(Layer):
         """The formulas above; parametric operands in the place of activations likewise."""
         r, t = self._matched(r, t)
         outer, heads, shown = self._sides(r)
-        pushed = self._pushed(t)
-        bent = self._inner(self.core.bend(heads, shown, pushed, _INPUTS))
-        pulled = self._pulled(r)
+        fresh = self._last_push is None or not _same(self._last_push[0], t)
+        bends, moved = self.core.bend_and_push(heads, shown, self._pushed(t), _INPUTS, fresh)
+        if moved is not None:  # for the linear sweep, which comes after this or has been here
+            self._last_push = dict(t), self._join(moved)
+        bent, pulled = self._inner(bends), self._pulled(r)
         left = {name: self._batched(part) for name, part in t.items()}
         if self.shared:
             left = dict.fromkeys(_INPUTS, next(iter(left.values())))
         out = self._through(bent, wanted)
-        parts = [self._weights_of(bent, self.inputs, wanted), self._weights_of(pulled, left, wanted, bias=False)]
+        parts = [self._weights_of(bent, self._lefts, wanted), self._weights_of(pulled, left, wanted, bias=False)]
         if outer is not None and "out_proj_weight" in wanted:
-            parts.append({"out_proj_weight": _gradient(self._moved(t, pushed), outer)})
+            assert self._last_push is not None
+            parts.append({"out_proj_weight": _gradient(self._last_push[1], outer)})
         shapes = self._shapes
         for part in parts:
             for name, found in part.items():
@@ -291,8 +322,22 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
+def _in_order(x: Tensor) -> bool:
+    """Whether the rows of [..., L, N, E] lie in this order in memory, and not as [..., N, L, E]."""
+    return wrapped(x) or x.is_contiguous() or not x.transpose(-3, -2).is_contiguous()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b for x [..., L, N, E], the rows as they lie: of others torch takes a product for each of L."""
+    if _in_order(x):
+        return F.linear(x if wrapped(x) else x.contiguous(), weight, bias)
+    return F.linear(x.transpose(-3, -2), weight, bias).transpose(-3, -2)
+
+
 def _gradient(left: Tensor, d: Tensor) -> Tensor:
     """dᵀ left over all positions, [..., out, in], in float32 for half precision; summed over tangents in both."""
+    if not _in_order(d):
+        left, d = left.transpose(-3, -2), d.transpose(-3, -2)
     if left.dim() == d.dim():
         return _rows_of(d, 0).mT @ _rows_of(left, 0)
     lead = abs(left.dim() - d.dim())
