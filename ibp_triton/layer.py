@@ -38,6 +38,8 @@ class Layer:
     forward: Any  # forward(*args, **kwargs) -> Tensor, with the argument names of the torch function it stands for
     label: ClassVar[str] = ""
     shapes_only: ClassVar[tuple[str, ...]] = ()  # attributes of whose numbers nothing is read after ``forward``
+    dear = False  # whether ``again`` makes later sweeps over the layer dearer, so that no more than one is to come
+    rearranges = False  # whether ``jvp`` of an operand ``input``'s numbers is the output, and a view
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -77,6 +79,19 @@ class Layer:
     def let_go_of_bends(self) -> None:
         """Let go, after a reverse sweep, of what only the curvature would read."""
 
+    def again(self) -> Callable[[], Tensor] | None:
+        """What makes the output's numbers anew, if there is such; from now on the layer keeps what that takes."""
+        return None
+
+    @property
+    def spared(self) -> str | None:
+        """The operand of whose numbers weight gradients alone are made, so that ``spare`` can be asked."""
+        return None
+
+    def spare(self, source: Callable[[], Tensor]) -> None:
+        """Keep of that operand the shape, and where weight gradients want the numbers ask for them."""
+        raise NotImplementedError
+
     def condensed(self, d: Tensor, pulled: Mapping[str, Any]) -> Any:
         """What may be kept in place of d for the weight gradients that follow, where there is no curvature.
 
@@ -107,6 +122,16 @@ class Bilinear(Layer):
 
     input: Tensor
     weight: Tensor
+    source: Callable[[], Tensor] | None = None
+
+    @property
+    def left(self) -> Tensor:
+        """The input's numbers."""
+        return self.input if self.source is None else self.source()
+
+    def spare(self, source: Callable[[], Tensor]) -> None:
+        """The input."""
+        self.input, self.source = shell(self.input), source
 
     @classmethod
     def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
@@ -153,7 +178,7 @@ class Bilinear(Layer):
         """f~ for the input; g and the bias's sum for the parameters."""
         out = {"input": self.input_vjp(d)} if "input" in wanted else {}
         parameters = [name for name in wanted if name != "input"]
-        return out | (self.param_vjp(self.input, d, parameters) if parameters else {})
+        return out | (self.param_vjp(self.left, d, parameters) if parameters else {})
 
     def input_vjp(self, d: Tensor) -> Tensor:
         """f~ for the input alone."""
@@ -207,6 +232,13 @@ def unfold(folded: Tensor, t: Tensor, value: Tensor) -> Tensor:
 def shell(x: Tensor) -> Tensor:
     """A tensor of the same shape, dtype and device without numbers, in the memory of one."""
     return x if wrapped(x) else x.new_empty(()).expand(x.shape)
+
+
+def compact(x: Any) -> Any:
+    """A tensor that shows less than half of the memory that it holds, as a copy; anything else as it is."""
+    if not isinstance(x, Tensor) or wrapped(x) or 2 * x.numel() * x.element_size() > x.untyped_storage().nbytes():
+        return x
+    return x.clone()
 
 
 def _shells(value: Any) -> Any:

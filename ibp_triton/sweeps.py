@@ -15,7 +15,7 @@ from torch import Tensor
 from ibp_triton.errors import MethodError
 from ibp_triton.forward import Trace
 from ibp_triton.graph import Node
-from ibp_triton.layer import Bilinear, Layer, Pieces, Product, wide
+from ibp_triton.layer import Bilinear, Layer, Pieces, Product, compact, wide
 from ibp_triton.seeds import Seed, numbers
 from ibp_triton.tape import Tape, added
 
@@ -116,7 +116,9 @@ class Reverse(Sweep):
         if trace.shards is not None:
             trace.reach(node)
         wanted = trace.plan.wants[self.to_input][node.index]
+        keeps = trace.frugal and self._keeps(node.index)
         own = self.at(node.index) if wanted else None
+        own = compact(own) if keeps else own
         pulled = layer.vjp(own, wanted) if own is not None else {}
         self._receive(node, pulled)
         for r, t in self.bends if wanted else ():
@@ -125,10 +127,11 @@ class Reverse(Sweep):
                 self._receive(node, layer.curvature(side, tangents, wanted))
         if trace.frugal:
             layer.let_go_of_bends()
-        if trace.frugal and not self._keeps(node.index):
+        if trace.frugal and not keeps:
             self[node.index] = FREED
-        elif trace.frugal and own is not None:
+        elif keeps and own is not None:
             self[node.index] = layer.condensed(own, pulled)
+            _spare(trace, node, layer)
         if self.passing:
             trace.layers[node.index] = None
 
@@ -191,6 +194,24 @@ def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[t
 def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
     """The third pass, run: see ``Linear``."""
     return Linear(trace, t, to_output=to_output).run()
+
+
+def _spare(trace: Trace, node: Node, layer: Layer) -> None:
+    """Let go of numbers that the layer before can make anew."""
+    source = None if layer.spared is None else _again(trace, node.operands[layer.spared], node)
+    if source is not None:
+        layer.spare(source)
+
+
+def _again(trace: Trace, index: int, reader: Node) -> Callable[[], Tensor] | None:
+    """What makes a node's value anew for its only reader."""
+    node, layer = trace.graph.nodes[index], trace.layers[index]
+    if layer is None or trace.graph.consumers[index] != [reader.index]:
+        return None
+    if not layer.rearranges:
+        return None if layer.dear and not trace.lean else layer.again()
+    source = _again(trace, node.operands["input"], node)
+    return None if source is None else lambda: layer.jvp({"input": source()})
 
 
 def _sum(a: Any, b: Any) -> Any:
@@ -353,7 +374,7 @@ def _products(terms: Sequence[Term], node: Node) -> list[Product]:
     for term in terms:
         layer, right, t = term.trace.layers[node.index], term.right.at(node.index), term.tangents
         assert isinstance(layer, Bilinear)
-        left = layer.input if t is None else t.at(node.operands["input"])
+        left = layer.left if t is None else t.at(node.operands["input"])
         if left is not None and right is not None:
             products.append(Product(term.coefficient, left, right, t is None))
     return products

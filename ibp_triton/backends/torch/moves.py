@@ -85,7 +85,7 @@ class Negative(Identity):
 class Permute(Move):
     """Axes in another order: permute, transpose, movedim and their other names."""
 
-    kind: ClassVar[str] = "permute"
+    rearranges = True
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The same numbers."""

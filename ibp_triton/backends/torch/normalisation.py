@@ -11,7 +11,7 @@ RMS normalisation has μ = 0 throughout, and P without mean(v).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -324,8 +324,15 @@ class LayerNorm(_Native):
         weight, bias = self._prepare(weight, bias)
         if not self._native:
             return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        self.bias = bias
         output, self.mean, self.rstd = torch.native_layer_norm(input, self.shape, weight, bias, eps)
         return output
+
+    def again(self) -> Callable[[], Tensor] | None:
+        """The kernel once more."""
+        if not self._native:
+            return None
+        return lambda: torch.native_layer_norm(self.input, self.shape, self.weight, self.bias, self.eps)[0]
 
     def _backward(self, v: Tensor, weight: Tensor | None, parameters: bool) -> tuple[Tensor, Tensor, Tensor]:
         """In any memory format."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.layer import Layer, Names, Tangents, shell, without
+from ibp_triton.layer import Layer, Names, Tangents, shell, without, wrapped
 from ibp_triton.steady import dropout_mask
 
 
@@ -202,18 +202,45 @@ class SiLU(Pointwise):
 class GELU(Pointwise):
     """a Φ(a), or its tanh approximation."""
 
-    label = "gelu"
+    label, dear = "gelu", True
+    kept = False  # the input, of which slope and output are made anew
 
     def forward(self, input: Tensor, approximate: str = "none") -> Tensor:
         """Same shape."""
         self.input, self.approximate = input, approximate
         return F.gelu(input, approximate=approximate)
 
+    def again(self) -> Callable[[], Tensor] | None:
+        """a Φ(a)."""
+        self.kept = not wrapped(self.input)
+        return partial(F.gelu, self.input, approximate=self.approximate) if self.kept else None
+
+    def let_go_of_bends(self) -> None:
+        """The slope, or all but the slope."""
+        if self.kept:
+            vars(self).pop("slope", None)
+        else:
+            super().let_go_of_bends()
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """d σ'(a)."""
+        return {"input": self._sloped(d)}
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """t σ'(a)."""
+        return self._sloped(t["input"])
+
+    def _sloped(self, t: Tensor) -> Tensor:
+        if not self.kept or t.dim() > self.input.dim() or wrapped(t):
+            return times(t, self.slope)
+        return torch.ops.aten.gelu_backward(t, self.input, approximate=self.approximate)  # type: ignore[no-any-return]
+
     @cached_property
     def slope(self) -> Tensor:
         """Φ(a) + a φ(a), or that of the approximation."""
         a = self.input
-        return torch.ops.aten.gelu_backward(_one(a), a, approximate=self.approximate)  # type: ignore[no-any-return]
+        one = _one(a) if a.is_cuda else torch.ones_like(a)  # oneDNN's kernel, twice as quick, takes no expanded tensor
+        return torch.ops.aten.gelu_backward(one, a, approximate=self.approximate)  # type: ignore[no-any-return]
 
     def bend(self) -> Tensor:
         """φ(a)(2 − a²), or that of the approximation."""
