@@ -38,6 +38,7 @@ class Layer:
     forward: Any  # forward(*args, **kwargs) -> Tensor, with the argument names of the torch function it stands for
     label: ClassVar[str] = ""
     shapes_only: ClassVar[tuple[str, ...]] = ()  # attributes of whose numbers nothing is read after ``forward``
+    spared: str | None = None  # the operand whose numbers weight gradients alone read, so that ``spare`` can be asked
     dear = False  # whether ``again`` makes later sweeps over the layer dearer, so that no more than one is to come
     rearranges = False  # whether ``jvp`` of an operand ``input``'s numbers is the output, and a view
 
@@ -83,13 +84,8 @@ class Layer:
         """What makes the output's numbers anew, if there is such; from now on the layer keeps what that takes."""
         return None
 
-    @property
-    def spared(self) -> str | None:
-        """The operand of whose numbers weight gradients alone are made, so that ``spare`` can be asked."""
-        return None
-
     def spare(self, source: Callable[[], Tensor]) -> None:
-        """Keep of that operand the shape, and where weight gradients want the numbers ask for them."""
+        """Keep of the operand ``spared`` the shape, and where weight gradients want the numbers ask for them."""
         raise NotImplementedError
 
     def condensed(self, d: Tensor, pulled: Mapping[str, Any]) -> Any:

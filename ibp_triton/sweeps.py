@@ -198,7 +198,9 @@ def linear_sweep(trace: Trace, t: Tensor, *, to_output: bool) -> Sweep:
 
 def _spare(trace: Trace, node: Node, layer: Layer) -> None:
     """Let go of numbers that the layer before can make anew."""
-    source = None if layer.spared is None else _again(trace, node.operands[layer.spared], node)
+    if layer.spared is None or trace.shards is not None:  # in pieces, another layer's parameters may be away by then
+        return
+    source = _again(trace, node.operands[layer.spared], node)
     if source is not None:
         layer.spare(source)
 

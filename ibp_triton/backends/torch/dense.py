@@ -15,7 +15,8 @@ from ibp_triton.layer import HALF, Bilinear, Names, Tangents, fold, memory_forma
 class Dense(Bilinear):
     """y = a Wᵀ + b over any leading dimensions; g(a, d) = dᵀ a."""
 
-    label, spared = "linear", "input"
+    label = "linear"
+    spared: str | None = "input"
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in] → [..., out]."""
@@ -58,7 +59,7 @@ class _Conv(Bilinear):
     """Cross-correlation with stride, padding, dilation and groups; g is the correlation of a with d."""
 
     spatial: int
-    spared = "input"
+    spared: str | None = "input"
 
     def forward(
         self,

@@ -80,6 +80,7 @@ class MultiHeadAttention(Layer):
         nodes = [self.node.operands.get(name, name) for name in _INPUTS]
         self.packed = None if use_separate_proj_weight else in_proj_weight
         self.shared = self.packed is not None and len(set(nodes)) == 1
+        self.spared = "query" if self.shared else None
         weights = (q_proj_weight, k_proj_weight, v_proj_weight) if self.packed is None else self.packed.chunk(3)
         self.weights = dict(zip(_INPUTS, weights, strict=True))
         self.out_weight = out_proj_weight
@@ -118,13 +119,8 @@ class MultiHeadAttention(Layer):
         """[..., L, N, E] → [..., N, heads, L, E / heads]."""
         return x.unflatten(-1, (self.heads, -1)).movedim(-4, -2)  # type: ignore[no-any-return]
 
-    @property
-    def spared(self) -> str | None:
-        """Query, key and value where they are one."""
-        return "query" if self.shared else None
-
     def spare(self, source: Callable[[], Tensor]) -> None:
-        """Of all three."""
+        """Of query, key and value, which are one."""
         self.inputs, self._source = {name: shell(x) for name, x in self.inputs.items()}, source
 
     @property

@@ -38,6 +38,7 @@ CHANNELS_FIRST = "channels first"  # a flatten follows: leave it nothing to copy
 class _Joint(Bilinear):
     """All terms of a weight gradient in one launch."""
 
+    spared: str | None = None  # kernels read the input as it was packed
     geometry: tuple[list[int], list[int], list[int]] = ([1, 1], [0, 0], [1, 1])  # stride, padding, dilation
 
     @property
