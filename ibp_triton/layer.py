@@ -39,6 +39,7 @@ class Layer:
     label: ClassVar[str] = ""
     shapes_only: ClassVar[tuple[str, ...]] = ()  # attributes of whose numbers nothing is read after ``forward``
     spared: str | None = None  # the operand whose numbers weight gradients alone read, so that ``spare`` can be asked
+    heavy = False  # whether it keeps what is larger than its operands and result, and BP does not
     dear = False  # whether ``again`` makes later sweeps over the layer dearer, so that no more than one is to come
     rearranges = False  # whether ``jvp`` of an operand ``input``'s numbers is the output, and a view
 

@@ -11,7 +11,7 @@ from ibp_triton.layer import Bilinear, compact
 from ibp_triton.sweeps import Linear, Reverse, g, weight_gradients
 from tests.library.comparing import error, oracle, ours
 
-PEAKS = {"vit": 1.5, "mixer": 1.2, "text_transformer": 1.6, "densenet_bc": 1.6, "convnext": 1.25, "mobilenet_v2": 1.4}
+PEAKS = {"vit": 1.5, "mixer": 1.55, "text_transformer": 1.6, "densenet_bc": 1.6, "convnext": 1.55, "mobilenet_v2": 1.4}
 
 
 @pytest.mark.parametrize("name", PEAKS)

@@ -369,7 +369,7 @@ class Attention:
 class ScaledDotProductAttention(Layer):
     """F.scaled_dot_product_attention: each operand an activation, a parameter or a constant."""
 
-    label = "scaled_dot_product_attention"
+    label, heavy = "scaled_dot_product_attention", True
 
     def forward(
         self,

@@ -29,7 +29,7 @@ _MASKS = ("attn_mask", "key_padding_mask")
 class MultiHeadAttention(Layer):
     """F.multi_head_attention_forward without extra keys (bias_k, bias_v, add_zero_attn, static_k, static_v)."""
 
-    label = "multi_head_attention"
+    label, heavy = "multi_head_attention", True
     packed: Any  # [3E, E] or None
     weights: dict[str, Any]  # its three parts, or three separate weights
     _source: Callable[[], Tensor] | None = None  # makes the inputs anew where they are not kept
