@@ -125,19 +125,14 @@ class Unbind(Split):
     def forward(self, input: Tensor, dim: int = 0) -> Any:
         """A tuple of views."""
         self._call(input, dim)
-        self.axis, axes = self._axis(dim), list(range(-self.rank, 0))
-        self.order = axes if wrapped(input) else sorted(axes, key=input.stride, reverse=True)  # as they lie in memory
+        self.axis = self._axis(dim)
         return tuple(self.output)
 
     def pull(self, d: Any) -> Tensor:
-        """The slices stacked as the input lies in memory, zeros where one has no derivative."""
-        some, order = next(iter(d.values())), self.order
-        extra = some.dim() - self.rank + 1
-        zero = some if len(d) == len(self.output) else torch.zeros_like(some)
-        places = [axis + (axis < self.axis) for axis in order if axis != self.axis]  # in a slice, which lacks the axis
-        parts = [d.get(i, zero).permute(*range(extra), *places) for i in range(len(self.output))]
-        stacked = torch.stack(parts, extra + order.index(self.axis))
-        return stacked.permute(*range(extra), *(extra + order.index(axis) for axis in range(-self.rank, 0)))
+        """The slices stacked, zeros where one has no derivative."""
+        some = next(iter(d.values()))
+        parts = [d.get(i, torch.zeros_like(some)) for i in range(len(self.output))]
+        return torch.stack(parts, self.axis)
 
     def push(self, t: Tensor) -> Any:
         """The tangent's slices."""
