@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +47,7 @@ from ibp_triton.harness.executors import torchrun
 from ibp_triton.harness.executors.choosing import OPTIONS, choose
 from ibp_triton.harness.executors.desk import Executor, beside
 from ibp_triton.harness.grid import Run
+from ibp_triton.harness.interrupts import ended_alike
 from ibp_triton.harness.kernel_report import kernels
 from ibp_triton.harness.launch import (
     ERROR,
@@ -514,7 +514,7 @@ def main() -> None:
     """Entry point: errors a user can cure are one message, without a traceback."""
     _search_here_last()
     try:
-        with _ended_alike():
+        with ended_alike():
             app()
     except IBPError as error:
         _fail(str(error))
@@ -528,20 +528,6 @@ def _search_here_last() -> None:
     if sys.path and sys.path[0] in ("", here) and not (Path(here) / "ibp_triton").is_dir():
         del sys.path[0]
     sys.path.append(here)
-
-
-@contextmanager
-def _ended_alike() -> Iterator[None]:
-    """TERM and HUP stop a command as Ctrl-C does, unless the system has been told to ignore them (nohup)."""
-    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # no HUP on Windows
-    heard = [number for number in ends if signal.getsignal(number) == signal.SIG_DFL]
-    for number in heard:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number in heard:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(message: str) -> None:

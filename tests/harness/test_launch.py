@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +21,7 @@ import torch
 
 from ibp_triton.errors import DataError, LaunchError
 from ibp_triton.harness import evaluate, grid, loading, store, train
+from ibp_triton.harness.interrupts import ended_alike
 from ibp_triton.harness.launch import Job, download, launch, remaining
 
 Tree = dict[str, Any]
@@ -330,6 +332,32 @@ def test_ctrl_c_and_its_kin_keep_what_is_done_and_say_so(
     assert process.returncode == 130
     assert "the same command goes on" in message.replace("\n", " ")
     assert list((tmp_path / "out" / "runs").glob("*/metrics.jsonl"))
+
+
+def test_a_signal_that_comes_inside_a_callback_is_heard_after_it() -> None:
+    """Python shows what a weak reference's callback raises, and goes on."""
+
+    class Thing:
+        pass
+
+    told: list[str] = []
+
+    def ended(_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        told.append("never")
+
+    def work() -> None:
+        thing = Thing()
+        watched = weakref.ref(thing, ended)
+        del thing
+        assert watched() is None
+        told.append("after the callback")
+        time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt), ended_alike():
+        work()
+    assert told == ["after the callback"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
