@@ -69,6 +69,11 @@ class Graph:
         return any(node.kind == "parametric" and node.operands for node in self.nodes)
 
     @cached_property
+    def heavy(self) -> bool:
+        """Whether a layer keeps what is larger than its operands and result, and BP does not."""
+        return any(node.rule is not None and node.rule.heavy for node in self.nodes)
+
+    @cached_property
     def consumers(self) -> list[list[int]]:
         """For each node those that read its value, in order, each once."""
         found: list[list[int]] = [[] for _ in self.nodes]

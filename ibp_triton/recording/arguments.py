@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 Look = Callable[[Tensor], tuple[Any, Any]]  # a tensor → its value and its key, a Ref or a Constant
-_ITSELF = frozenset(
-    (type(None), int, str, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, type(...))
-)
+_ITSELF = {type(None), int, str, torch.dtype, torch.device, torch.memory_format, torch.layout, torch.Size, type(...)}
 _SIZES = {int}
 
 

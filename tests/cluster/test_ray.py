@@ -47,6 +47,20 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         found.shutdown()
 
 
+def losing_a_node(cluster: Any, events: list[dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    """Listens, as ``launch`` wants it, and takes one of two new nodes away once runs are under way on both."""
+    nodes = [cluster.add_node(**SMALL) for _ in range(2)]
+
+    def listen(event: dict[str, Any]) -> None:
+        events.append(event)
+        trained = {one["run"] for one in events if one["kind"] == "epoch" and one["epoch"] >= 3}
+        if nodes and len(trained) == 2:  # one on each node
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            nodes.clear()
+
+    return listen
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Ray's own
 def test_a_node_that_dies_loses_no_run_and_changes_no_bit(
@@ -57,16 +71,7 @@ def test_a_node_that_dies_loses_no_run_and_changes_no_bit(
     path, events = write(tree), list[dict[str, Any]]()
     calm, other = job(path, tmp_path / "calm"), job(Path("tiny.yaml"), Path("cluster"))
     launch(calm, 1, lambda _: None)
-    nodes = [cluster.add_node(**SMALL) for _ in range(2)]
-
-    def listen(event: dict[str, Any]) -> None:
-        events.append(event)
-        trained = {one["run"] for one in events if one["kind"] == "epoch" and one["epoch"] >= 3}
-        if nodes and len(trained) == 2:  # one on each node
-            cluster.remove_node(nodes.pop(), allow_graceful=False)
-            nodes.clear()
-
-    assert launch(other, Ray(cluster.address), listen) == []
+    assert launch(other, Ray(cluster.address), losing_a_node(cluster, events)) == []
     notes = [event["message"] for event in events if event["kind"] == "note"]
     assert len(notes) == 1
     assert notes[0].startswith(("its node died; another one", "its Ray worker died ("))
@@ -86,17 +91,8 @@ def test_nodes_that_share_no_folder_share_a_bucket(
     object_store.hear = lambda request: requests.append(f"{request['REQUEST_METHOD']} {request['PATH_INFO']}")
     calm = job(path, tmp_path / "calm")
     launch(calm, 1, lambda _: None)
-    nodes = [cluster.add_node(**SMALL) for _ in range(2)]
-
-    def listen(event: dict[str, Any]) -> None:
-        events.append(event)
-        trained = {one["run"] for one in events if one["kind"] == "epoch" and one["epoch"] >= 3}
-        if nodes and len(trained) == 2:  # one on each node
-            cluster.remove_node(nodes.pop(), allow_graceful=False)
-            nodes.clear()
-
     other = replace(job(path, tmp_path / "none"), bucket=runs)
-    assert launch(other, Ray(cluster.address, apart=True), listen) == []
+    assert launch(other, Ray(cluster.address, apart=True), losing_a_node(cluster, events)) == []
     notes = [event["message"] for event in events if event["kind"] == "note"]
     assert len(notes) == 1
     assert notes[0].startswith(("its node died; another one", "its Ray worker died ("))

@@ -23,11 +23,14 @@ class Pointwise(Layer):
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """d σ'(a)."""
-        return {"input": times(d, self.slope)}
+        return {"input": self._sloped(d)}
 
     def jvp(self, t: Tangents) -> Tensor:
         """t σ'(a)."""
-        return times(t["input"], self.slope)
+        return self._sloped(t["input"])
+
+    def _sloped(self, t: Tensor) -> Tensor:
+        return times(t, self.slope)
 
     def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
         """d t σ''(a), summed over tangents."""
@@ -222,17 +225,9 @@ class GELU(Pointwise):
         else:
             super().let_go_of_bends()
 
-    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
-        """d σ'(a)."""
-        return {"input": self._sloped(d)}
-
-    def jvp(self, t: Tangents) -> Tensor:
-        """t σ'(a)."""
-        return self._sloped(t["input"])
-
     def _sloped(self, t: Tensor) -> Tensor:
         if not self.kept or t.dim() > self.input.dim() or wrapped(t):
-            return times(t, self.slope)
+            return super()._sloped(t)
         return torch.ops.aten.gelu_backward(t, self.input, approximate=self.approximate)  # type: ignore[no-any-return]
 
     @cached_property
