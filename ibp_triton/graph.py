@@ -69,6 +69,11 @@ class Graph:
         return any(node.kind == "parametric" and node.operands for node in self.nodes)
 
     @cached_property
+    def active(self) -> list[Node]:
+        """Those that depend on x, in order."""
+        return [node for node in self.nodes if node.kind == "active"]
+
+    @cached_property
     def heavy(self) -> bool:
         """Whether a layer keeps what is larger than its operands and result, and BP does not."""
         return any(node.rule is not None and node.rule.heavy for node in self.nodes)

@@ -228,7 +228,7 @@ def unfold(folded: Tensor, t: Tensor, value: Tensor) -> Tensor:
 
 def shell(x: Tensor) -> Tensor:
     """A tensor of the same shape, dtype and device without numbers, in the memory of one."""
-    return x if wrapped(x) else x.new_empty(()).expand(x.shape)
+    return x if wrapped(x) else x.new_empty_strided(x.shape, (0,) * x.dim())
 
 
 def compact(x: Any) -> Any:
@@ -289,6 +289,8 @@ def each(function: Callable[[Tensor], Tensor], t: Tensor, rank: int) -> Tensor:
 
 def wrapped(*values: Any) -> bool:
     """Whether a value is inside torch.func.vmap, where some of torch's backward kernels have no batching rule."""
+    if torch._C._functorch.maybe_current_level() is None:
+        return False
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(isinstance(x, Tensor) and is_wrapped(x) for x in values)
 

@@ -19,6 +19,7 @@ class Plan:
         # operands that enter the node's weight gradient, and whether there are any
         self.trains = [self._operands(nodes, node, "parametric", True) for node in nodes]
         self.takes = [bool(names) for names in self.trains]
+        self.taken = [any(self.takes[user] for user in users) for users in graph.consumers]  # by one that reads a node
         # active operands that get a derivative: without and with the input's own
         self.wants = {w: [self._operands(nodes, node, "active", not w) for node in nodes] for w in (False, True)}
         # whether a node's tangent reaches a layer that takes it: without and with the output

@@ -45,13 +45,13 @@ class Sweep(list[Any]):
     done = False
 
     def advance(self, node: Node) -> None:
-        """Pass one node."""
+        """Pass one active node."""
         raise NotImplementedError
 
     def run(self) -> Self:
         """Pass all nodes now."""
         self.done = True
-        for node in self.trace.graph.nodes if self.forward else reversed(self.trace.graph.nodes):
+        for node in self.trace.graph.active if self.forward else reversed(self.trace.graph.active):
             self.advance(node)
         return self
 
@@ -66,10 +66,6 @@ class Sweep(list[Any]):
             where = self.trace.graph.nodes[index].where or "the input"
             raise MethodError(f"a recipe reads a sweep at {where} after it was used up: read it before its terms are")
         return found
-
-    def _keeps(self, index: int) -> bool:
-        """Whether a weight gradient will read this node's side after the sweep has passed it."""
-        return self.done and self.trace.plan.takes[index]
 
 
 class Reverse(Sweep):
@@ -110,30 +106,32 @@ class Reverse(Sweep):
 
     def advance(self, node: Node) -> None:
         """The node's vjp, added to the derivatives of its operands."""
-        trace, layer = self.trace, self.trace.layers[node.index]
-        if layer is None or node.kind != "active":
+        trace, index = self.trace, node.index
+        layer, wanted = trace.layers[index], trace.plan.wants[self.to_input][index]
+        if layer is None:
             return
         if trace.shards is not None:
             trace.reach(node)
-        wanted = trace.plan.wants[self.to_input][node.index]
-        keeps = trace.frugal and self._keeps(node.index)
-        own = self.at(node.index) if wanted else None
-        own = compact(own) if keeps else own
-        pulled = layer.vjp(own, wanted) if own is not None else {}
-        self._receive(node, pulled)
+        keeps = trace.frugal and self.done and trace.plan.takes[index]  # a weight gradient reads d when this has run
+        own = self.at(index) if wanted else None
+        pulled = {}
+        if own is not None:
+            own = compact(own) if keeps else own
+            pulled = layer.vjp(own, wanted)
+            self._receive(node, pulled)
         for r, t in self.bends if wanted else ():
-            tangents, side = _tangents_of(node, t), r.at(node.index)
+            tangents, side = _tangents_of(node, t), r.at(index)
             if side is not None and tangents:
                 self._receive(node, layer.curvature(side, tangents, wanted))
         if trace.frugal:
             layer.let_go_of_bends()
-        if trace.frugal and not keeps:
-            self[node.index] = FREED
-        elif keeps and own is not None:
-            self[node.index] = layer.condensed(own, pulled)
-            _spare(trace, node, layer)
+            if not keeps:
+                self[index] = FREED
+            elif own is not None:
+                self[index] = layer.condensed(own, pulled)
+                _spare(trace, node, layer)
         if self.passing:
-            trace.layers[node.index] = None
+            trace.layers[index] = None
 
     def _receive(self, node: Node, parts: Mapping[str, Any]) -> None:
         for name, part in parts.items():
@@ -172,18 +170,20 @@ class Linear(Sweep):
 
     def advance(self, node: Node) -> None:
         """The node's jvp of its operands' tangents."""
-        trace, layer = self.trace, self.trace.layers[node.index]
-        if layer is None or node.kind != "active":
+        trace, plan = self.trace, self.trace.plan
+        layer = trace.layers[node.index]
+        if layer is None:
             return
         if trace.shards is not None:
             trace.reach(node)
-        if trace.plan.needs[self.to_output][node.index]:
+        if plan.needs[self.to_output][node.index]:
             tangents = _tangents_of(node, self)
             if tangents:
                 self[node.index] = layer.jvp(tangents)
-        for index in trace.graph.last_uses[node.index] if trace.frugal else ():
-            if not any(self._keeps(user) for user in trace.graph.consumers[index]):
-                self[index] = FREED
+        if trace.frugal:
+            for index in trace.graph.last_uses[node.index]:
+                if not (self.done and plan.taken[index]):  # no weight gradient reads t when this has run
+                    self[index] = FREED
 
 
 def reverse(trace: Trace, d: Tensor | None, *, to_input: bool, bends: Sequence[tuple[Sweep, Sweep]] = ()) -> Sweep:
@@ -225,7 +225,12 @@ def _sum(a: Any, b: Any) -> Any:
 
 
 def _tangents_of(node: Node, sweep: Sweep) -> dict[str, Any]:
-    return {name: t for name, i in node.operands.items() if (t := sweep.at(i)) is not None}
+    found = {}
+    for name, i in node.operands.items():
+        t = sweep[i]
+        if t is not None:
+            found[name] = t if t is not FREED else sweep.at(i)
+    return found
 
 
 @dataclass(eq=False)
@@ -291,13 +296,13 @@ def _of_group(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str,
 def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str, Tensor]:
     """``weight_gradients`` of terms that share a graph."""
     trace = terms[0].trace
-    frugal = terms if trace.frugal else ()
-    nodes, layers, trains, means = trace.graph.nodes, trace.layers, trace.plan.trains, dict[int, Any]()
-    running = {id(s): s for term in terms for s in (term.right, term.tangents) if s is not None and not s.done}
-    forward, missing = _direction(running.values()), set(trace.plan.trainable)
-    for node in nodes if forward else reversed(nodes):
-        if node.kind != "active":
-            continue
+    graph, layers, trains, means = trace.graph, trace.layers, trace.plan.trains, dict[int, Any]()
+    running = [
+        *{id(s): s for term in terms for s in (term.right, term.tangents) if s is not None and not s.done}.values()
+    ]
+    forward, missing = _direction(running), set(trace.plan.trainable)
+    used = _Used(terms if trace.frugal else (), forward)
+    for node in graph.active if forward else reversed(graph.active):
         wanted, layer = trains[node.index], layers[node.index]
         if trace.shards is not None:
             trace.reach(node)
@@ -308,22 +313,21 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
                 _collect(means, node, _part(term, node, wanted), term.coefficient / batch)
         if made is not None:
             missing -= _whole(trace, trace.plan.last[forward][node.index], means, made)
-        for term in frugal:
-            _let_go(term, node, forward)
-        for sweep in running.values():
+        used.let_go(node)
+        for sweep in running:
             sweep.advance(node)
-        for term in frugal:
-            term.trace.layers[node.index] = None
-    for sweep in running.values():
+        for own in used.layers:
+            own[node.index] = None
+    for sweep in running:
         sweep.done = True
-    for node in reversed(nodes) if trace.graph.computes_parameters else ():
+    for node in reversed(graph.nodes) if graph.computes_parameters else ():
         wanted, layer = trains[node.index], layers[node.index]
         if node.kind == "parametric" and layer is not None and wanted and node.index in means:
             if trace.shards is not None:
                 trace.reach(node)
             _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
     means |= {i: torch.zeros_like(trace.values[i]) for i in missing if i not in means}
-    return {trace.graph.parameters[i]: mean for i, mean in sorted(means.items())}
+    return {graph.parameters[i]: mean for i, mean in sorted(means.items())}
 
 
 def _whole(trace: Trace, found: Sequence[int], means: dict[int, Any], made: Made) -> set[int]:
@@ -348,14 +352,23 @@ def _direction(sweeps: Collection[Sweep]) -> bool:
     return any(kinds)
 
 
-def _let_go(term: Term, node: Node, forward: bool) -> None:
-    """Forget of the sweeps that have run what no later node's weight gradient reads."""
-    if term.right.done:
-        term.right[node.index] = FREED
-    if term.tangents is not None and term.tangents.done:
-        for index in node.operands.values():
-            if term.trace.graph.consumers[index][-1 if forward else 0] == node.index:
-                term.tangents[index] = FREED
+class _Used:
+    """What a weight gradient uses up: the layers of the terms' passes, and their sweeps that have run."""
+
+    def __init__(self, terms: Sequence[Term], forward: bool) -> None:
+        self.layers = [*{id(term.trace): term.trace.layers for term in terms}.values()]
+        self._rights = [*{id(term.right): term.right for term in terms if term.right.done}.values()]
+        tangents = {id(t): t for term in terms if (t := term.tangents) is not None and t.done}
+        self._tangents, self._last = [*tangents.values()], -1 if forward else 0
+
+    def let_go(self, node: Node) -> None:
+        """Forget of the sweeps what no later node reads."""
+        for sweep in self._rights:
+            sweep[node.index] = FREED
+        for sweep in self._tangents:
+            for index in node.operands.values():
+                if sweep.trace.graph.consumers[index][self._last] == node.index:
+                    sweep[index] = FREED
 
 
 def _part(term: Term, node: Node, wanted: list[str]) -> dict[str, Any]:

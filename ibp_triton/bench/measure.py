@@ -99,7 +99,7 @@ class PeakMemory(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and id_of(tensor) not in given:
                 storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = (StorageWeakRef(storage), tensor.numel() * tensor.element_size())
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return result
 

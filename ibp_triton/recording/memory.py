@@ -8,7 +8,7 @@ other memory for the layers. After it, each other tensor there learns of the wri
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ibp_triton.backends.torch.written import Geometry, geometry
 from ibp_triton.layer import Layer
 from ibp_triton.recording.arguments import rebuilt
 
+_NONE = {type(None), int, float, bool, str, torch.Size, torch.dtype}  # what holds no tensor
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 level = torch._C._functorch.maybe_current_level
 
@@ -148,7 +149,8 @@ class Memory:
     def _holding(self, storage: Any) -> list[int]:
         """The layers that hold tensors on this memory; each layer is searched once."""
         for place in range(self._searched, len(self.layers)):
-            for tensor in _tensors(getattr(self.layers[place], "__dict__", {})):
+            layer = self.layers[place]
+            for tensor in _tensors(vars(layer).values(), []) if layer is not None else ():
                 own = storage_of(tensor)
                 if own is not None:
                     self._holders.setdefault(own._cdata, []).append(place)
@@ -166,12 +168,16 @@ def storage_of(a: Any) -> Any:
         return None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+def _tensors(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
+    """Those among the values, and in containers there, added to ``found``."""
+    for value in values:
+        if type(value) in _NONE:
+            continue
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            _tensors(value.values() if isinstance(value, dict) else value, found)
+    return found
 
 
 def _copied(value: Any, storage: Any) -> Any:

@@ -184,10 +184,12 @@ class Recorder(TorchFunctionMode):
         if self.memory.writes:
             self._catch_up(a)
         call, name = self._call, self._names.get(id(a))
-        index = self._index(a) if name is None else self._parameter(name)
-        if index is None:
+        if name is not None:
+            index: int | None = self._parameter(name)
+        elif (index := self.memory.node(a)) is None and (index := self._index(a)) is None:
             call.complex = call.complex or a.is_complex()
             return (self._cast(a) if self._casting and id(a) in self._buffers else a), _CONSTANT
+        assert index is not None
         call.operands.append(index)
         if self._complex:
             call.complex = call.complex or index in self._complex
@@ -228,12 +230,13 @@ class Recorder(TorchFunctionMode):
 
     def _parameter(self, name: str) -> int:
         """The node of a parameter, one for all its uses."""
-        if name not in self._positions:
+        position = self._positions.get(name)
+        if position is None:
             call, position = ("parameter", name), len(self.nodes)
             node = self._followed(call) or Node(position, name, "parametric", call=call)
             self._append(node, self._in_dtype(self.settings.parameters.get(name, self.own[name]).detach()), None)
             self._positions[name] = position
-        return self._positions[name]
+        return position
 
     def _in_dtype(self, value: Tensor) -> Tensor:
         dtype = self.settings.dtype

@@ -59,7 +59,8 @@ class Recording(TorchDispatchMode):
             if place in unsaid or (argument.alias_info is not None and argument.alias_info.is_write):
                 self.before += [(t, t.detach().clone()) for t in tree_leaves(value)]
         out = func(*args, **(kwargs or {}))
-        if func not in (torch.ops.aten.detach.default,) and not func.is_view:
+        bare = (torch.ops.aten.detach.default, torch.ops.aten.new_empty_strided.default)  # no numbers of their own
+        if func not in bare and not func.is_view:
             self.graph.played.append((func, args, kwargs or {}, out))
         return out
 

@@ -164,35 +164,60 @@ def _each(parts: Tangents) -> list[dict[str, Tensor]]:
     return [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
 
 
+def _alike(sides: Sides) -> bool:
+    """Whether the sides have the same axes in front, and no mask takes derivatives that has others."""
+    first, *rest = (sides[name] for name in ("query", "key", "value"))
+    plain = "mask" not in sides or sides["mask"].dtype == torch.bool
+    same = all(x.shape[:-2] == first.shape[:-2] and x.numel() for x in rest)
+    return plain and same and first.numel() > 0 and not wrapped(*sides.values())
+
+
 class Attention:
     """The core: O = P V, P = M∘softmax(c Q Kᵀ + mask), for q [..., L, E], k [..., S, E], v [..., S, F].
 
     All broadcast in front. Both outputs, O and P, may have derivatives. Tangent vectors go one by one, and samples a
-    few at a time: what is as large as P stays in the cache, and no side is copied for each tangent.
+    few at a time: what is as large as P stays in the cache, and no side is copied for each tangent. Inside, what has
+    the same axes in front on every side has one there: products of matrices are a kernel each then.
     """
 
     runs: list[slice]
 
     def __init__(self, sides: Sides, scale: float | None, mask: Tensor | None, p: float) -> None:
-        query = sides["query"]
+        query, self.lead = sides["query"], sides["query"].shape[:-2]
+        self.flat = _alike(sides) and len(self.lead) > 1
         self.scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        self.q = _scaled_copy(query, self.scale)  # c Q: batched products copy what is not contiguous, each anew
-        self.k, self.v = sides["key"].contiguous(), sides["value"].contiguous()
+        self.q = self._inside(_scaled_copy(query, self.scale))  # c Q: products copy what is not contiguous, each anew
+        self.k, self.v = self._inside(sides["key"]), self._inside(sides["value"])
         self.soft = self._softmax(mask)  # [..., L, S]
         self.drop = None if p == 0 else torch.empty_like(self.soft).bernoulli_(1 - p).div_(1 - p if p < 1 else 1)
         self.weights = self._dropped(self.soft)
-        self._output: Tensor | None = self.weights @ self.v
+        self._output: Tensor | None = self._outside(self.weights @ self.v)
         self.rank = self._output.dim()
         self.sides = {name: shell(side) for name, side in sides.items()}  # for their shapes
         self.runs = self._runs()
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """Contiguous, with one axis in front of the matrices."""
+        x = x.contiguous()
+        return x.view((-1, *x.shape[-2:])) if self.flat else x
+
+    def _outside(self, x: Tensor) -> Tensor:
+        """With the axes in front that the sides have, of as many samples as there are."""
+        return x.view((-1, *self.lead[1:], *x.shape[-2:])) if self.flat else x
+
+    @property
+    def shown(self) -> Tensor:
+        """P, [..., L, S]."""
+        return self._outside(self.weights)
 
     def _runs(self) -> list[slice]:
         """The samples in runs, one of all where they share a side."""
         first = {x.shape[: x.dim() - 2] for x in (self.q, self.k, self.v)}
         if len(first) > 1 or self.rank < 3 or self.soft.is_cuda or wrapped(self.soft) or not self.soft.numel():
             return [slice(None)]
-        count = max(1, _CACHED // self.soft[0].numel())
-        return [slice(i, i + count) for i in range(0, len(self.soft), count)]
+        samples = self.lead[0] if self.flat else len(self.soft)
+        count = max(1, _CACHED // (self.soft.numel() // samples))
+        return [slice(i, i + count) for i in range(0, samples, count)]
 
     def _by_runs(self, call: Callable[[Attention, dict[str, Tensor]], Any], sides: Sides) -> list[Any]:
         """``call`` of the core and of the sides of each run."""
@@ -201,11 +226,14 @@ class Attention:
         return [call(self._of(run), {name: x[run] for name, x in sides.items()}) for run in self.runs]
 
     def _of(self, run: slice) -> Attention:
-        part = copy(self)
+        part, inside = copy(self), run
+        if self.flat:
+            each = product(self.lead[1:])
+            inside = slice(run.start * each, run.stop * each)
         part.q, part.k, part.v, part.soft, part.weights = (
-            x[run] for x in (self.q, self.k, self.v, self.soft, self.weights)
+            x[inside] for x in (self.q, self.k, self.v, self.soft, self.weights)
         )
-        part.drop = None if self.drop is None else self.drop[run]
+        part.drop = None if self.drop is None else self.drop[inside]
         part.sides = {name: self.sides[name][run] for name in ("query", "key", "value")}
         return part
 
@@ -219,9 +247,10 @@ class Attention:
         scores = self.q @ self.k.mT
         if mask is None:
             return torch.softmax(scores, -1)
+        scores = self._outside(scores)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         blind = (scores == -torch.inf).all(-1, keepdim=True)  # rows that see nothing: torch gives them zeros
-        return torch.softmax(scores, -1).masked_fill(blind, 0)
+        return self._inside(torch.softmax(scores, -1).masked_fill(blind, 0))
 
     def _dropped(self, v: Tensor) -> Tensor:
         return v if self.drop is None else v * self.drop
@@ -240,8 +269,9 @@ class Attention:
         return _joined(self._by_runs(lambda core, own: core._push_run(own)[0], t)), None
 
     def _push_run(self, t: Tangents) -> tuple[Tensor, Tensor]:
-        t = {name: part.contiguous() for name, part in t.items()}
-        return self._moved(t, self._soft_tangent(t))
+        t = {name: self._inside(part) for name, part in t.items()}
+        output, weights = self._moved(t, self._soft_tangent(t))
+        return self._outside(output), self._outside(weights)
 
     def _moved(self, t: Tangents, soft: Tensor | None) -> tuple[Tensor, Tensor]:
         """t_O and t_P for the softmax's tangent."""
@@ -271,14 +301,15 @@ class Attention:
     def pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
         """The derivatives for d of O and w of P (None: zero)."""
         given = {name: part for name, part in (("d", d), ("w", w)) if part is not None}
-        ranks = {"d": self.rank, "w": self.weights.dim()}
+        ranks = {"d": self.rank, "w": self.rank if self.flat else self.weights.dim()}
         if any(part.dim() == ranks[name] for name, part in given.items()):
             return self._pull(d, w, wanted)
         found = [self._pull(one.get("d"), one.get("w"), wanted) for one in _each(given)]
         return {name: torch.stack([part[name] for part in found]) for name in found[0]}
 
     def _pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
-        out, d = {}, None if d is None else d.contiguous()
+        out: dict[str, Tensor] = {}
+        d, w = (None if x is None else self._inside(x) for x in (d, w))
         if "value" in wanted and d is not None:
             out["value"] = self.weights.mT @ d
         if not {"query", "key", "mask"}.isdisjoint(wanted):
@@ -325,7 +356,8 @@ class Attention:
     def _bend_run(
         self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names, push: bool
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        d, t = None if d is None else d.contiguous(), {name: part.contiguous() for name, part in t.items()}
+        d, w = (None if x is None else self._inside(x) for x in (d, w))
+        t = {name: self._inside(part) for name, part in t.items()}
         out: dict[str, Tensor] = {}
         soft_t = self._soft_tangent(t)
         if "value" in wanted and soft_t is not None and d is not None:
@@ -342,7 +374,7 @@ class Attention:
             out |= {"key": _total(terms)} if terms else {}
         if "mask" in wanted and bent is not None:
             out["mask"] = bent
-        return self._fitting(out), pushed
+        return self._fitting(out), None if pushed is None else self._outside(pushed)
 
     def _bent_scores(
         self, d: Tensor | None, w: Tensor | None, t_v: Tensor | None, soft_t: Tensor | None
@@ -359,6 +391,8 @@ class Attention:
 
     def _fitting(self, parts: Sides) -> dict[str, Tensor]:
         """Summed over the axes along which a side was broadcast."""
+        if self.flat:
+            return {name: part.view(self.sides[name].shape) for name, part in parts.items()}
         return {name: sum_to(part, self.sides[name], self.rank) for name, part in parts.items()}
 
     def multiply_adds(self) -> int:

@@ -87,7 +87,7 @@ class MultiHeadAttention(Layer):
         self.core = self._attend(in_proj_bias, self._mask(attn_mask, key_padding_mask), dropout_p if training else 0.0)
         self.joined = self._join(self.core.take_output())
         output = _linear(self.joined, out_proj_weight, out_proj_bias)
-        return self._unbatched(output), self._shown(self.core.weights) if need_weights else None
+        return self._unbatched(output), self._shown(self.core.shown) if need_weights else None
 
     def _attend(self, bias: Tensor | None, mask: Tensor | None, p: float) -> Attention:
         biases = (None,) * 3 if bias is None else bias.chunk(3)
