@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class Call:
-    """Its arguments' values and keys, and the tensors with nodes that were among them."""
+    """Its arguments' values and keys, and the tensors that were among them."""
 
-    __slots__ = ("complex", "keys", "named", "named_keys", "operands", "sources", "values")
+    __slots__ = ("complex", "constants", "keys", "named", "named_keys", "operands", "sources", "values")
 
     def __init__(self) -> None:
         self.values: list[Any] = []
@@ -19,6 +19,7 @@ class Call:
         self.named: dict[str, Any] = {}
         self.named_keys: tuple[Any, ...] = ()
         self.operands: list[int] = []
+        self.constants: list[Tensor] = []  # those without nodes
         self.sources: list[tuple[Tensor, Tensor]] = []  # what the layer gets for the model's tensor
         self.complex = False
 

@@ -37,21 +37,30 @@ class Write:
 class Memory:
     """The model's tensors by identity, while they live, and the writes to their storages."""
 
-    def __init__(self, layers: list[Layer | None]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[Layer | None], values: list[Any]) -> None:
+        self.layers, self.values = layers, values
         self.writes: dict[int, tuple[Any, list[Write]]] = {}  # by storage, which is kept alive
         self._nodes: dict[int, tuple[Any, int | None]] = {}
         self._read: dict[int, tuple[Any, int]] = {}  # of the writes to its storage, how many a tensor knows of
         self._history: dict[int, list[tuple[int, int | None]]] = {}
         self._foreign: dict[int, Any] = {}  # storages that tensors unknown to us may show
+        self._met: set[int] = set()  # storages of what layers take and give
+        self._looked = 0  # at so many of the values, which parameters are among
         self._holders: dict[int, list[int]] = {}  # which layers hold tensors on a storage
         self._searched = 0
 
     def track(self, a: Tensor, node: int | None) -> None:
         """This tensor is the value of that node, or with None a constant on an activation's memory."""
         self._nodes[id(a)] = (weakref.ref(a), node)
+        self.meet(a)
         if self.writes:
             self.up_to_date(a)
+
+    def meet(self, a: Tensor) -> None:
+        """A layer takes or gives this tensor."""
+        storage = storage_of(a)
+        if storage is not None:
+            self._met.add(storage._cdata)
 
     def knows(self, a: Tensor) -> bool:
         """Whether the tensor is tracked."""
@@ -131,7 +140,7 @@ class Memory:
     def set_apart(self, target: Tensor) -> None:
         """Before a write: the model's tensors and what layers hold shall not share this memory any more."""
         storage = storage_of(target)
-        if storage is None:
+        if storage is None or not self._reaches_layers(storage):
             return
         if self._movable(target, storage):
             fresh = storage.clone()
@@ -145,6 +154,14 @@ class Memory:
             layer = self.layers[place]
             if layer is not None:
                 layer.__dict__ = {name: _copied(value, storage) for name, value in layer.__dict__.items()}
+
+    def _reaches_layers(self, storage: Any) -> bool:
+        """Whether a layer can hold it: most writes are to counters of steps."""
+        for value in self.values[self._looked :]:
+            if isinstance(value, Tensor):
+                self.meet(value)
+        self._looked = len(self.values)
+        return storage._cdata in self._met
 
     def _holding(self, storage: Any) -> list[int]:
         """The layers that hold tensors on this memory; each layer is searched once."""

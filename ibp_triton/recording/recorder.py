@@ -64,7 +64,7 @@ class Recorder(TorchFunctionMode):
         self.nodes: list[Node] = []
         self.values: list[Any] = []
         self.layers: list[Layer | None] = []
-        self.memory = Memory(self.layers)
+        self.memory = Memory(self.layers, self.values)
         self.following = last is not None
         self._ahead = last.nodes if last is not None else []
         self._names = {id(p): name for name, p in self.own.items()}
@@ -187,6 +187,7 @@ class Recorder(TorchFunctionMode):
         if name is not None:
             index: int | None = self._parameter(name)
         elif (index := self.memory.node(a)) is None and (index := self._index(a)) is None:
+            call.constants.append(a)
             call.complex = call.complex or a.is_complex()
             return (self._cast(a) if self._casting and id(a) in self._buffers else a), _CONSTANT
         assert index is not None
@@ -266,6 +267,8 @@ class Recorder(TorchFunctionMode):
         following, key = self.following, (func, call.keys, call.named_keys, call.complex)
         node = self._followed(key) or self._made(func, key, call)
         layer = node.rule(node)  # type: ignore[misc]
+        for a in call.constants:
+            self.memory.meet(a)
         torch._C._set_grad_enabled(False)
         try:
             out = layer.forward(*call.values, **call.named)
@@ -305,6 +308,7 @@ class Recorder(TorchFunctionMode):
         """What the model gets for a node's value: tensors that require a gradient and have no history."""
         if isinstance(out, Tensor):
             if not (out.is_floating_point() or out.is_complex()):
+                self.memory.meet(out)
                 return out
             shown = out.detach()
             if self._level is None:
@@ -316,7 +320,10 @@ class Recorder(TorchFunctionMode):
         return out
 
     def _part(self, part: Any, position: int, of: int) -> Any:
-        if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
+        if not isinstance(part, Tensor):
+            return part
+        if not (part.is_floating_point() or part.is_complex()):
+            self.memory.meet(part)
             return part
         call, place = ("part", of, position), len(self.nodes)
         node = self._followed(call)

@@ -218,6 +218,39 @@ def test_a_module_that_writes_to_its_input_is_followed_where_the_input_is_used_a
     check(model)
 
 
+@pytest.mark.parametrize("what", ["a constant", "indices", "a buffer", "an integer view", "a parameter's numbers"])
+def test_what_a_layer_has_taken_stays_when_the_model_writes_to_it_afterwards(what):
+    """Plain autograd refuses most of these, or is wrong: the gradient is that of the model which does not write."""
+
+    def function(m, x):
+        values, places = x.max(1, keepdim=True)
+        c, z = torch.full((6,), 2.0, dtype=x.dtype), x.tanh()
+        y = z.square() * c + values * F.linear(x, m.matrix) + x.gather(1, places) * m.scale
+        if m.writes:
+            with torch.no_grad():
+                written = {
+                    "a constant": lambda: c.zero_(),
+                    "indices": lambda: places.zero_(),
+                    "a buffer": lambda: m.scale.mul_(3),
+                    "an integer view": lambda: z.view(torch.int64).zero_(),
+                    "a parameter's numbers": lambda: m.matrix.data.mul_(2),
+                }
+                written[what]()
+        return y
+
+    model = Body(function).double()
+    model.register_buffer("scale", torch.rand(6, dtype=torch.float64))
+    start, network = {name: v.clone() for name, v in model.state_dict().items()}, ibp.Network(model)
+    x, labels, tau = torch.rand(3, 4, 6).double(), torch.tensor([0, 4, 1]), torch.randn(2, 3, 4, 6).double()
+    on_tape = (ibp.BP, ibp.AdversarialTraining, ibp.FastAdversarialTraining)
+    for method in (method for method in variants(norms=(2,)) if not isinstance(method, on_tape)):
+        found = []
+        for model.writes in (False, True):
+            model.load_state_dict(start)
+            found.append(method.gradients(network, x, labels, tau if method.needs_tangents else None)[1])
+        assert error(*found) < 1e-12, method
+
+
 def test_batch_statistics_and_masks_belong_to_the_step():
     model, x, labels, tau = build("vgg_train")
     network = ibp.Network(model)
