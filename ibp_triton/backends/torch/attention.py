@@ -145,8 +145,15 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _total(fresh: list[Tensor]) -> Tensor:
-    return fresh[0] if len(fresh) == 1 else _plus(*fresh)
+def _times(a: Tensor, b: Tensor, fresh: Tensor | None = None) -> Tensor:
+    """a b + ``fresh``, in the place of that where it is allowed."""
+    if a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and not wrapped(a, b):
+        if fresh is None:
+            return torch.bmm(a, b)
+        if fresh.shape == (*a.shape[:2], b.shape[2]) and not wrapped(fresh):
+            return fresh.baddbmm_(a, b)
+    found = a @ b
+    return found if fresh is None else _plus(found, fresh)
 
 
 def _scaled(fresh: Tensor, by: float) -> Tensor:
@@ -191,7 +198,7 @@ class Attention:
         self.soft = self._softmax(mask)  # [..., L, S]
         self.drop = None if p == 0 else torch.empty_like(self.soft).bernoulli_(1 - p).div_(1 - p if p < 1 else 1)
         self.weights = self._dropped(self.soft)
-        self._output: Tensor | None = self._outside(self.weights @ self.v)
+        self._output: Tensor | None = self._outside(_times(self.weights, self.v))
         self.rank = self._output.dim()
         self.sides = {name: shell(side) for name, side in sides.items()}  # for their shapes
         self.runs = self._runs()
@@ -244,7 +251,7 @@ class Attention:
         return output
 
     def _softmax(self, mask: Tensor | None) -> Tensor:
-        scores = self.q @ self.k.mT
+        scores = _times(self.q, self.k.mT)
         if mask is None:
             return torch.softmax(scores, -1)
         scores = self._outside(scores)
@@ -276,27 +283,27 @@ class Attention:
     def _moved(self, t: Tangents, soft: Tensor | None) -> tuple[Tensor, Tensor]:
         """t_O and t_P for the softmax's tangent."""
         weights = None if soft is None else self._dropped(soft)
-        output = None if weights is None else weights @ self.v
+        output = None if weights is None else _times(weights, self.v)
         if "value" in t:
-            moved = self.weights @ t["value"]
-            output = moved if output is None else _plus(moved, output)
+            output = _times(self.weights, t["value"], output)
         assert output is not None
         return output, torch.zeros_like(self.weights) if weights is None else weights
 
     def _soft_tangent(self, t: Tangents) -> Tensor | None:
         """P∘(t_S − ⟨P, t_S⟩), before dropout, with t_S = c (t_Q Kᵀ + Q t_Kᵀ) + t_mask."""
-        parts = [_scaled_copy(t["query"], self.scale) @ self.k.mT] if "query" in t else []
-        parts += [self.q @ t["key"].mT] if "key" in t else []
-        parts += [t["mask"].expand(self.soft.shape)] if "mask" in t else []
-        if not parts:
-            return None
-        return softmax_pull(self.soft, parts[0] if len(parts) == 1 else _plus(parts[0], sum(parts[2:], parts[1])))
+        scores = _times(_scaled_copy(t["query"], self.scale), self.k.mT) if "query" in t else None
+        if "key" in t:
+            scores = _times(self.q, t["key"].mT, scores)
+        if "mask" in t:
+            mask = t["mask"].expand(self.soft.shape)
+            scores = mask if scores is None else _plus(scores, mask)
+        return None if scores is None else softmax_pull(self.soft, scores)
 
     def _soft_derivative(self, d: Tensor | None, w: Tensor | None) -> Tensor:
         """d_softmax = M∘(d Vᵀ + w)."""
-        found = w if d is None else d @ self.v.mT if w is None else d @ self.v.mT + w
+        found = w if d is None else _times(d, self.v.mT)
         assert found is not None
-        return self._dropped(found)
+        return self._dropped(found if d is None or w is None else found + w)
 
     def pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
         """The derivatives for d of O and w of P (None: zero)."""
@@ -311,13 +318,13 @@ class Attention:
         out: dict[str, Tensor] = {}
         d, w = (None if x is None else self._inside(x) for x in (d, w))
         if "value" in wanted and d is not None:
-            out["value"] = self.weights.mT @ d
+            out["value"] = _times(self.weights.mT, d)
         if not {"query", "key", "mask"}.isdisjoint(wanted):
             scores = softmax_pull(self.soft, self._soft_derivative(d, w))
             if "query" in wanted:
-                out["query"] = _scaled(scores @ self.k, self.scale)
+                out["query"] = _scaled(_times(scores, self.k), self.scale)
             if "key" in wanted:
-                out["key"] = scores.mT @ self.q
+                out["key"] = _times(scores.mT, self.q)
             if "mask" in wanted:
                 out["mask"] = scores
         return self._fitting(out)
@@ -361,17 +368,17 @@ class Attention:
         out: dict[str, Tensor] = {}
         soft_t = self._soft_tangent(t)
         if "value" in wanted and soft_t is not None and d is not None:
-            out["value"] = self._dropped(soft_t).mT @ d
+            out["value"] = _times(self._dropped(soft_t).mT, d)
         pushed = self._moved(t, soft_t)[0] if push else None
         bent, scores_d = self._bent_scores(d, w, t.get("value"), soft_t)
         if "query" in wanted:
-            terms = [] if bent is None else [bent @ self.k]
-            terms += [scores_d @ t["key"]] if "key" in t else []
-            out |= {"query": _scaled(_total(terms), self.scale)} if terms else {}
+            found = None if bent is None else _times(bent, self.k)
+            found = _times(scores_d, t["key"], found) if "key" in t else found
+            out |= {} if found is None else {"query": _scaled(found, self.scale)}
         if "key" in wanted:
-            terms = [] if bent is None else [bent.mT @ self.q]
-            terms += [scores_d.mT @ _scaled_copy(t["query"], self.scale)] if "query" in t else []
-            out |= {"key": _total(terms)} if terms else {}
+            found = None if bent is None else _times(bent.mT, self.q)
+            found = _times(scores_d.mT, _scaled_copy(t["query"], self.scale), found) if "query" in t else found
+            out |= {} if found is None else {"key": found}
         if "mask" in wanted and bent is not None:
             out["mask"] = bent
         return self._fitting(out), None if pushed is None else self._outside(pushed)
@@ -384,7 +391,7 @@ class Attention:
         scores_d = y * soft_d
         along = scores_d.sum(-1, keepdim=True)
         scores_d = _plus_product(scores_d, y, -along)
-        found = None if t_v is None or d is None else self._dropped(d @ t_v.mT) * y
+        found = None if t_v is None or d is None else self._dropped(_times(d, t_v.mT)) * y
         if soft_t is not None:
             found = _plus_product(found, soft_t, soft_d - along)
         return None if found is None else _plus_product(found, y, -found.sum(-1, keepdim=True)), scores_d

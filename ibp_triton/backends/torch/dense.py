@@ -43,9 +43,9 @@ class Dense(Bilinear):
         if "weight" in wanted and d.dtype in HALF and d.is_cuda:
             out["weight"] = scale * torch.mm(d.t(), left, out_dtype=torch.float32)
         elif "weight" in wanted and d.shape[0] <= left.shape[1]:
-            out["weight"] = (scale * wide(d)).t() @ wide(left)
+            out["weight"] = torch.mm((scale * wide(d)).t(), wide(left))
         elif "weight" in wanted:
-            out["weight"] = scale * (wide(d).t() @ wide(left))
+            out["weight"] = scale * torch.mm(wide(d).t(), wide(left))
         if "bias" in wanted:
             out["bias"] = scale * wide(d).sum(0)
         return out
