@@ -89,6 +89,14 @@ class Layer:
         """Keep of the operand ``spared`` the shape, and where weight gradients want the numbers ask for them."""
         raise NotImplementedError
 
+    def weight_gradient(self, shares: Sequence[Share], wanted: Names, batch: int) -> dict[str, Any]:
+        """The sum of all shares divided by ``batch``, for the wanted operands; half precision adds in float32."""
+        total: dict[str, Any] = {}
+        for share in shares:
+            for name, part in share.gradient(wanted).items():
+                total[name] = summed(total.get(name), scaled(part, share.coefficient / batch))
+        return total
+
     def condensed(self, d: Tensor, pulled: Mapping[str, Any]) -> Any:
         """What may be kept in place of d for the weight gradients that follow, where there is no curvature.
 
@@ -99,6 +107,29 @@ class Layer:
     def multiply_adds(self) -> int:
         """Multiply-adds of one forward evaluation (reverse, linear sweep and weight gradient cost the same each)."""
         return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one term of a recipe asks of a layer: coefficient · g(activations, right), or that of tangents."""
+
+    coefficient: Any
+    layer: Layer  # of the term's own pass
+    right: Any
+    tangents: Tangents | None  # None: the layer's activations stand on the left
+
+    def gradient(self, wanted: Names) -> dict[str, Any]:
+        """Without the coefficient."""
+        if self.tangents is None:
+            return self.layer.vjp(self.right, wanted)
+        return self.layer.tangent_param_vjp(self.tangents, self.right, wanted)
+
+    @property
+    def product(self) -> Product:
+        """Of a bilinear layer."""
+        assert isinstance(self.layer, Bilinear)
+        left = self.layer.left if self.tangents is None else self.tangents["input"]
+        return Product(self.coefficient, left, self.right, self.tangents is None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +165,10 @@ class Bilinear(Layer):
     def accepts(cls, kinds: Mapping[str, str], arguments: Mapping[str, Any]) -> bool:
         """The input carries the tangent; weight and bias may be anything that does not depend on x."""
         return kinds.get("input") == "active" and all(k != "active" for n, k in kinds.items() if n != "input")
+
+    def weight_gradient(self, shares: Sequence[Share], wanted: Names, batch: int) -> dict[str, Tensor]:
+        """As products, which merge."""
+        return self.joint_gradient([share.product for share in shares], wanted, batch)
 
     def joint_gradient(self, products: Sequence[Product], wanted: Names, batch: int) -> dict[str, Tensor]:
         """The sum of all products divided by ``batch``, for the weight and the bias; half precision adds in float32."""
@@ -190,15 +225,34 @@ def _merge(group: list[Product]) -> Product:
     first, *rest = sorted(group, key=lambda product: not product.bias)  # whose coefficient is that of the bias's sum
     left = first.left if not rest else wide(first.left)
     for other in rest:
-        factor = over(other.coefficient, first.coefficient)
-        push = wide(other.left)
-        left = left + factor * push if isinstance(factor, Tensor) else torch.add(left, push, alpha=factor)
+        left = plus(left, wide(other.left), over(other.coefficient, first.coefficient))
     return Product(first.coefficient, left, first.right, first.bias)
+
+
+def plus(a: Tensor, b: Tensor, factor: Any) -> Tensor:
+    """a + factor · b, for a number without a copy of b."""
+    return a + factor * b if isinstance(factor, Tensor) else torch.add(a, b, alpha=factor)
 
 
 def over(a: Any, b: Any) -> Any:
     """a / b; a itself where b is the number 1."""
     return a if not isinstance(b, Tensor) and b == 1 else a / b
+
+
+def summed(a: Any, b: Any) -> Any:
+    """a + b of derivatives or tangents, None where there is none."""
+    if a is None or b is None:
+        return b if a is None else a
+    if isinstance(a, Pieces):
+        return Pieces({k: summed(a.get(k), b.get(k)) for k in {**a, **b}})
+    return a + b
+
+
+def scaled(part: Any, scale: Any) -> Any:
+    """scale · part, in float32 at least."""
+    if isinstance(part, Pieces):
+        return Pieces({k: scaled(v, scale) for k, v in part.items()})
+    return wide(part) if isinstance(scale, int) and scale == 1 else scale * wide(part)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ibp_triton.errors import MethodError
 from ibp_triton.forward import Trace
 from ibp_triton.graph import Node
-from ibp_triton.layer import Bilinear, Layer, Pieces, Product, compact, wide
+from ibp_triton.layer import Layer, Pieces, Share, compact, scaled, summed
 from ibp_triton.seeds import Seed, numbers
 from ibp_triton.tape import Tape, added
 
@@ -136,7 +136,7 @@ class Reverse(Sweep):
     def _receive(self, node: Node, parts: Mapping[str, Any]) -> None:
         for name, part in parts.items():
             index = node.operands[name]
-            self[index] = _sum(self[index], part)
+            self[index] = summed(self[index], part)
 
 
 class Linear(Sweep):
@@ -214,14 +214,6 @@ def _again(trace: Trace, index: int, reader: Node) -> Callable[[], Tensor] | Non
         return None if layer.dear and not trace.lean else layer.again()
     source = _again(trace, node.operands["input"], node)
     return None if source is None else lambda: layer.jvp({"input": source()})
-
-
-def _sum(a: Any, b: Any) -> Any:
-    if a is None or b is None:
-        return b if a is None else a
-    if isinstance(a, Pieces):
-        return Pieces({k: _sum(a.get(k), b.get(k)) for k in {**a, **b}})
-    return a + b
 
 
 def _tangents_of(node: Node, sweep: Sweep) -> dict[str, Any]:
@@ -303,14 +295,11 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
     forward, missing = _direction(running), set(trace.plan.trainable)
     used = _Used(terms if trace.frugal else (), forward)
     for node in graph.active if forward else reversed(graph.active):
-        wanted, layer = trains[node.index], layers[node.index]
+        wanted = trains[node.index]
         if trace.shards is not None:
             trace.reach(node)
-        if wanted and isinstance(layer, Bilinear):
-            _collect(means, node, layer.joint_gradient(_products(terms, node), wanted, batch))
-        elif wanted:
-            for term in terms:
-                _collect(means, node, _part(term, node, wanted), term.coefficient / batch)
+        if wanted:
+            _collect(means, node, _of_layer(terms, node, wanted, batch))
         if made is not None:
             missing -= _whole(trace, trace.plan.last[forward][node.index], means, made)
         used.let_go(node)
@@ -371,28 +360,15 @@ class _Used:
                     sweep[index] = FREED
 
 
-def _part(term: Term, node: Node, wanted: list[str]) -> dict[str, Any]:
-    """One term's gradient with respect to the operands of a layer that is not bilinear."""
-    layer: Layer | None = term.trace.layers[node.index]
-    right = term.right.at(node.index)
-    if layer is None or right is None:
-        return {}
-    if term.tangents is None:
-        return layer.vjp(right, wanted)
-    tangents = _tangents_of(node, term.tangents)
-    return layer.tangent_param_vjp(tangents, right, wanted) if tangents else {}
-
-
-def _products(terms: Sequence[Term], node: Node) -> list[Product]:
-    """What the terms ask of one bilinear layer."""
-    products = []
+def _of_layer(terms: Sequence[Term], node: Node, wanted: list[str], batch: int) -> dict[str, Any]:
+    """The terms' gradient with respect to the operands of one layer."""
+    shares = []
     for term in terms:
-        layer, right, t = term.trace.layers[node.index], term.right.at(node.index), term.tangents
-        assert isinstance(layer, Bilinear)
-        left = layer.left if t is None else t.at(node.operands["input"])
-        if left is not None and right is not None:
-            products.append(Product(term.coefficient, left, right, t is None))
-    return products
+        layer, right = term.trace.layers[node.index], term.right.at(node.index)
+        tangents = None if term.tangents is None else _tangents_of(node, term.tangents)
+        if layer is not None and right is not None and tangents != {}:
+            shares.append(Share(term.coefficient, layer, right, tangents))
+    return shares[0].layer.weight_gradient(shares, wanted, batch) if shares else {}
 
 
 def _like(d: Any, value: Any) -> Any:
@@ -402,14 +378,8 @@ def _like(d: Any, value: Any) -> Any:
     return d.to(value.dtype)
 
 
-def _collect(means: dict[int, Any], node: Node, parts: Mapping[str, Any], scale: Any = 1) -> None:
-    """Add scale · part to each operand's sum; half precision is added up in float32."""
+def _collect(means: dict[int, Any], node: Node, parts: Mapping[str, Any]) -> None:
+    """Add each part to its operand's sum, in float32 at least."""
     for name, part in parts.items():
         index = node.operands[name]
-        means[index] = _sum(means.get(index), _scaled(part, scale))
-
-
-def _scaled(part: Any, scale: Any) -> Any:
-    if isinstance(part, Pieces):
-        return Pieces({k: _scaled(v, scale) for k, v in part.items()})
-    return wide(part) if isinstance(scale, int) and scale == 1 else scale * wide(part)
+        means[index] = summed(means.get(index), scaled(part, 1))

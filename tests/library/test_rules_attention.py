@@ -1,6 +1,7 @@
 """Softmax, products of activations and attention against torch.func."""
 
 import operator
+from collections import Counter
 
 import pytest
 import torch
@@ -8,12 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import ibp_triton as ibp
 from ibp_triton.backends.torch import attention
 from ibp_triton.backends.torch.multihead import MultiHeadAttention
 from ibp_triton.layer import Pieces
+from tests.library.comparing import error, oracle, ours
 from tests.library.layers import Call, check, floating, half_agrees, random_like
 
 
@@ -286,3 +289,25 @@ def test_self_attention_takes_each_product_over_all_rows_at_once(batch_first):
     batched = [event for event in seen.events() if event.name == "aten::bmm"]
     assert batched
     assert all(event.input_shapes[0][0] == (8 if batch_first else 10) for event in batched)  # heads of samples
+
+
+@pytest.mark.parametrize("frozen", [(), ("in_proj_weight",), ("out_proj.weight", "in_proj_bias"), ("out_proj.bias",)])
+@pytest.mark.parametrize("method", [ibp.LossIBP(0.3), ibp.LossIBP(torch.tensor(0.3)), ibp.FastTangentBP(0.3)])
+def test_activations_and_tangents_beside_one_derivative_share_products(method, frozen):
+    model, x, labels = Attending(True).double(), torch.randn(4, 5, 8).double(), torch.arange(4) % 8
+    for name in frozen:
+        model.attend.get_parameter(name).requires_grad_(False)
+    network, tau = ibp.Network(model), torch.randn(1, 4, 5, 8).double() if method.needs_tangents else None
+    assert error(ours(method, network, x, labels, tau)[1], oracle(method, model, x, labels, tau)[1]) < 1e-12
+    shapes = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            shapes[tuple(out.shape) if func is torch.ops.aten.mm.default else ()] += 1
+            return out
+
+    with Counting():
+        method.gradients(network, x, labels, tau)
+    assert shapes[24, 8] == (0 if "in_proj_weight" in frozen else 2)
+    assert shapes[8, 8] == (0 if "out_proj.weight" in frozen else 1)

@@ -9,7 +9,7 @@ derivatives c_Q along (t_Q, t_K, t_V):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibp_triton.backends.torch.attention import Attention
-from ibp_triton.layer import HALF, Layer, Names, Pieces, Tangents, product, shell, wide, wrapped
+from ibp_triton.layer import (
+    HALF,
+    Layer,
+    Names,
+    Pieces,
+    Share,
+    Tangents,
+    over,
+    plus,
+    product,
+    scaled,
+    shell,
+    wide,
+    wrapped,
+)
 
 _INPUTS = ("query", "key", "value")
 _WEIGHTS = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
@@ -177,7 +191,8 @@ class MultiHeadAttention(Layer):
     def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
         """Through the last linear map, the core and the first linear maps."""
         inner, outer = self._pulled(d), self._outer(d)
-        return self._through(inner, wanted) | self._weights_of(inner, self._lefts, wanted) | self._last(outer, wanted)
+        out = self._through(inner, wanted) | self._weights_of(inner, self._lefts, wanted)
+        return out | self._last(outer, wanted, self.joined)
 
     def _inner(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Derivatives in front of the core as those behind the first linear maps; all in one where these are one."""
@@ -228,10 +243,10 @@ class MultiHeadAttention(Layer):
         some = next(iter(parts.values()))
         return torch.cat([parts[n] if n in parts else torch.zeros_like(some) for n in _INPUTS], -2)
 
-    def _last(self, outer: Tensor | None, wanted: Names) -> dict[str, Tensor]:
+    def _last(self, outer: Tensor | None, wanted: Names, left: Tensor) -> dict[str, Tensor]:
         out = {}
         if outer is not None and "out_proj_weight" in wanted:
-            out["out_proj_weight"] = _gradient(self.joined, outer)
+            out["out_proj_weight"] = _gradient(left, outer)
         if outer is not None and "out_proj_bias" in wanted:
             out["out_proj_bias"] = wide(outer).sum((-3, -2))
         return out
@@ -264,12 +279,7 @@ class MultiHeadAttention(Layer):
     def tangent_param_vjp(self, t: Tangents, r: Any, wanted: Names) -> dict[str, Tensor]:
         """The formulas above; parametric operands in the place of activations likewise."""
         r, t = self._matched(r, t)
-        outer, heads, shown = self._sides(r)
-        fresh = self._last_push is None or not _same(self._last_push[0], t)
-        bends, moved = self.core.bend_and_push(heads, shown, self._pushed(t), _INPUTS, fresh)
-        if moved is not None:  # for the linear sweep, which comes after this or has been here
-            self._last_push = dict(t), self._join(moved)
-        bent, pulled = self._inner(bends), self._pulled(r)
+        outer, bent, pulled = self._outer(r), self._bent(r, t), self._pulled(r)
         left = {name: self._batched(part) for name, part in t.items()}
         if self.shared:
             left = dict.fromkeys(_INPUTS, next(iter(left.values())))
@@ -284,6 +294,43 @@ class MultiHeadAttention(Layer):
                 found = found.sum(0) if found.dim() > shapes[name] else found
                 out[name] = out[name] + found if name in out else found
         return out
+
+    def _bent(self, r: Any, t: Tangents) -> dict[str, Tensor]:
+        """c_Q, c_K and c_V; t_O stays known."""
+        _, heads, shown = self._sides(r)
+        fresh = self._last_push is None or not _same(self._last_push[0], t)
+        bends, moved = self.core.bend_and_push(heads, shown, self._pushed(t), _INPUTS, fresh)
+        if moved is not None:  # for the linear sweep, which comes after this or has been here
+            self._last_push = dict(t), self._join(moved)
+        return self._inner(bends)
+
+    def weight_gradient(self, shares: Sequence[Share], wanted: Names, batch: int) -> dict[str, Any]:
+        """With a part of the activations, and one of a tangent beside the same derivative, these share products."""
+        if len(shares) != 2 or not self._may_share(shares[0], shares[1], wanted):
+            return super().weight_gradient(shares, wanted, batch)
+        plain, pushed = sorted(shares, key=lambda share: share.tangents is not None)
+        factor = over(pushed.coefficient, plain.coefficient)
+        found = self._shared_gradient(plain.right, pushed.tangents or {}, factor, wanted)
+        return {name: scaled(part, plain.coefficient / batch) for name, part in found.items()}
+
+    def _may_share(self, one: Share, other: Share, wanted: Names) -> bool:
+        """Not in half precision, where β would round away, nor beside derivatives of attention weights."""
+        tangents = [t for t in (one.tangents, other.tangents) if t is not None]
+        same = one.layer is other.layer and one.right is other.right and len(tangents) == 1 and [*one.right] == [0]
+        if not (same and self.shared) or self.out_weight.dtype in HALF or not set(wanted) <= set(_WEIGHTS):
+            return False
+        rank = 2 if self.unbatched else 3
+        return all(part.dim() == rank for part in (one.right[0], *tangents[0].values()))
+
+    def _shared_gradient(self, r: Any, t: Tangents, factor: Any, wanted: Names) -> dict[str, Tensor]:
+        """g(q, r_Q) + factor (g(t_q, r_Q) + g(q, c_Q)) as g(q, r_Q + factor c_Q) + factor g(t_q, r_Q), and so on."""
+        bent, pulled = self._bent(r, t)[_ALL], self._pulled(r)[_ALL]
+        out = self._packed_weights_of(plus(pulled, bent, factor), self._lefts["query"], wanted, True)
+        if "in_proj_weight" in wanted:
+            push = self._batched(next(iter(t.values())))
+            out["in_proj_weight"] = plus(out["in_proj_weight"], _gradient(push, pulled), factor)
+        assert self._last_push is not None
+        return out | self._last(self._outer(r), wanted, plus(self.joined, self._last_push[1], factor))
 
     @property
     def _shapes(self) -> dict[str, int]:
