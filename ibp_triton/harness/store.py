@@ -225,10 +225,12 @@ def lock(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock; yields False if another process holds it. The system frees the lock of a dead process."""
     make_folder(folder)
     path = folder / LOCK
-    held = FileLock(path)
+    held, there = FileLock(path), path.read_bytes() if path.is_file() else b""
     try:
         with suppress(Timeout):
             held.acquire(timeout=0)
+        if held.is_locked and there and not path.stat().st_size:
+            path.write_bytes(there)  # filelock 4.1, the last for Python 3.10, empties it
     except OSError as error:
         if path.is_symlink():
             raise DamageError(
