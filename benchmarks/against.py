@@ -1,7 +1,7 @@
 """Gradients of this checkout beside those of another commit: `python -m benchmarks.against COMMIT --rounds 15`.
 
 Two processes, one for each code, compute in turn on the paper's networks, float32, one thread each; every third round
-begins with new ones, as where memory happens to lie makes a process some per cent slower or faster for all its life.
+begins with new ones, in case one is slower or faster for all its life.
 Prints per network and method new time over old: the ratio of each code's least CPU time, the median and range of the
 ratios within a round, and how far the two gradients are apart. `HEAD` as COMMIT shows what is noise. `--instructions`
 counts what the processor does in one gradient instead, by valgrind, the same on every run whatever else runs.
