@@ -192,7 +192,7 @@ class Bilinear(Layer):
             right = id(product.right)
             biased[right] = biased.get(right, 0) + product.bias  # a bias's sum has one coefficient
             groups.setdefault((right, max(biased[right], 1)), []).append(product)
-        return [_merge(group) for group in groups.values()]
+        return [product for group in groups.values() for product in _merge(group)]
 
     @property
     def widens(self) -> bool:
@@ -221,17 +221,24 @@ class Bilinear(Layer):
         return self.param_vjp(t["input"], r, [name for name in wanted if name == "weight"])
 
 
-def _merge(group: list[Product]) -> Product:
+def _merge(group: list[Product]) -> list[Product]:
     first, *rest = sorted(group, key=lambda product: not product.bias)  # whose coefficient is that of the bias's sum
+    if not divides(first.coefficient):
+        return group
     left = first.left if not rest else wide(first.left)
     for other in rest:
         left = plus(left, wide(other.left), over(other.coefficient, first.coefficient))
-    return Product(first.coefficient, left, first.right, first.bias)
+    return [Product(first.coefficient, left, first.right, first.bias)]
 
 
 def plus(a: Tensor, b: Tensor, factor: Any) -> Tensor:
     """a + factor · b, for a number without a copy of b."""
     return a + factor * b if isinstance(factor, Tensor) else torch.add(a, b, alpha=factor)
+
+
+def divides(coefficient: Any) -> bool:
+    """Whether others can be taken relative to it: a tensor's number is not known."""
+    return not isinstance(coefficient, Tensor) and coefficient != 0
 
 
 def over(a: Any, b: Any) -> Any:

@@ -68,6 +68,32 @@ def test_hyper_parameters_are_checked():
             wrong()
 
 
+class Weighed(Method):
+    key, title = "weighed", "a data term of any weight beside the penalty's"
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def recipe(self, s):
+        a = s.forward()
+        d = a.reverse(a.c)
+        seed, penalty = a.input_seed(d, 2)
+        yield s.objective(a, (self.weight, a.losses), (0.7, penalty))
+        yield self.weight * g(a, d)
+        yield 0.7 * g(a.tangent(seed), d)
+
+
+@pytest.mark.parametrize("name", ["paper_mnist", "attention"])
+def test_terms_whose_first_has_no_weight_do_not_merge_by_a_quotient(name):
+    model, x, labels, _ = build(name)
+    network = ibp.Network(model)
+    whole, data = (method.gradients(network, x, labels)[1] for method in (ibp.LossIBP(0.7, 2), ibp.BP()))
+    penalty = {key: whole[key] - data[key] for key in whole}
+    for weight in (0, 0.0, torch.tensor(0.0, dtype=torch.float64)):
+        assert error(Weighed(weight).gradients(network, x, labels)[1], penalty) < 1e-10
+    assert error(Weighed(torch.tensor(1.0, dtype=torch.float64)).gradients(network, x, labels)[1], whole) < 1e-12
+
+
 # ---------------------------------------------------------------------------------------------- wrong recipes
 
 

@@ -24,6 +24,7 @@ from ibp_triton.layer import (
     Pieces,
     Share,
     Tangents,
+    divides,
     over,
     plus,
     product,
@@ -309,6 +310,8 @@ class MultiHeadAttention(Layer):
         if len(shares) != 2 or not self._may_share(shares[0], shares[1], wanted):
             return super().weight_gradient(shares, wanted, batch)
         plain, pushed = sorted(shares, key=lambda share: share.tangents is not None)
+        if not divides(plain.coefficient):
+            return super().weight_gradient(shares, wanted, batch)
         factor = over(pushed.coefficient, plain.coefficient)
         found = self._shared_gradient(plain.right, pushed.tangents or {}, factor, wanted)
         return {name: scaled(part, plain.coefficient / batch) for name, part in found.items()}
