@@ -21,13 +21,7 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def buffers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Each module's own, under the name that it has there."""
-    seen, todo = set(), [model]
-    while todo:
-        module = todo.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        todo += [child for child in reversed(module._modules.values()) if child is not None]
+    for _, module in _modules(model):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield module, name, buffer

@@ -217,12 +217,7 @@ def _again(trace: Trace, index: int, reader: Node) -> Callable[[], Tensor] | Non
 
 
 def _tangents_of(node: Node, sweep: Sweep) -> dict[str, Any]:
-    found = {}
-    for name, i in node.operands.items():
-        t = sweep[i]
-        if t is not None:
-            found[name] = t if t is not FREED else sweep.at(i)
-    return found
+    return {name: t for name, i in node.operands.items() if (t := sweep.at(i)) is not None}
 
 
 @dataclass(eq=False)
@@ -293,7 +288,7 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
         *{id(s): s for term in terms for s in (term.right, term.tangents) if s is not None and not s.done}.values()
     ]
     forward, missing = _direction(running), set(trace.plan.trainable)
-    used = _Used(terms if trace.frugal else (), forward)
+    frugal = terms if trace.frugal else ()
     for node in graph.active if forward else reversed(graph.active):
         wanted = trains[node.index]
         if trace.shards is not None:
@@ -302,11 +297,12 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
             _collect(means, node, _of_layer(terms, node, wanted, batch))
         if made is not None:
             missing -= _whole(trace, trace.plan.last[forward][node.index], means, made)
-        used.let_go(node)
+        for term in frugal:
+            _let_go(term, node, forward)
         for sweep in running:
             sweep.advance(node)
-        for own in used.layers:
-            own[node.index] = None
+        for term in frugal:
+            term.trace.layers[node.index] = None
     for sweep in running:
         sweep.done = True
     for node in reversed(graph.nodes) if graph.computes_parameters else ():
@@ -341,23 +337,14 @@ def _direction(sweeps: Collection[Sweep]) -> bool:
     return any(kinds)
 
 
-class _Used:
-    """What a weight gradient uses up: the layers of the terms' passes, and their sweeps that have run."""
-
-    def __init__(self, terms: Sequence[Term], forward: bool) -> None:
-        self.layers = [*{id(term.trace): term.trace.layers for term in terms}.values()]
-        self._rights = [*{id(term.right): term.right for term in terms if term.right.done}.values()]
-        tangents = {id(t): t for term in terms if (t := term.tangents) is not None and t.done}
-        self._tangents, self._last = [*tangents.values()], -1 if forward else 0
-
-    def let_go(self, node: Node) -> None:
-        """Forget of the sweeps what no later node reads."""
-        for sweep in self._rights:
-            sweep[node.index] = FREED
-        for sweep in self._tangents:
-            for index in node.operands.values():
-                if sweep.trace.graph.consumers[index][self._last] == node.index:
-                    sweep[index] = FREED
+def _let_go(term: Term, node: Node, forward: bool) -> None:
+    """Forget of the sweeps that have run what no later node's weight gradient reads."""
+    if term.right.done:
+        term.right[node.index] = FREED
+    if term.tangents is not None and term.tangents.done:
+        for index in node.operands.values():
+            if term.trace.graph.consumers[index][-1 if forward else 0] == node.index:
+                term.tangents[index] = FREED
 
 
 def _of_layer(terms: Sequence[Term], node: Node, wanted: list[str], batch: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ibp_triton import image_conv
 from ibp_triton.checks import refuse_mixed
 from ibp_triton.criteria import Loss
 from ibp_triton.errors import MethodError
+from ibp_triton.layer import plus
 from ibp_triton.steady import Steady
 
 if TYPE_CHECKING:
@@ -230,10 +231,7 @@ def _times(coefficient: Any, d: Tensor) -> Tensor:
 
 def _plus(total: Tensor | None, coefficient: Any, d: Tensor) -> Tensor:
     """total + coefficient · d, without a copy of d where the coefficient is a number."""
-    if total is None or isinstance(coefficient, Tensor):
-        d = _times(coefficient, d)
-        return d if total is None else total + d
-    return torch.add(total, d, alpha=coefficient)
+    return _times(coefficient, d) if total is None else plus(total, d, coefficient)
 
 
 def added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -308,7 +308,7 @@ class Attention:
     def pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
         """The derivatives for d of O and w of P (None: zero)."""
         given = {name: part for name, part in (("d", d), ("w", w)) if part is not None}
-        ranks = {"d": self.rank, "w": self.rank if self.flat else self.weights.dim()}
+        ranks = {"d": self.rank, "w": self.shown.dim()}
         if any(part.dim() == ranks[name] for name, part in given.items()):
             return self._pull(d, w, wanted)
         found = [self._pull(one.get("d"), one.get("w"), wanted) for one in _each(given)]

@@ -23,7 +23,7 @@ from ibp_triton.backends.torch.structural import BatchedMap, Reshape
 from ibp_triton.graph import Graph, Node
 from ibp_triton.kernels.tiles import precision
 from ibp_triton.kernels.wgrad import MAX_SEGMENTS
-from ibp_triton.layer import Bilinear, Layer, Names, Product, Tangents, over, wrapped
+from ibp_triton.layer import Bilinear, Layer, Names, Product, Tangents, divides, over, wrapped
 from ibp_triton.ops.operators import apart
 from ibp_triton.seeds import Seed
 
@@ -57,7 +57,7 @@ class _Joint(Bilinear):
             first = rows[0][0]
             for i, (p, left, _) in enumerate(rows[1:], 1):
                 number = first.coefficient
-                if p.right is first.right and not p.bias and not isinstance(number, Tensor) and number:
+                if p.right is first.right and not p.bias and divides(number):
                     push, beta, signs[0] = left, over(p.coefficient, number), signs[i]
                     del rows[i], signs[i]
                     break
