@@ -167,7 +167,7 @@ class Memory:
         """The layers that hold tensors on this memory; each layer is searched once."""
         for place in range(self._searched, len(self.layers)):
             layer = self.layers[place]
-            for tensor in _tensors(vars(layer).values(), []) if layer is not None else ():
+            for tensor in tensors_in(vars(layer).values()) if layer is not None else ():
                 own = storage_of(tensor)
                 if own is not None:
                     self._holders.setdefault(own._cdata, []).append(place)
@@ -185,15 +185,16 @@ def storage_of(a: Any) -> Any:
         return None
 
 
-def _tensors(values: Iterable[Any], found: list[Tensor]) -> list[Tensor]:
-    """Those among the values, and in containers there, added to ``found``."""
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Those among the values, and in containers there."""
+    found: list[Tensor] = []
     for value in values:
         if type(value) in _NONE:
             continue
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple, dict)):
-            _tensors(value.values() if isinstance(value, dict) else value, found)
+            found += tensors_in(value.values() if isinstance(value, dict) else value)
     return found
 
 

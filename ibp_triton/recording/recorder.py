@@ -36,7 +36,7 @@ from ibp_triton.recording.call import Call
 from ibp_triton.recording.calls import Kind
 from ibp_triton.recording.choice import choose, has_rule
 from ibp_triton.recording.history import History
-from ibp_triton.recording.memory import Memory, Write, level, storage_of, wrapped
+from ibp_triton.recording.memory import Memory, Write, level, storage_of, tensors_in, wrapped
 from ibp_triton.recording.running import Running
 from ibp_triton.recording.settings import Diverged, Restart, Settings
 
@@ -316,14 +316,13 @@ class Recorder(TorchFunctionMode):
             self.memory.track(shown, index)
             return shown
         if isinstance(out, (tuple, list)):
+            for a in tensors_in(out):
+                self.memory.meet(a)
             return rebuilt(out, [self._part(part, i, index) for i, part in enumerate(out)])
         return out
 
     def _part(self, part: Any, position: int, of: int) -> Any:
-        if not isinstance(part, Tensor):
-            return part
-        if not (part.is_floating_point() or part.is_complex()):
-            self.memory.meet(part)
+        if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
             return part
         call, place = ("part", of, position), len(self.nodes)
         node = self._followed(call)

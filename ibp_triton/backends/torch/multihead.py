@@ -307,23 +307,23 @@ class MultiHeadAttention(Layer):
 
     def weight_gradient(self, shares: Sequence[Share], wanted: Names, batch: int) -> dict[str, Any]:
         """With a part of the activations, and one of a tangent beside the same derivative, these share products."""
-        if len(shares) != 2 or not self._may_share(shares[0], shares[1], wanted):
+        plain, *others = sorted(shares, key=lambda share: share.tangents is not None)
+        tangents = others[0].tangents if len(others) == 1 else None
+        if tangents is None or not self._may_share(plain, others[0], tangents, wanted):
             return super().weight_gradient(shares, wanted, batch)
-        plain, pushed = sorted(shares, key=lambda share: share.tangents is not None)
-        if not divides(plain.coefficient):
-            return super().weight_gradient(shares, wanted, batch)
-        factor = over(pushed.coefficient, plain.coefficient)
-        found = self._shared_gradient(plain.right, pushed.tangents or {}, factor, wanted)
+        factor = over(others[0].coefficient, plain.coefficient)
+        found = self._shared_gradient(plain.right, tangents, factor, wanted)
         return {name: scaled(part, plain.coefficient / batch) for name, part in found.items()}
 
-    def _may_share(self, one: Share, other: Share, wanted: Names) -> bool:
+    def _may_share(self, plain: Share, pushed: Share, t: Tangents, wanted: Names) -> bool:
         """Not in half precision, where β would round away, nor beside derivatives of attention weights."""
-        tangents = [t for t in (one.tangents, other.tangents) if t is not None]
-        same = one.layer is other.layer and one.right is other.right and len(tangents) == 1 and [*one.right] == [0]
-        if not (same and self.shared) or self.out_weight.dtype in HALF or not set(wanted) <= set(_WEIGHTS):
+        same = plain.tangents is None and plain.layer is pushed.layer and plain.right is pushed.right
+        if not (same and self.shared and divides(plain.coefficient)) or [*plain.right] != [0]:
+            return False
+        if self.out_weight.dtype in HALF or not set(wanted) <= set(_WEIGHTS):
             return False
         rank = 2 if self.unbatched else 3
-        return all(part.dim() == rank for part in (one.right[0], *tangents[0].values()))
+        return all(part.dim() == rank for part in (plain.right[0], *t.values()))
 
     def _shared_gradient(self, r: Any, t: Tangents, factor: Any, wanted: Names) -> dict[str, Tensor]:
         """g(q, r_Q) + factor (g(t_q, r_Q) + g(q, c_Q)) as g(q, r_Q + factor c_Q) + factor g(t_q, r_Q), and so on."""
