@@ -6,6 +6,8 @@ moves. It has nothing to do with Interval Bound Propagation, which the literatur
 
 from ibp_triton import attacks, reference
 from ibp_triton.attacks import fgsm, gaussian_noise, pgd, random_signs
+from ibp_triton.captured_step import CapturedStep
+from ibp_triton.compiled_step import CompiledStep
 from ibp_triton.errors import IBPError
 from ibp_triton.evaluation import Robustness, robustness
 from ibp_triton.methods import (
@@ -26,7 +28,7 @@ from ibp_triton.methods import (
 from ibp_triton.network import Network
 from ibp_triton.replicas import ReplicatedNetwork
 from ibp_triton.replicated_step import ReplicatedStep
-from ibp_triton.step import CapturedStep, CompiledStep, EagerStep
+from ibp_triton.step import EagerStep
 from ibp_triton.tangents import lie_tangents
 
 __all__ = [

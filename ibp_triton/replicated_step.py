@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ibp_triton import joined
 from ibp_triton.alike import apart, in_short, with_latest
+from ibp_triton.compiled_step import CHECKED
 from ibp_triton.criteria.criterion import as_tensor
 from ibp_triton.errors import MethodError
 from ibp_triton.methods.base import Method, Parts
 from ibp_triton.randomness import RandomState
 from ibp_triton.replicas import ReplicatedNetwork
-from ibp_triton.step import CHECKED, SEEN, EagerStep, Reduce
+from ibp_triton.step import SEEN, EagerStep, Reduce
 from ibp_triton.vmapped import Inputs, Together, Vmapped
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of gradients, relative to the largest entry; else 0.1

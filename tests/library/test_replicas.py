@@ -115,8 +115,19 @@ def test_in_float32_too(key, together):
     for batch in data:
         step(*batch)
     for r, twin in enumerate(twins):
-        alone(twin, r, methods[r], data)
-        assert apart(models[r], twin) < 1e-3
+        near = [a_last_bit_away(twin, seed) for seed in range(3)]
+        for model in (twin, *near):
+            alone(model, r, methods[r], data)
+        assert apart(models[r], twin) < max(1e-3, 3 * max(apart(model, twin) for model in near))
+
+
+def a_last_bit_away(model, seed):
+    """Where 20 steps from its copy end tells how far rounding alone leads, which depends on the machine's kernels."""
+    near, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in near.parameters():
+            p.mul_(1 + torch.finfo(p.dtype).eps * (2 * torch.rand(p.shape, generator=generator) - 1))
+    return near
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if "branching" not in name and name != "in_place_input"])

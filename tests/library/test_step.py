@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import ibp_triton as ibp
-from ibp_triton import step as steps
+from ibp_triton import captured_step, compiled_step
 
 METHODS = {
     "bp": ibp.BP(),
@@ -68,17 +68,17 @@ class Recording(TorchDispatchMode):
 @pytest.fixture
 def graphs(monkeypatch):
     """Steps on the CPU are captured too."""
-    monkeypatch.setattr(steps, "_can_capture", lambda device: True)
-    monkeypatch.setattr(steps, "_graph", Replayed)
-    monkeypatch.setattr(steps, "_capturing", Recording)
-    monkeypatch.setattr(steps, "_current", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(steps, "_side_stream", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(captured_step, "_can_capture", lambda device: True)
+    monkeypatch.setattr(captured_step, "_graph", Replayed)
+    monkeypatch.setattr(captured_step, "_capturing", Recording)
+    monkeypatch.setattr(captured_step, "_current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(captured_step, "_side_stream", lambda device: contextlib.nullcontext())
 
 
 @pytest.fixture
 def recorded(monkeypatch):
     """The recorded operations run as they are: all of a compiled step but inductor's part and its compile time."""
-    monkeypatch.setattr(steps, "compiled", lambda graph: graph)
+    monkeypatch.setattr(compiled_step, "compiled", lambda graph: graph)
 
 
 def network(normed=False):
@@ -255,13 +255,56 @@ def test_a_gradient_that_is_off_is_not_used(monkeypatch):
     def wrong(graph):
         return lambda *batch: (lambda found: (found[0], {n: 2 * g for n, g in found[1].items()}))(graph(*batch))
 
-    monkeypatch.setattr(steps, "compiled", wrong)
+    monkeypatch.setattr(compiled_step, "compiled", wrong)
     model, method = network(), ibp.LossIBP(0.3)
     twin = copy.deepcopy(model)
     with pytest.warns(UserWarning, match=r"off by 1 of the largest entry"):
         trained(ibp.CompiledStep, method, model)
     plain_loop(method, twin)
     same(model, twin, 0)
+
+
+def at_a_kink():
+    """A model and a batch of which one sample lies where ReLUs turn, so that rounding moves its share of a gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.tensor([[0.3, 0.3], *[[0.5 + 0.1 * i, 0.1] for i in range(11)]])
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]] * 4))
+    return model, x, torch.tensor([0, 1] * 6)
+
+
+@pytest.mark.parametrize("method", [ibp.BP(), ibp.LossIBP(0.3)])
+@pytest.mark.parametrize("wrong", [1.0, 2.0])
+def test_a_gradient_may_be_off_as_far_as_rounding_moves_the_eager_one(wrong, method, monkeypatch):
+    def rounded(graph):
+        def run(parameters, *batch):
+            moved = parameters["0.weight"] + torch.tensor([1e-6, 0.0])
+            parts, gradients = graph({**parameters, "0.weight": moved}, *batch)
+            return parts, {n: wrong * g for n, g in gradients.items()}
+
+        return run
+
+    monkeypatch.setattr(compiled_step, "compiled", rounded)
+    model, x, y = at_a_kink()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert ibp.CompiledStep(model, method, sgd(model)).prepare(x, y) is (wrong == 1.0)
+    assert bool(said) is (wrong != 1.0)
+
+
+def test_a_loss_that_is_off_is_not_used_however_rough_the_gradient_is(monkeypatch):
+    def wrong(graph):
+        def run(*batch):
+            (loss, data_loss, *rest), gradients = graph(*batch)
+            return (loss, 1.01 * data_loss, *rest), gradients
+
+        return run
+
+    monkeypatch.setattr(compiled_step, "compiled", wrong)
+    model, x, y = at_a_kink()
+    with pytest.warns(UserWarning, match="its forward pass is off by 0.01"):
+        assert not ibp.CompiledStep(model, ibp.BP(), sgd(model)).prepare(x, y)
 
 
 def test_preparing_trains_nothing(recorded):
@@ -280,7 +323,7 @@ def test_preparing_trains_nothing(recorded):
 
 def test_preparing_again_compiles_nothing_until_the_method_is_another(monkeypatch):
     made = []
-    monkeypatch.setattr(steps, "compiled", lambda graph: made.append(graph) or graph)
+    monkeypatch.setattr(compiled_step, "compiled", lambda graph: made.append(graph) or graph)
     step = ibp.CompiledStep(network(), ibp.LossIBP(0.3), sgd(network()))
     x, y, _ = next(batches(step.method))
     for method, count in ((step.method, 1), (ibp.LossIBP(0.1), 1), (ibp.LossIBP(0.1, norm=2), 2)):
@@ -318,11 +361,11 @@ def test_a_failed_capture_leaves_nothing_behind(graphs, monkeypatch):
     data = list(batches(method, [6] * 6))
     for batch in data[:3]:
         step(*batch)
-    monkeypatch.setattr(steps, "_capturing", lambda graph: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    monkeypatch.setattr(captured_step, "_capturing", lambda graph: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         step(*data[3])
     assert not step._made
-    monkeypatch.setattr(steps, "_capturing", Recording)
+    monkeypatch.setattr(captured_step, "_capturing", Recording)
     step(*data[4])
     assert step.captures == 1
 
