@@ -130,7 +130,7 @@ def test_without_penalty_it_is_the_criterion_to_the_bit_of_bp_and_to_rounding_of
     assert all(torch.equal(same[n], g) for n, g in found.items())
 
 
-@pytest.mark.parametrize("count", [10, 100])
+@pytest.mark.parametrize("count", [1, 10, 100])
 @pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(WEIGHT), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()])
 def test_batches_of_any_size(count, criterion):
     model, _ = vectors()

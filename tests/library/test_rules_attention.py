@@ -86,6 +86,7 @@ CASES = {
     "attention, grouped queries": lambda **k: sdpa((2, 6, 4, 5), (2, 3, 6, 5), (2, 3, 6, 5), enable_gqa=True, **k),
     "attention, learned queries": lambda **k: sdpa(kinds={"query": "parametric"}, **k),
     "attention to constants": lambda **k: sdpa(kinds={"key": "constant", "value": "parametric"}, **k),
+    "attention, five axes": lambda **k: sdpa((2, 2, 3, 4, 5), (2, 2, 3, 6, 5), (2, 2, 3, 6, 7), **k),
     "attention, three axes, batch 1": lambda **k: sdpa((1, 4, 5), (1, 6, 5), (1, 6, 7), **k),
 }
 NOT_COUNTED = ("matmul by a column", "matmul of vectors")  # by torch, whose counter knows products of matrices
@@ -277,6 +278,28 @@ class Attending(nn.Module):
 
     def forward(self, x):
         return self.attend(x, x, x, need_weights=False)[0].mean(1)
+
+
+class Across(nn.Module):
+    """Attention to rows in another order, and its weights if they are asked for."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.attend, self.weights = nn.MultiheadAttention(8, 2, batch_first=True), weights
+
+    def forward(self, x):
+        y, p = self.attend(x, x.roll(1, 1), x.tanh(), need_weights=self.weights)
+        return y.mean(1) if p is None else y.mean(1) + p.square().sum((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("method", [ibp.LossIBP(0.3), ibp.FastTangentBP(0.3)])
+def test_other_terms_of_multi_head_attention_add_up_one_by_one(method, weights):
+    torch.manual_seed(0)
+    model, x, labels = Across(weights).double(), torch.randn(4, 5, 8).double(), torch.arange(4) % 8
+    network, tau = ibp.Network(model), torch.randn(1, 4, 5, 8).double() if method.needs_tangents else None
+    assert error(ours(method, network, x, labels, tau)[1], oracle(method, model, x, labels, tau)[1]) < 1e-12
+    assert any(node.rule is MultiHeadAttention for node in network.graph().nodes)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

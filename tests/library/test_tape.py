@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ibp_triton as ibp
 from ibp_triton.errors import MethodError
+from ibp_triton.steady import Steady
 from ibp_triton.sweeps import Term, g
 from ibp_triton.tape import Backward, Tape
 from tests.library.comparing import error, example, oracle, ours
@@ -41,6 +42,21 @@ def test_both_ways_agree_with_each_other_and_with_the_oracle(name, key):
     assert float(loss) == pytest.approx(float(other_loss), rel=1e-12)
     assert error(found, other) < 1e-10
     assert error(other, oracle(method, model, x, labels)[1]) < 1e-10
+
+
+@pytest.mark.parametrize("function", [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d])
+@pytest.mark.parametrize("p", [0.4, 1.0])
+def test_dropout_draws_alike_in_every_layout(p, function):
+    axes = int(function.__name__[-2]) if function is not F.dropout else 2
+    x = 1 + torch.rand(6, 5, *[4] * axes)
+    masks = []
+    for layout in (x, x.transpose(1, -1).contiguous().transpose(1, -1)):
+        torch.manual_seed(3)
+        with Steady():
+            masks.append(function(layout, p) / x)
+    torch.testing.assert_close(*masks)
+    torch.manual_seed(3)
+    torch.testing.assert_close(masks[0], function(x, p) / x)
 
 
 def test_bp_is_the_plain_loop_to_the_bit():

@@ -31,16 +31,16 @@ Written by `make mutants` (tests/mutants): small faults put into the mathematics
 tests notice.
 """
 TESTS = {  # files of tests/library for files of the package, the quickest and nearest first
-    "methods": ("invariants", "ledger", "more_methods", "criteria", "agreement", "tape", "precision"),
-    "sweeps": ("invariants", "ledger", "more_methods", "criteria", "agreement"),
+    "methods": ("invariants", "ledger", "more_methods", "criteria", "agreement", "tape", "precision", "step"),
+    "sweeps": ("invariants", "ledger", "more_methods", "criteria", "agreement", "buckets", "memory"),
     "dense pooling moves reductions structural": ("rules", "rules_structural", "ledger", "invariants"),
     "batch_norm normalisation": ("rules_normalisation", "rules", "invariants"),
     "attention multihead products": ("rules_attention", "rules"),
-    "activations pointwise binary": ("rules_pointwise", "rules"),
+    "activations pointwise binary": ("rules_pointwise", "rules", "memory"),
     "selection": ("rules_structural", "rules", "rules_pointwise"),
     "generic functional outputs unseen": ("rules", "ledger", "invariants", "vmap", "any_code", "recording"),
     "written": ("rules_structural", "any_code"),
-    "tape steady": ("tape", "agreement", "more_methods", "criteria"),
+    "tape steady": ("tape", "agreement", "more_methods", "criteria", "buckets"),
     "image_conv": ("image_conv",),
 }
 
