@@ -61,18 +61,18 @@ def _work(network: str, batch: int, shape: Shape, classes: int) -> MultiplyAdds:
 
 def weight(run: Run) -> float:
     """Work of a run in example-passes of BP; a thousand examples where their number is not known yet."""
-    return _once(_weight, run)
+    return _of_runs(_weight, run)
 
 
 def seconds(run: Run) -> float | None:
     """Estimated seconds of a run on this machine; None where its examples are not counted yet, or it is too large."""
-    return _once(_seconds, run)
+    return _of_runs(_seconds, run)
 
 
 def evaluation(run: Run, choice: Evaluate) -> float:
     """Work of a run's evaluation, as `weight` has it; a thousand examples where their number is not known yet."""
     examples = sources.tests_of(run.data) or 1000
-    return min(examples, choice.examples or examples) * sum(evaluate.passes(choice).values()) / ibp.BP().sweeps
+    return min(examples, choice.examples or examples) * _once(_passes_over_bp, choice, choice)
 
 
 def evaluation_seconds(run: Run, choice: Evaluate) -> float:
@@ -98,16 +98,31 @@ def _seconds(run: Run) -> float | None:
         return None
 
 
-_KNOWN: dict[tuple[Any, ...], tuple[Run, Any]] = {}  # by what a grid's runs share, beside a run that keeps it alive
+def _passes_over_bp(choice: Evaluate) -> float:
+    return sum(evaluate.passes(choice).values()) / ibp.BP().sweeps
 
 
-def _once(function: Callable[[Run], T], run: Run) -> T:
+@lru_cache(4096)
+def _program(method: ibp.Method) -> Any:
+    """The method's passes, of equal methods once: each run of a grid has an object of its own."""
+    return method.program
+
+
+_KNOWN: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # by what a grid's runs share, beside one that keeps it alive
+
+
+def _of_runs(function: Callable[[Run], T], run: Run) -> T:
     """The cost of a run, worked out once for all that differ from it in seeds, or in values that change no pass."""
-    key = (function, id(run.data), id(run.network), id(run.training), run.method.program)
+    return _once(function, run, run.data, run.network, run.training, _program(run.method))
+
+
+def _once(function: Callable[[Any], T], argument: Any, *shared: Any) -> T:
+    """What the function finds, worked out once for these very objects."""
+    key = (function, *map(id, shared))
     if key not in _KNOWN:
         if len(_KNOWN) > 100_000:
             _KNOWN.clear()
-        _KNOWN[key] = run, function(run)
+        _KNOWN[key] = (argument, shared), function(argument)
     found: T = _KNOWN[key][1]
     return found
 

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ibp_triton.harness import cli, loading
+from ibp_triton.harness import cli, estimates, evaluate, loading
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]
@@ -197,6 +198,20 @@ def test_a_large_dry_run_shows_the_first_runs_and_counts_all(
     assert out.count("to do") == cli.SHOWN
     assert f"… and {9000 - cli.SHOWN} more" in out
     assert "9000 runs, about" in out
+
+
+def test_a_dry_run_reads_each_recipe_and_each_evaluation_once(
+    tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read: list[str] = []
+    program, passes = estimates._program.__wrapped__, evaluate.passes
+    estimates._program.cache_clear()
+    monkeypatch.setattr(estimates, "_program", lru_cache(lambda method: read.append(method.key) or program(method)))
+    monkeypatch.setattr(evaluate, "passes", lambda choice: read.append("evaluation") or passes(choice))
+    tree |= {"seeds": list(range(40)), "methods": {"bp": None, "loss_ibp": {"beta": [0.1, 0.2]}}, "select": "test"}
+    assert ibp_triton(monkeypatch, "run", str(write(tree)), "--dry-run") == 0
+    assert "120 runs" in capsys.readouterr().out
+    assert sorted(read) == ["bp", "evaluation", "loss_ibp", "loss_ibp"]
 
 
 MODEL = "print('{name} is imported')\nfrom torch import nn\n"

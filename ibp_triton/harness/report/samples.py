@@ -16,6 +16,7 @@ from ibp_triton.harness.report.sketch import Sketch, plain
 from ibp_triton.tangents import TRANSFORMATIONS
 
 ROWS, IMAGES, FILTERS = 8, 6, 12
+HIGHEST = 7.0  # inches of a picture: few filters in many rows would make a column of it, and many megabytes
 Gallery = list[tuple[str, list[Tensor]]]
 
 
@@ -91,7 +92,7 @@ def _gallery(name: str, caption: str, lines: Gallery) -> Sketch:
     whole = torch.cat([nn.functional.pad(row, (0, width - row.shape[-1]), value=1.0) for row in rows], -2)
     sketch = Sketch(name, caption, "", "")
     _, high = sketch.figure.get_size_inches()
-    sketch.grow(max(0.8, 4.4 * whole.shape[-2] / width + 0.2) - high)
+    sketch.grow(min(max(0.8, 4.4 * whole.shape[-2] / width + 0.2), HIGHEST) - high)
     sketch.axes.imshow(whole.permute(1, 2, 0).numpy(), interpolation="nearest")
     sketch.axes.set_yticks([(n + 0.5) * height for n in range(len(rows))], [plain(label) for label, _ in lines])
     sketch.axes.set_xticks([])
