@@ -66,14 +66,20 @@ def plain_cases():
     return [(name, method) for name, method in cases() if name == "plain"]
 
 
+def here(of):
+    """A model, a criterion or a tensor on this process's device."""
+    return copy.deepcopy(of).to("cuda") if dist.get_backend() == "nccl" and hasattr(of, "to") else of
+
+
 def shard(split, rank, *tensors):
     start, stop = sum(split[:rank]), sum(split[: rank + 1])
-    return [t[start:stop] if t.dim() < 5 else t[:, start:stop] for t in tensors]
+    return [here(t[start:stop] if t.dim() < 5 else t[:, start:stop]) for t in tensors]
 
 
 def _work(rank):
-    wrapped, found = ibp.Network(network(), process_group=dist.group.WORLD), []
+    wrapped, found = ibp.Network(here(network()), process_group=dist.group.WORLD), []
     for number, (name, method) in enumerate(cases()):
+        method = method.at(criterion=here(method.criterion))
         x, y, tangents = shard(SPLITS[number % 4], rank, *batch(name))
         parts = method.parts(wrapped, x, y, tangents if method.needs_tangents else None)
         wrapped.model.zero_grad()
@@ -85,7 +91,7 @@ def _work(rank):
 
 
 def _steps(rank, kind):
-    model = network()
+    model = here(network())
     step = getattr(ibp, kind)(
         ibp.Network(model, process_group=dist.group.WORLD), ibp.LossIBP(0.3), _sgd(model), clip_norm=0.1
     )
@@ -98,7 +104,7 @@ def _steps(rank, kind):
 def _synchronised(rank, kind):
     found = []
     for number, (name, method) in enumerate(plain_cases()):
-        model = normalised(kind)
+        model = here(normalised(kind))
         wrapped = ibp.Network(model, process_group=dist.group.WORLD, sync_batchnorm=kind != "its own")
         x, y, tangents = shard(SPLITS[number % 4], rank, *batch(name))
         loss, gradients = method.gradients(wrapped, x, y, tangents if method.needs_tangents else None)
@@ -110,11 +116,16 @@ def _sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+TWO_GPUS = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="NCCL needs a CUDA device for each of two processes"
+)
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, TWO_GPUS])])
+def results(request, tmp_path_factory):
     """What two processes find: gradients of every case and split, and a model after a few steps."""
     # many buckets, the first of which are sent while gradients are made
-    return of_two(_work, tmp_path_factory.mktemp("world"), smallest=1)
+    return of_two(_work, tmp_path_factory.mktemp("world"), smallest=1, backend=request.param)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
