@@ -1,7 +1,8 @@
 """`ibp-triton kernels`: what the compiler makes of every kernel, and what a training step launches, moves and computes.
 
 Static facts: registers, spills, shared memory and instructions are the compiler's, bytes and FLOPs are counts (the
-interpreter's, kernel by kernel, are equal to them in the tests), the floor is a model. Nothing is timed.
+interpreter's, kernel by kernel, are equal to them in the tests), the floor is a model. Nothing is timed, unless
+`--host` asks for what this machine's Python takes to launch it all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ibp_triton.harness import predictions
+from ibp_triton.harness import host_costs, predictions
+from ibp_triton.harness.host_costs import HostCost, measured
 from ibp_triton.harness.predictions import Prediction, predicted
 from ibp_triton.harness.step_counts import BANDWIDTH, KINDS, PEAK, StepCount, steps
 
@@ -129,6 +131,7 @@ def kernels(
     figure: Annotated[Path | None, typer.Option(help="draw launches and bytes of a step into this file")] = None,
     markdown: Annotated[Path | None, typer.Option(help="write the tables to this file")] = None,
     card: Annotated[list[str] | None, typer.Option(help="predict a step on it, as H100; may be repeated")] = None,
+    host: Annotated[bool, typer.Option("--host", help="time the Python of a step on this machine")] = False,
 ) -> None:
     """Compile every Triton kernel for chips that need not be there, and count what a training step needs."""
     if find_spec("triton") is None:
@@ -147,25 +150,32 @@ def kernels(
         raise typer.BadParameter(str(error), param_hint="--card") from None
     rows = [row for name in targets for row in kernel_rows(name, only or [])]
     counted = [step for step in steps() if has_words(only or [], step.network, step.method, step.semantics or "")]
-    if not rows and not counted:
+    costs = [cost for cost in measured() if has_words(only or [], cost.network, cost.method)] if host else []
+    if not rows and not counted and not costs:
         raise typer.BadParameter(f"no kernel and no step has {' and '.join(only or [])}", param_hint="--only")
     if str(json_file) != "-":
-        _print(rows, counted, forecast, sort)
+        _print(rows, counted, forecast, costs, sort)
     if json_file is not None:
         content: dict[str, Any] = {"kernels": [asdict(r) for r in rows], "steps": [asdict(s) for s in counted]}
-        content |= {"predictions": [asdict(p) for p in forecast], "note": NOTE}
+        content |= {"predictions": [asdict(p) for p in forecast], "host": [asdict(c) for c in costs], "note": NOTE}
         text = json.dumps(content, indent=1) + "\n"
         if str(json_file) == "-":
             typer.echo(text, nl=False)
         else:
             json_file.write_text(text, encoding="utf-8")
     if markdown is not None:
-        markdown.write_text(as_markdown(rows, counted, forecast), encoding="utf-8")
+        markdown.write_text(as_markdown(rows, counted, forecast, costs), encoding="utf-8")
     if figure is not None:
         draw(counted, figure)
 
 
-def _print(rows: list[KernelRow], counted: list[StepCount], forecast: list[Prediction], sort: str | None) -> None:
+def _print(
+    rows: list[KernelRow],
+    counted: list[StepCount],
+    forecast: list[Prediction],
+    costs: list[HostCost],
+    sort: str | None,
+) -> None:
     """The tables that have rows, by a column where they have it."""
     console = Console()
     if not console.is_terminal:
@@ -174,11 +184,14 @@ def _print(rows: list[KernelRow], counted: list[StepCount], forecast: list[Predi
         ("Kernels, compiled ahead of time (static facts)", KERNEL_HEAD, [kernel_cells(row) for row in rows]),
         ("One training step before the optimizer (counted, not timed)", STEP_HEAD, [step_cells(s) for s in counted]),
         ("One captured step, µs (predictions of a model)", predictions.head(forecast), predictions.lines(forecast)),
+        ("The host's part of a step, µs (timed here)", host_costs.HEAD, [host_costs.cells(cost) for cost in costs]),
     )
     for title, head, lines in tables:
         if lines:
             console.print(_table(title, head, ordered(lines, head, sort) if sort and sort in head else lines))
     console.print(NOTE, highlight=False)
+    if costs:
+        console.print(host_costs.NOTE, highlight=False)
 
 
 NOTE = (
@@ -195,7 +208,7 @@ STEP_HEAD = (
     *("network", "batch", "method", "semantics", "launches", "moved MB", "unique MB", "GFLOP", "floor µs"),
     *("eager ops", "eager MB", "eager GFLOP", "launches/ops", "unique/eager"),
 )
-COLUMNS = tuple(dict.fromkeys((*KERNEL_HEAD, *STEP_HEAD)))
+COLUMNS = tuple(dict.fromkeys((*KERNEL_HEAD, *STEP_HEAD, *host_costs.HEAD)))
 
 
 def kernel_cells(row: KernelRow) -> list[str]:
@@ -227,12 +240,20 @@ def _table(title: str, head: Sequence[str], rows: Any) -> Table:
     return table
 
 
-def as_markdown(rows: list[KernelRow], counted: list[StepCount], forecast: Sequence[Prediction] = ()) -> str:
+def as_markdown(
+    rows: list[KernelRow],
+    counted: list[StepCount],
+    forecast: Sequence[Prediction] = (),
+    costs: Sequence[HostCost] = (),
+) -> str:
     """The tables with their notes, as Markdown."""
     parts = ["### One training step before the optimizer\n", _pipes(STEP_HEAD, map(step_cells, counted)), NOTE + "\n"]
     if forecast:
         table = _pipes(predictions.head(forecast), predictions.lines(forecast))
         parts = ["### One captured step, predicted µs\n", table, predictions.NOTE + "\n", *parts]
+    if costs:
+        table = _pipes(host_costs.HEAD, map(host_costs.cells, costs))
+        parts = ["### The host's part of a step\n", table, host_costs.NOTE + "\n", *parts]
     return "\n".join([*parts, "### Kernels\n", _pipes(KERNEL_HEAD, map(kernel_cells, rows))])
 
 

@@ -161,16 +161,20 @@ def recorded(
     from ibp_triton.kernels.tiles import on_chip
     from ibp_triton.kernels.workbench.cases import allowing_tf32
 
-    model, x, labels, tau = _setting(network, method, batch, tangents, "cpu")
-    model = model.to(memory_format=torch.channels_last)
-    x = x.contiguous(memory_format=torch.channels_last)
-    wrapped = Network(model, backend="triton", dtype=KINDS[kind])
+    wrapped, x, labels, tau = on_kernels(network, method, batch, tangents, kind)
     with on_chip(family), allowing_tf32(kind == "tf32"):
         with recording(execute=False):
             wrapped.forward(x, {})  # finds the kernels; the step itself follows
         with recording(execute=False) as launches, Operators() as others:
             method.gradients(wrapped, x, labels, tau)
     return launches, others
+
+
+def on_kernels(network: str, method: Method, batch: int, tangents: int = 5, kind: str = "float32") -> Any:
+    """A paper network for the Triton backend, images, labels and tangents: on the CPU, channels last."""
+    model, x, labels, tau = _setting(network, method, batch, tangents, "cpu")
+    wrapped = Network(model.to(memory_format=torch.channels_last), backend="triton", dtype=KINDS[kind])
+    return wrapped, x.contiguous(memory_format=torch.channels_last), labels, tau
 
 
 def eager_counts(network: str, method: Method, batch: int, tangents: int = 5) -> Operators:

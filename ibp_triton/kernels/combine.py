@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv
+from ibp_triton.kernels.plans import Layout
 from ibp_triton.kernels.tiles import select
 
 ROUND = 8  # parts whose loads are under way together
@@ -67,35 +68,32 @@ def combine(
             tl.store(extra + i - size, y, mask=ok & (i >= size))
 
 
-def combine_parts(
-    partial: Tensor,
-    out: Tensor,
+def combination(
+    like: Tensor,
+    partial: Layout,
+    out: Layout,
     *,
     tangents: int = 1,
-    extra: Tensor | None = None,
-    scale: float = 1.0,
+    extra: Layout | None = None,
     bias: Tensor | None = None,
     relu: bool = False,
     mask: Tensor | None = None,
-) -> None:
-    """Sum `partial` [S, tangents, size + extra] over S into `out` (size · tangents elements, dense) and `extra`."""
-    size = out.numel() // tangents
-    extra_size = 0 if extra is None else extra.numel()
-    config = select("combine", "any", partial)
+) -> LaunchPlan:
+    """Sum `partial` [S, tangents, size + extra] over S into `out` (size · tangents elements, dense) and `extra`.
+
+    On the device of `like`. What changes are partial, bias, mask, out, extra and the scale; `out` stands for those that
+    are not there.
+    """
+    size = out.numel // tangents
+    extra_size = 0 if extra is None else extra.numel
+    config = select("combine", "any", like.new_empty((1, 1, 0), dtype=partial.dtype))
     optional = [t for t in (bias, mask) if t is not None]
     # the bias is loaded once for each element, not once for each column
     shared = sum((size if t is bias else t.numel()) * t.element_size() for t in optional)
-    stored = out.numel() * out.element_size() + (0 if extra is None else extra_size * extra.element_size())
-    launch(
+    return LaunchPlan(
         combine,
         (cdiv(size + extra_size, config.block_m), 1, 1),
         {
-            "partial": partial,
-            "bias": out if bias is None else bias,
-            "mask": out if mask is None else mask,
-            "out": out,
-            "extra": out if extra is None else extra,
-            "scale": scale,
             "tangents": tangents,
             "size": size,
             "extra_size": extra_size,
@@ -109,5 +107,5 @@ def combine_parts(
             "BLOCK": config.block_m,
         },
         config,
-        Cost(loaded=partial.numel() * 4 + shared, stored=stored),
+        Cost(loaded=partial.bytes + shared, stored=out.bytes + (0 if extra is None else extra.bytes)),
     )

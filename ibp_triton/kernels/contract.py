@@ -10,14 +10,16 @@ ReLU mask are read once for all of them.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.combine import combine_parts
-from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.combine import combination
+from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
+from ibp_triton.kernels.plans import Layout
 from ibp_triton.kernels.tiles import precision, select, splits
 
 
@@ -168,10 +170,30 @@ def contract(
             tl.store(out + (first + t) * rows * J + at, y, mask=keep & (first + t < tangents))
 
 
-def contract_into(
-    out: Tensor,
+@dataclass(frozen=True)
+class Contraction:
+    """A contraction planned for operands of one layout: a launch, and where it is split a second one for the sum."""
+
+    out: Layout
+    first: LaunchPlan
+    parts: Layout | None = None  # of the workspace
+    second: LaunchPlan | None = None
+
+    def __call__(self, x: Tensor, w: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Contract tensors of the layouts that it was planned for."""
+        out = self.out.empty(x)
+        if self.parts is None or self.second is None:
+            launch(self.first, x, w, x if bias is None else bias, x if mask is None else mask, out)
+            return out
+        parts = self.parts.empty(x)
+        launch(self.first, x, w, x, x, parts)
+        launch(self.second, parts, out if bias is None else bias, out if mask is None else mask, out, out, 1.0)
+        return out
+
+
+def contraction(
     x: Tensor,
-    w: Tensor,
+    out: Layout,
     geometry: tuple[int, ...],
     *,
     x_strides: tuple[int, ...],
@@ -184,16 +206,16 @@ def contract_into(
     bias: Tensor | None = None,
     relu: bool = False,
     mask: Tensor | None = None,
-) -> None:
-    """Choose tiles and splits, launch `contract` and, where it was split, `combine`.
+) -> Contraction:
+    """Choose tiles and splits of `contract` and, where it is split, of `combine`.
 
     Args:
-        out: [T, samples, ...] of columns · OH · OW elements a sample, the columns contiguous.
         x: [T, samples, ...] with `channels` channels; `x_strides` are those of (t, n, h, w, c).
-        w: the weight; `w_strides` are those of (column, channel, tap row, tap column).
+        out: [T, samples, ...] of columns · OH · OW elements a sample, the columns contiguous.
+        w_strides: those of the weight's (column, channel, tap row, tap column).
         geometry: GEOMETRY of the kernel.
         inside: pairs of a position of `out` and a tap that meet a pixel of `x` (for the cost).
-        bias: [columns]; one with gaps is copied.
+        bias: [columns], without gaps.
         mask: dense [samples, ...] like one tangent of `out`.
 
     Raises ValueError for a bias or a mask of another size.
@@ -201,8 +223,6 @@ def contract_into(
     tangents, samples = x.shape[:2]
     positions, taps = geometry[2] * geometry[3], geometry[4] * geometry[5]
     rows, depth = samples * positions, channels * taps
-    if bias is not None:
-        bias = bias.contiguous()
     for name, tensor, expected in (("bias", bias, columns), ("mask", mask, rows * columns)):
         if tensor is not None and tensor.numel() != expected:
             raise ValueError(f"the {name} {tuple(tensor.shape)} does not have {expected} elements, as the result asks")
@@ -213,18 +233,18 @@ def contract_into(
     steps = cdiv(depth, config.block_k)
     parts = splits(x, tiles[0] * tiles[1] * tiles[2], steps)
     parts = cdiv(steps, cdiv(steps, parts))  # no part is empty
-    target = out if parts == 1 else out.new_empty((parts, tangents, rows * columns), dtype=torch.float32)
-    size, loads = x.element_size(), (bias, mask) if parts == 1 else (None, None)
+    target = out if parts == 1 else Layout.dense((parts, tangents, rows * columns), torch.float32)
+    size, biased, masked = x.element_size(), bias is not None and parts == 1, mask is not None and parts == 1
     unit = math.gcd(*x_strides[:2], 16) if tangents > 1 else 16  # 16 is what Triton looks for
     pointers = {
         "x": size * tangents * tiles[1] * samples * inside * channels,
         "w": size * tiles[0] * tiles[2] * depth * columns,
-        "bias": 0 if loads[0] is None else size * tiles[2] * tiles[0] * columns,
-        "mask": 0 if loads[1] is None else size * tiles[2] * rows * columns,
+        "bias": size * tiles[2] * tiles[0] * columns if biased else 0,
+        "mask": size * tiles[2] * rows * columns if masked else 0,
     }
     cost = Cost(
         loaded=sum(pointers.values()),
-        stored=target.numel() * target.element_size(),
+        stored=target.bytes,
         flops=2 * tangents * samples * inside * channels * columns,
         padded_flops=2
         * math.prod(tiles)
@@ -236,43 +256,35 @@ def contract_into(
         * cdiv(steps, parts),
         pointers=pointers,
     )
-    launch(
-        contract,
-        (tiles[0], tiles[1], tiles[2] * parts),
-        {
-            "x": x,
-            "w": w,
-            "bias": x if loads[0] is None else loads[0],
-            "mask": x if loads[1] is None else loads[1],
-            "out": target,
-            "samples": samples,
-            "tangents": tangents,
-            "steps": cdiv(steps, parts),
-            "splits": parts,
-            "x_t": x_strides[0] // unit if tangents > 1 else 0,
-            **dict(zip(("x_n", "x_h", "x_w", "x_c"), x_strides[1:], strict=True)),
-            **dict(zip(("w_j", "w_c", "w_h", "w_w"), w_strides, strict=True)),
-            "C": channels,
-            "J": columns,
-            "UNIT": unit,
-            "GEOMETRY": geometry,
-            "TRANSPOSED": transposed,
-            "SIGN": sign,
-            "BIAS": loads[0] is not None,
-            "RELU": relu and parts == 1,
-            "MASK": loads[1] is not None,
-            "GROUP": group,
-            "SPLIT": parts > 1,
-            "PRECISION": precision(x),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-        },
-        config,
-        cost,
-    )
-    if parts > 1:
-        combine_parts(target, out, tangents=tangents, bias=bias, relu=relu, mask=mask)
+    constants = {
+        "samples": samples,
+        "tangents": tangents,
+        "steps": cdiv(steps, parts),
+        "splits": parts,
+        "x_t": x_strides[0] // unit if tangents > 1 else 0,
+        **dict(zip(("x_n", "x_h", "x_w", "x_c"), x_strides[1:], strict=True)),
+        **dict(zip(("w_j", "w_c", "w_h", "w_w"), w_strides, strict=True)),
+        "C": channels,
+        "J": columns,
+        "UNIT": unit,
+        "GEOMETRY": geometry,
+        "TRANSPOSED": transposed,
+        "SIGN": sign,
+        "BIAS": biased,
+        "RELU": relu and parts == 1,
+        "MASK": masked,
+        "GROUP": group,
+        "SPLIT": parts > 1,
+        "PRECISION": precision(x),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    first = LaunchPlan(contract, (tiles[0], tiles[1], tiles[2] * parts), constants, config, cost)
+    if parts == 1:
+        return Contraction(out, first)
+    second = combination(x, target, out, tangents=tangents, bias=bias, relu=relu, mask=mask)
+    return Contraction(out, first, target, second)
 
 
 def _shape_class(tangents: int, rows: int, columns: int, depth: int, by_columns: bool) -> str:

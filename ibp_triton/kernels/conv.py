@@ -1,13 +1,16 @@
 """Convolutions as implicit matrix products, channels last: forward, linear sweep and reverse."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ibp_triton.kernels.contract import contract_into
-from ibp_triton.kernels.fold import fold_taps
+from ibp_triton.kernels.contract import Contraction, contraction
+from ibp_triton.kernels.fold import folding
 from ibp_triton.kernels.gates import is_dense
 from ibp_triton.kernels.geometry import ONE, Geometry, sample_stride
-from ibp_triton.kernels.launcher import SPAN
+from ibp_triton.kernels.launcher import SPAN, LaunchPlan, launch
+from ibp_triton.kernels.plans import Layout, planned
 
 
 def conv2d(
@@ -34,17 +37,8 @@ def conv2d(
     Returns: [T, N, O, OH, OW], channels last, of x's dtype.
     Raises: ValueError for a shape or dtype other than these.
     """
-    tangents, samples, channels = x.shape[:3]
-    outputs = weight.shape[0]
-    _check(x, weight, (channels, *x.shape[3:]), (weight.shape[1], *geometry.size))
-    out = channels_last(x, (tangents, samples, outputs, *geometry.out))
-    contract_into(
-        out, x, weight, geometry.constants,
-        x_strides=_strides(x), w_strides=weight.stride(),
-        channels=channels, columns=outputs, inside=geometry.inside,
-        sign=sign, bias=bias, relu=relu, mask=_dense(mask),
-    )  # fmt: skip
-    return out
+    bias = None if bias is None else bias.contiguous()
+    return planned(_forward, (geometry, relu, sign), x, weight, bias, mask)(x, weight, bias, mask)
 
 
 def conv2d_vjp(d: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None = None) -> Tensor:
@@ -60,51 +54,79 @@ def conv2d_vjp(d: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | Non
         except where many positions have few channels.
     Raises: ValueError for a shape or dtype other than these.
     """
+    return planned(_reverse, (geometry, MANY), d, weight, mask)(d, weight, mask=mask)
+
+
+def _forward(
+    geometry: Geometry,
+    relu: bool,
+    sign: bool,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> Contraction:
+    tangents, samples, channels = x.shape[:3]
+    outputs = weight.shape[0]
+    _check(x, weight, (channels, *x.shape[3:]), (weight.shape[1], *geometry.size), mask)
+    return contraction(
+        x, Layout.channels_last((tangents, samples, outputs, *geometry.out), x.dtype), geometry.constants,
+        x_strides=_strides(x), w_strides=weight.stride(),
+        channels=channels, columns=outputs, inside=geometry.inside, sign=sign, bias=bias, relu=relu, mask=mask,
+    )  # fmt: skip
+
+
+def _reverse(geometry: Geometry, many: int, d: Tensor, weight: Tensor, mask: Tensor | None) -> "Contraction | _ByTaps":
     tangents, samples, outputs = d.shape[:3]
     channels = weight.shape[1]
-    _check(d, weight, (outputs, *d.shape[3:]), (weight.shape[0], *geometry.out))
-    out = channels_last(d, (tangents, samples, channels, *geometry.size))
-    if _by_taps(d, weight):
-        _through_taps(out, d, weight, geometry, _dense(mask))
-        return out
+    _check(d, weight, (outputs, *d.shape[3:]), (weight.shape[0], *geometry.out), mask)
+    out = Layout.channels_last((tangents, samples, channels, *geometry.size), d.dtype)
+    if _few_channels(d, weight, many):
+        return _by_taps(out, d, weight, geometry, mask)
     by_output, by_channel, *by_tap = weight.stride()
-    contract_into(
-        out, d, weight, geometry.reversed,
+    return contraction(
+        d, out, geometry.reversed,
         x_strides=_strides(d), w_strides=(by_channel, by_output, *by_tap),
-        channels=outputs, columns=channels, inside=geometry.inside, transposed=True, mask=_dense(mask),
+        channels=outputs, columns=channels, inside=geometry.inside, transposed=True, mask=mask,
     )  # fmt: skip
-    return out
 
 
 FEW = 16  # columns that a matrix unit wants
 MANY = 1 << 16  # positions from which a second launch is worth it
 
 
-def _by_taps(d: Tensor, weight: Tensor) -> bool:
+def _few_channels(d: Tensor, weight: Tensor, many: int) -> bool:
     """Whether the reverse is cheaper as one product with all taps and a sum: few channels, all of it dense."""
     outputs, channels = weight.shape[:2]
     taps, rows = weight[0].numel(), d.numel() // max(outputs, 1)
     whole = weight.stride(0) == taps and is_dense(weight) and d.movedim(2, -1).is_contiguous()
-    return channels < FEW <= taps and MANY <= rows <= SPAN // taps and whole
+    return channels < FEW <= taps and many <= rows <= SPAN // taps and whole
 
 
-def _through_taps(out: Tensor, d: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None) -> None:
+@dataclass(frozen=True)
+class _ByTaps:
     """p = d W over all positions, as a linear layer with the taps for columns, then their sum."""
+
+    out: Layout
+    product: Contraction
+    sum: LaunchPlan
+
+    def __call__(self, d: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+        p, out = self.product(d, weight), self.out.empty(d)
+        launch(self.sum, p, p if mask is None else mask, out)
+        return out
+
+
+def _by_taps(out: Layout, d: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None) -> _ByTaps:
     outputs, columns = weight.shape[0], weight[0].numel()
     rows = d.numel() // max(outputs, 1)
-    p = d.new_empty((1, rows, columns), dtype=torch.float32)
-    contract_into(
-        p, d.movedim(2, -1).reshape(1, rows, outputs), weight, ONE.constants,
+    product = contraction(
+        d.movedim(2, -1).reshape(1, rows, outputs),
+        Layout.dense((1, rows, columns), torch.float32), ONE.constants,
         x_strides=(0, outputs, 0, 0, 1), w_strides=(1, columns, 0, 0),
         channels=outputs, columns=columns, inside=1,
     )  # fmt: skip
-    fold_taps(p, out, geometry, weight.stride()[1:], mask)
-
-
-def channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """An empty [T, N, C, H, W] tensor with the channels contiguous, of the dtype and on the device of `like`."""
-    tangents, samples, channels, height, width = shape
-    return like.new_empty((tangents, samples, height, width, channels)).permute(0, 1, 4, 2, 3)
+    return _ByTaps(out, product, folding(d, out, geometry, weight.stride()[1:], mask))
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -113,14 +135,10 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return t, sample_stride(x, 1), h, w, 1 if x.shape[2] == 1 else c
 
 
-def _dense(mask: Tensor | None) -> Tensor | None:
-    if mask is not None and not mask.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"a mask must be channels last; this one has strides {mask.stride()}")
-    return mask
-
-
-def _check(x: Tensor, weight: Tensor, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def _check(x: Tensor, weight: Tensor, got: tuple[int, ...], expected: tuple[int, ...], mask: Tensor | None) -> None:
     if got != expected:
         raise ValueError(f"channels and image {got} do not meet {expected}, the weight's and the geometry's")
     if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtypes {x.dtype} and {weight.dtype}: both must be the same of float32, bfloat16, float16")
+    if mask is not None and not mask.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"a mask must be channels last; this one has strides {mask.stride()}")

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ibp_triton.kernels.geometry import Geometry
-from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv
+from ibp_triton.kernels.plans import Layout
 from ibp_triton.kernels.tiles import select
 
 
@@ -66,29 +67,28 @@ def fold(
     tl.store(out + i, total, mask=ok)
 
 
-def fold_taps(p: Tensor, out: Tensor, geometry: Geometry, taps: tuple[int, ...], mask: Tensor | None = None) -> None:
-    """Sum the products of each position into `out`.
+def folding(
+    like: Tensor, out: Layout, geometry: Geometry, taps: tuple[int, ...], mask: Tensor | None = None
+) -> LaunchPlan:
+    """Sum the products of each position; what changes are p, mask (p where there is none) and out.
 
     Args:
-        p: [rows, J · KH · KW] float32, rows = T · N · OH · OW.
+        like: of out's dtype, on its device. p is [rows, J · KH · KW] float32, rows = T · N · OH · OW.
         out: [T, N, J, H, W], channels last.
         geometry: of the forward convolution.
         taps: the strides of (j, kh, kw) along p's last axis.
         mask: [N, J, H, W], channels last.
     """
-    channels = out.shape[2]
-    config = select("pointwise", "any", out)
-    loaded = 4 * out.shape[0] * out.shape[1] * geometry.inside * channels
-    masked = 0 if mask is None else out.numel() * mask.element_size()
-    launch(
+    tangents, samples, channels = out.shape[:3]
+    config = select("pointwise", "any", like)
+    loaded = 4 * tangents * samples * geometry.inside * channels
+    masked = 0 if mask is None else out.numel * mask.element_size()
+    return LaunchPlan(
         fold,
-        (cdiv(out.numel(), config.block_m), 1, 1),
+        (cdiv(out.numel, config.block_m), 1, 1),
         {
-            "p": p,
-            "mask": p if mask is None else mask,
-            "out": out,
-            "size": out.numel(),
-            "shared": out.numel() // max(out.shape[0], 1),
+            "size": out.numel,
+            "shared": out.numel // max(tangents, 1),
             "J": channels,
             **dict(zip(("q_j", "q_h", "q_w"), taps, strict=True)),
             "GEOMETRY": geometry.constants,
@@ -96,5 +96,5 @@ def fold_taps(p: Tensor, out: Tensor, geometry: Geometry, taps: tuple[int, ...],
             "BLOCK": config.block_m,
         },
         config,
-        Cost(loaded=loaded + masked, stored=out.numel() * out.element_size(), pointers={"p": loaded, "mask": masked}),
+        Cost(loaded=loaded + masked, stored=out.bytes, pointers={"p": loaded, "mask": masked}),
     )

@@ -3,12 +3,15 @@
 # Device code under @triton.jit has no Python types:
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
+from ibp_triton.kernels.plans import Layout, planned
 from ibp_triton.kernels.tiles import select
 
 
@@ -49,6 +52,11 @@ def scalar(value: float | Tensor) -> float | Tensor:
     return value.float() if isinstance(value, Tensor) else float(value)
 
 
+def place(value: float | Tensor) -> torch.device | None:
+    """Where a number lies that the kernel reads itself; None for one that is passed to it."""
+    return value.device if isinstance(value, Tensor) else None
+
+
 def relu(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """max(x, 0), or with a mask the ReLU's Jacobian on x: x ⊙ [mask > 0], shared by a leading axis of tangents.
 
@@ -59,6 +67,19 @@ def relu(x: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns: a tensor like x.
     Raises: ValueError for a mask whose shape or order of axes is not that of x, or for x with gaps.
     """
+    gated = planned(_gate, (), x, mask)
+    out = gated.out.empty(x)
+    launch(gated.plan, x, x if mask is None else mask, out)
+    return out
+
+
+@dataclass(frozen=True)
+class _Gate:
+    out: Layout
+    plan: LaunchPlan
+
+
+def _gate(x: Tensor, mask: Tensor | None) -> _Gate:
     tangents = x.shape[0] if mask is not None and x.dim() > mask.dim() else 1
     size = x.numel() // max(tangents, 1)
     one = x[0] if mask is not None and x.dim() > mask.dim() and tangents else x
@@ -68,24 +89,15 @@ def relu(x: Tensor, mask: Tensor | None = None) -> Tensor:
             f"x {tuple(x.shape)} by {x.stride()} and its mask "
             f"{None if mask is None else (tuple(mask.shape), mask.stride())} must be dense, in one order of axes"
         )
-    out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     config = select("pointwise", "any", x)
-    launch(
+    plan = LaunchPlan(
         gate,
         (cdiv(size, config.block_m), 1, 1),
-        {
-            "x": x,
-            "mask": x if mask is None else mask,
-            "out": out,
-            "size": size,
-            "tangents": tangents,
-            "MASK": mask is not None,
-            "BLOCK": config.block_m,
-        },
+        {"size": size, "tangents": tangents, "MASK": mask is not None, "BLOCK": config.block_m},
         config,
         Cost((x.numel() + (0 if mask is None else size)) * x.element_size(), x.numel() * x.element_size()),
     )
-    return out
+    return _Gate(Layout.of(x), plan)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ibp_triton.kernels.contract import contract_into
+from ibp_triton.kernels.contract import Contraction, contraction
 from ibp_triton.kernels.geometry import ONE, sample_stride
+from ibp_triton.kernels.plans import Layout, planned
 
 
 def linear(
@@ -29,15 +30,8 @@ def linear(
     Returns: [T, N, O], contiguous, of x's dtype.
     Raises: ValueError for a shape, dtype or stride other than these.
     """
-    _check(x, weight, x.shape[2], weight.shape[1], mask)
-    (outputs, inputs), (tangents, samples) = weight.shape, x.shape[:2]
-    out = x.new_empty((tangents, samples, outputs))
-    contract_into(
-        out, x, weight, ONE.constants,
-        x_strides=(x.stride(0), sample_stride(x, 1), 0, 0, 1), w_strides=(inputs, 1, 0, 0),
-        channels=inputs, columns=outputs, inside=1, sign=sign, bias=bias, relu=relu, mask=mask,
-    )  # fmt: skip
-    return out
+    bias = None if bias is None else bias.contiguous()
+    return planned(_forward, (relu, sign), x, weight, bias, mask)(x, weight, bias, mask)
 
 
 def linear_vjp(d: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -51,15 +45,29 @@ def linear_vjp(d: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns: [T, N, I], contiguous, of d's dtype.
     Raises: ValueError for a shape, dtype or stride other than these.
     """
+    return planned(_reverse, (), d, weight, mask)(d, weight, mask=mask)
+
+
+def _forward(
+    relu: bool, sign: bool, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> Contraction:
+    _check(x, weight, x.shape[2], weight.shape[1], mask)
+    outputs, inputs = weight.shape
+    return contraction(
+        x, Layout.dense((*x.shape[:2], outputs), x.dtype), ONE.constants,
+        x_strides=(x.stride(0), sample_stride(x, 1), 0, 0, 1), w_strides=(inputs, 1, 0, 0),
+        channels=inputs, columns=outputs, inside=1, sign=sign, bias=bias, relu=relu, mask=mask,
+    )  # fmt: skip
+
+
+def _reverse(d: Tensor, weight: Tensor, mask: Tensor | None) -> Contraction:
     _check(d, weight, d.shape[2], weight.shape[0], mask)
-    (outputs, inputs), (tangents, samples) = weight.shape, d.shape[:2]
-    out = d.new_empty((tangents, samples, inputs))
-    contract_into(
-        out, d, weight, ONE.constants,
+    outputs, inputs = weight.shape
+    return contraction(
+        d, Layout.dense((*d.shape[:2], inputs), d.dtype), ONE.constants,
         x_strides=(d.stride(0), sample_stride(d, 1), 0, 0, 1), w_strides=(1, inputs, 0, 0),
         channels=outputs, columns=inputs, inside=1, mask=mask,
     )  # fmt: skip
-    return out
 
 
 def _check(x: Tensor, weight: Tensor, features: int, expected: int, mask: Tensor | None) -> None:

@@ -3,21 +3,28 @@
 `recording()` collects a `Launch` for each launch of a block, with what it must move and compute; with
 `execute=False` the kernels do not run, so that a whole training step can be counted, or compiled ahead of time for a
 chip that is not there, in the time that its Python takes.
+
+A `LaunchPlan` is launched by Triton's own path the first time, which compiles it; from then on the compiled kernel is
+called straight.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from ibp_triton.kernels.tiles import Config
 
 SPAN = 2**31 - 2**16  # offsets are 32-bit, and a last block counts beyond the end of its tensor
+ALIGNED = 16  # bytes of an address that Triton makes kernels for
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,31 @@ class Launch:
         return sum(v.numel() * v.element_size() for v in tensors.values())
 
 
+class LaunchPlan:
+    """A launch but for its tensors and the numbers that change: right for any tensors of the same layouts.
+
+    Args:
+        kernel: the function under @triton.jit; its first parameters are what changes, pointers and floats.
+        grid: programs along three axes; one without any is never launched.
+        constants: the other arguments by name.
+        config: the tile, which holds the launch options.
+        cost: of one launch.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], constants: dict[str, Any], config: Config, cost: Cost
+    ) -> None:
+        self.kernel, self.grid, self.config, self.cost = kernel, grid, config, cost
+        names = kernel.arg_names
+        self.constants = tuple(constants[name] for name in names[len(names) - len(constants) :])
+        self.ready: dict[tuple[bool, ...], Callable[..., None]] = {}  # compiled, by which addresses are aligned
+        self.device: int | None = None  # on which it was compiled
+
+    def arguments(self, changing: tuple[Any, ...]) -> dict[str, Any]:
+        """All of the kernel's arguments, by name and in order."""
+        return dict(zip(self.kernel.arg_names, (*changing, *self.constants), strict=True))
+
+
 _records: list[list[Launch]] = []
 _shut: list[bool] = []
 
@@ -73,46 +105,67 @@ def recording(execute: bool = True) -> Iterator[list[Launch]]:
         _shut.pop()
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], config: Config, cost: Cost) -> None:
-    """Launch `kernel` on the device of its tensors; an empty grid launches nothing.
+def launch(plan: LaunchPlan, *changing: Any) -> None:
+    """Launch a plan on the device of its tensors; an empty grid launches nothing.
+
+    Args:
+        plan: made for tensors of these layouts.
+        changing: the kernel's first arguments: tensors, and numbers as float or as tensors of one.
 
     Raises ValueError for a tensor whose last element lies `SPAN` elements or more behind its first, for tensors on
     several devices and for a grid that no chip accepts, and RuntimeError where kernels cannot run (no CUDA device, and
     no interpreter).
     """
-    if 0 in grid:
+    addresses = [value.data_ptr() for value in changing if type(value) is not float]
+    # kernels differ by the alignment of addresses; nearly always all are aligned
+    aligned = () if reduce(or_, addresses) % ALIGNED == 0 else tuple(a % ALIGNED == 0 for a in addresses)
+    run = None if _records else plan.ready.get(aligned)
+    if run is None:
+        _launch_anew(plan, changing, aligned)
+    elif plan.device is None or plan.device == torch.cuda.current_device():
+        run(*changing, *plan.constants)
+    else:
+        with torch.cuda.device(plan.device):
+            run(*changing, *plan.constants)
+
+
+def _launch_anew(plan: LaunchPlan, changing: tuple[Any, ...], aligned: tuple[bool, ...]) -> None:
+    """Check and record a launch, run it by Triton's own path, and keep the compiled kernel."""
+    if 0 in plan.grid:
         return
+    kernel, arguments = plan.kernel, plan.arguments(changing)
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     for name, tensor in tensors.items():
-        if tensor.numel() > SPAN or (tensor.untyped_storage().nbytes() > SPAN and span(tensor) > SPAN):
+        if tensor.numel() > SPAN or span(tensor) > SPAN:
             raise ValueError(
                 f"{kernel.__name__}: {name} {tuple(tensor.shape)} by {tensor.stride()} spans more than {SPAN} "
                 "elements, the reach of 32-bit offsets: use smaller batches, or a copy without gaps"
             )
-    if max(grid[1:]) > 65535:
-        raise ValueError(f"{kernel.__name__}: grid {grid} is over 65535 in its second or third axis")
+    if max(plan.grid[1:]) > 65535:
+        raise ValueError(f"{kernel.__name__}: grid {plan.grid} is over 65535 in its second or third axis")
+    asked = Launch(kernel, plan.grid, arguments, plan.config, plan.cost)
     for record in _records:
-        record.append(Launch(kernel, grid, arguments, config, cost))
+        record.append(asked)
     if any(_shut):
         return
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) != 1:
         raise ValueError(f"{kernel.__name__}: tensors on several devices: {sorted(map(str, devices))}")
     device = devices.pop()
-    if device.type != "cuda" and not interpreted():
+    if not _runs_on(device):
         raise RuntimeError(f"{kernel.__name__}: Triton kernels need a CUDA device (these tensors are on {device})")
-    _run(kernel, grid, arguments, config, device)
+    compiled = relaunch(asked)
+    if isinstance(compiled, CompiledKernel):
+        plan.device = device.index
+        plan.ready[aligned] = compiled[plan.grid]
 
 
-def relaunch(launch: Launch) -> None:
-    """A recorded launch once more, on the tensors that it had."""
+def relaunch(launch: Launch) -> Any:
+    """A recorded launch once more, on the tensors that it had; the compiled kernel, None from the interpreter."""
     device = next(value.device for value in launch.arguments.values() if isinstance(value, Tensor))
-    _run(launch.kernel, launch.grid, launch.arguments, launch.config, device)
-
-
-def _run(kernel: Any, grid: tuple[int, int, int], arguments: dict[str, Any], config: Config, device: Any) -> None:
+    config = launch.config
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments, num_warps=config.warps, num_stages=config.stages)
+        return launch.kernel[launch.grid](**launch.arguments, num_warps=config.warps, num_stages=config.stages)
 
 
 def span(tensor: Tensor) -> int:
@@ -125,6 +178,16 @@ def span(tensor: Tensor) -> int:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1" and bool(triton.knobs.runtime.interpret)
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Whether kernels run on a device: a CUDA device, any in the interpreter, and whatever Triton's driver drives."""
+    if device.type == "cuda" or interpreted():
+        return True
+    try:
+        return bool(triton.runtime.driver.active.get_active_torch_device().type == device.type)
+    except RuntimeError:  # no driver: there is no device
+        return False
 
 
 def cdiv(a: int, b: int) -> int:

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.gates import is_dense, number, scalar
-from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.gates import is_dense, number, place, scalar
+from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
+from ibp_triton.kernels.plans import planned
 from ibp_triton.kernels.tiles import Config, select
 
 MAX_CLASSES = 8192  # one row of logits must fit a program
@@ -72,7 +73,7 @@ def softmax_hessian(z, t, out, samples, tangents, z_n, M: tl.constexpr, WIDE: tl
 
 @triton.jit(do_not_specialize=["u_size"])
 def weighted_sum(
-    u, v, out, u_size, v_size, a, b, scale, ABSOLUTE: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr
+    u, v, out, a, b, scale, u_size, v_size, ABSOLUTE: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr
 ):
     """out = scale * (a * sum u + b * sum v (of |v| if ABSOLUTE)), in a fixed order; one program.
 
@@ -111,20 +112,9 @@ def objective(
     With `absolute` Σ |v|: the penalty of norm 1 straight from d_0, for tensors that one program walks in no time.
     Raises: ValueError where u or v has gaps.
     """
-    if not (is_dense(u) and is_dense(v)):
-        raise ValueError("losses and penalties must be dense")
-    out, config = u.new_empty((), dtype=torch.float32), select("objective", "any", u)
-    launch(
-        weighted_sum,
-        (1, 1, 1),
-        {
-            "u": u, "v": v, "out": out, "u_size": u.numel(), "v_size": v.numel(), "a": scalar(a), "b": scalar(b),
-            "scale": float(scale), "ABSOLUTE": absolute, "READ": isinstance(a, Tensor) + 2 * isinstance(b, Tensor),
-            "BLOCK": config.block_m,
-        },
-        config,
-        Cost(u.numel() * u.element_size() + v.numel() * v.element_size(), 4),
-    )  # fmt: skip
+    plan = planned(_objective, (absolute, place(a), place(b)), u, v)
+    out = u.new_empty((), dtype=torch.float32)
+    launch(plan, u, v, out, scalar(a), scalar(b), float(scale))
     return out
 
 
@@ -139,22 +129,11 @@ def cross_entropy(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         maxima is the prediction, as in torch.argmax).
     Raises: ValueError for other shapes, dtypes or strides.
     """
-    samples, classes = _check(z)
-    if labels.shape != (samples,) or labels.dtype != torch.int64 or not labels.is_contiguous():
-        raise ValueError(f"labels must be [{samples}] int64, contiguous, not {tuple(labels.shape)} {labels.dtype}")
-    loss, c = z.new_empty((samples,), dtype=torch.float32), z.new_empty((samples, classes))
+    plan = planned(_head, (), z, labels)
+    samples = z.shape[0]
+    loss, c = z.new_empty((samples,), dtype=torch.float32), z.new_empty(z.shape)
     correct = z.new_empty((samples,), dtype=torch.int32)
-    config, wide, rows = _tile(z)
-    launch(
-        cross_entropy_head,
-        (cdiv(samples, rows), 1, 1),
-        {
-            "z": z, "labels": labels, "loss": loss, "c": c, "correct": correct, "samples": samples, "z_n": z.stride(0),
-            "M": classes, "WIDE": wide, "ROWS": rows,
-        },
-        config,
-        Cost(z.numel() * z.element_size() + 8 * samples, z.numel() * z.element_size() + 8 * samples),
-    )  # fmt: skip
+    launch(plan, z, labels, loss, c, correct)
     return loss, c, correct
 
 
@@ -168,25 +147,57 @@ def hessian_product(z: Tensor, t: Tensor) -> Tensor:
     Returns: a tensor like t.
     Raises: ValueError for other shapes, dtypes or strides.
     """
+    plan = planned(_hessian, (), z, t)
+    out = torch.empty_like(t)
+    launch(plan, z, t, out)
+    return out
+
+
+def _objective(absolute: bool, a: torch.device | None, b: torch.device | None, u: Tensor, v: Tensor) -> LaunchPlan:
+    if not (is_dense(u) and is_dense(v)):
+        raise ValueError("losses and penalties must be dense")
+    config = select("objective", "any", u)
+    return LaunchPlan(
+        weighted_sum,
+        (1, 1, 1),
+        {
+            "u_size": u.numel(), "v_size": v.numel(),
+            "ABSOLUTE": absolute, "READ": (a is not None) + 2 * (b is not None), "BLOCK": config.block_m,
+        },
+        config,
+        Cost(u.numel() * u.element_size() + v.numel() * v.element_size(), 4),
+    )  # fmt: skip
+
+
+def _head(z: Tensor, labels: Tensor) -> LaunchPlan:
+    samples, classes = _check(z)
+    if labels.shape != (samples,) or labels.dtype != torch.int64 or not labels.is_contiguous():
+        raise ValueError(f"labels must be [{samples}] int64, contiguous, not {tuple(labels.shape)} {labels.dtype}")
+    config, wide, rows = _tile(z)
+    return LaunchPlan(
+        cross_entropy_head,
+        (cdiv(samples, rows), 1, 1),
+        {"samples": samples, "z_n": z.stride(0), "M": classes, "WIDE": wide, "ROWS": rows},
+        config,
+        Cost(z.numel() * z.element_size() + 8 * samples, z.numel() * z.element_size() + 8 * samples),
+    )
+
+
+def _hessian(z: Tensor, t: Tensor) -> LaunchPlan:
     samples, classes = _check(z)
     if t.shape[-2:] != z.shape or t.dim() not in (2, 3) or t.dtype != z.dtype or not t.is_contiguous():
         raise ValueError(
             f"t must be [N, M] or [T, N, M] over {tuple(z.shape)} in {z.dtype}, not {tuple(t.shape)} {t.dtype}"
         )
-    out = torch.empty_like(t)
     config, wide, rows = _tile(z)
-    size = z.element_size()
-    launch(
+    tangents, size = t.shape[0] if t.dim() == 3 else 1, z.element_size()
+    return LaunchPlan(
         softmax_hessian,
         (cdiv(samples, rows), 1, 1),
-        {
-            "z": z, "t": t, "out": out, "samples": samples, "tangents": t.shape[0] if t.dim() == 3 else 1,
-            "z_n": z.stride(0), "M": classes, "WIDE": wide, "ROWS": rows,
-        },
+        {"samples": samples, "tangents": tangents, "z_n": z.stride(0), "M": classes, "WIDE": wide, "ROWS": rows},
         config,
         Cost((z.numel() + t.numel()) * size, t.numel() * size),
-    )  # fmt: skip
-    return out
+    )
 
 
 def _check(z: Tensor) -> tuple[int, int]:

@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.gates import is_dense, number, same_layout, scalar
-from ibp_triton.kernels.launcher import Cost, launch
+from ibp_triton.kernels.gates import is_dense, number, place, same_layout, scalar
+from ibp_triton.kernels.launcher import Cost, LaunchPlan, launch
+from ibp_triton.kernels.plans import planned
 from ibp_triton.kernels.tiles import select
 
 
 @triton.jit
-def seed(u, x, out, value, features, epsilon, norm, ONE: tl.constexpr, TWO: tl.constexpr, STEP: tl.constexpr,
+def seed(u, x, out, value, epsilon, features, norm, ONE: tl.constexpr, TWO: tl.constexpr, STEP: tl.constexpr,
          SEED: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """out = ψ(u) = sign(u)|u|^(r-1), or x + epsilon * sign(u) if STEP; value = sum |u|^r / r; grid (samples).
 
@@ -102,11 +103,10 @@ def norm_seed(u: Tensor, norm: float = 1.0, *, seed_wanted: bool = True) -> tupl
     Returns: ψ(u) like u, or None; and the values [N], float32.
     Raises: ValueError for r < 1 or for u with gaps.
     """
-    if norm < 1:
-        raise ValueError(f"norm must be at least 1, not {norm}")
+    plan = planned(_seed, (float(norm), False, seed_wanted, None), u)
     out = torch.empty_like(u) if seed_wanted else None
     value = u.new_empty((u.shape[0],), dtype=torch.float32)
-    _launch_seed(u, u, u if out is None else out, value, norm=norm, step=False, wanted=seed_wanted, epsilon=0.0)
+    launch(plan, u, u, u if out is None else out, value, 0.0)
     return out, value
 
 
@@ -115,10 +115,9 @@ def fgsm_step(x: Tensor, d: Tensor, epsilon: float | Tensor) -> Tensor:
 
     ε is a number, or a 0-d tensor of one on the device.
     """
-    if not same_layout(x, d) or x.dtype != d.dtype:
-        raise ValueError(f"x {tuple(x.shape)} by {x.stride()} and d {tuple(d.shape)} by {d.stride()} must match")
+    plan = planned(_step, (place(epsilon),), x, d)
     out = torch.empty_like(x)
-    _launch_seed(d, x, out, d, norm=1.0, step=True, wanted=False, epsilon=epsilon)
+    launch(plan, d, x, out, d, scalar(epsilon))
     return out
 
 
@@ -133,49 +132,55 @@ def fast_tbp_seed(d: Tensor, tangents: Tensor, norm: float = 1.0) -> tuple[Tenso
     Returns: the seed like d, and the values [N], float32.
     Raises: ValueError for r < 1, for T over 64 and for shapes, dtypes or strides that do not match.
     """
-    count = tangents.shape[0]
-    if norm < 1 or count > 64:
-        raise ValueError(f"norm {norm} must be at least 1, and {count} tangents at most 64")
-    if tangents.dtype != d.dtype or (count and not same_layout(tangents[0], d)):
-        raise ValueError(
-            f"tangents {tuple(tangents.shape)} must be d's shape {tuple(d.shape)}, with its strides and dtype"
-        )
-    features = _features(d)
+    plan = planned(_tangent_seed, (float(norm),), d, tangents)
     out, value = torch.empty_like(d), d.new_empty((d.shape[0],), dtype=torch.float32)
-    config = select("sample", "any", d)
-    lanes = triton.next_power_of_2(max(count, 1))
-    size = d.element_size()
-    launch(
-        tangent_seed,
-        (d.shape[0], 1, 1),
-        {
-            "d": d, "tau": tangents, "out": out, "value": value, "tangents": count, "features": features,
-            "tau_t": tangents.stride(0), "norm": float(norm), "ONE": norm == 1, "TWO": norm == 2,
-            "LANES": lanes, "BLOCK": max(64, 4 * config.block_m // lanes),
-        },
-        config,
-        Cost((d.numel() + 2 * tangents.numel()) * size, d.numel() * size + 4 * d.shape[0]),
-    )  # fmt: skip
+    launch(plan, d, tangents, out, value)
     return out, value
 
 
-def _launch_seed(
-    u: Tensor, x: Tensor, out: Tensor, value: Tensor, *, norm: float, step: bool, wanted: bool, epsilon: float | Tensor
-) -> None:
+def _seed(norm: float, step: bool, wanted: bool, epsilon: torch.device | None, u: Tensor) -> LaunchPlan:
+    if norm < 1:
+        raise ValueError(f"norm must be at least 1, not {norm:g}")
     config, size = select("sample", "any", u), u.element_size()
-    launch(
+    return LaunchPlan(
         seed,
         (u.shape[0], 1, 1),
         {
-            "u": u, "x": x, "out": out, "value": value, "features": _features(u), "epsilon": scalar(epsilon),
-            "norm": float(norm), "ONE": norm == 1, "TWO": norm == 2, "STEP": step, "SEED": wanted,
-            "READ": isinstance(epsilon, Tensor), "BLOCK": config.block_m,
+            "features": _features(u), "norm": norm, "ONE": norm == 1, "TWO": norm == 2, "STEP": step, "SEED": wanted,
+            "READ": epsilon is not None, "BLOCK": config.block_m,
         },
         config,
         Cost(
             loaded=u.numel() * size * (2 if step else 1),
             stored=(u.numel() * size if step or wanted else 0) + (0 if step else 4 * len(u)),
         ),
+    )  # fmt: skip
+
+
+def _step(epsilon: torch.device | None, x: Tensor, d: Tensor) -> LaunchPlan:
+    if not same_layout(x, d) or x.dtype != d.dtype:
+        raise ValueError(f"x {tuple(x.shape)} by {x.stride()} and d {tuple(d.shape)} by {d.stride()} must match")
+    return _seed(1.0, True, False, epsilon, d)
+
+
+def _tangent_seed(norm: float, d: Tensor, tangents: Tensor) -> LaunchPlan:
+    count = tangents.shape[0]
+    if norm < 1 or count > 64:
+        raise ValueError(f"norm {norm:g} must be at least 1, and {count} tangents at most 64")
+    if tangents.dtype != d.dtype or (count and not same_layout(tangents[0], d)):
+        raise ValueError(
+            f"tangents {tuple(tangents.shape)} must be d's shape {tuple(d.shape)}, with its strides and dtype"
+        )
+    config, lanes, size = select("sample", "any", d), triton.next_power_of_2(max(count, 1)), d.element_size()
+    return LaunchPlan(
+        tangent_seed,
+        (d.shape[0], 1, 1),
+        {
+            "tangents": count, "features": _features(d), "tau_t": tangents.stride(0), "norm": norm,
+            "ONE": norm == 1, "TWO": norm == 2, "LANES": lanes, "BLOCK": max(64, 4 * config.block_m // lanes),
+        },
+        config,
+        Cost((d.numel() + 2 * tangents.numel()) * size, d.numel() * size + 4 * d.shape[0]),
     )  # fmt: skip
 
 

@@ -7,14 +7,16 @@ linear sweep and the reverse read that byte and no value, and the ReLU costs the
 # Device code under @triton.jit has no Python types:
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.conv import channels_last
 from ibp_triton.kernels.geometry import Geometry
-from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
+from ibp_triton.kernels.plans import Layout, channels_last, planned
 from ibp_triton.kernels.tiles import select
 
 DEAD = 255  # the offset of a window whose maximum the ReLU has cut off
@@ -234,24 +236,9 @@ def max_pool2d(
     Returns: y [N, C, OH, OW], and the code [N, OH, OW, C], uint8.
     Raises: ValueError for a window of more than 255 pixels or an image of another size than the geometry's.
     """
-    _check(x, geometry.size)
-    if geometry.taps > DEAD:
-        raise ValueError(f"a window of {geometry.kernel} has more than {DEAD} pixels: one byte cannot hold the offset")
-    samples, channels = x.shape[:2]
-    out = _image(x, (1, samples, channels, *geometry.out), channels_first)[0]
-    code = x.new_empty((samples, *geometry.out, channels), dtype=torch.uint8)
-    config = select("pool", "any", x)
-    launch(
-        max_pool,
-        (cdiv(code.numel(), config.block_m), 1, 1),
-        {
-            "x": x, "out": out, "code": code, "size": code.numel(),
-            **_strides("x", x), **_strides("o", out),
-            "C": channels, "GEOMETRY": geometry.constants, "RELU": relu, "BLOCK": config.block_m,
-        },
-        config,
-        Cost(samples * channels * geometry.inside * x.element_size(), code.numel() * (x.element_size() + 1)),
-    )  # fmt: skip
+    pooling = planned(_max, (geometry, relu, channels_first), x)
+    out, code = pooling.out.empty(x), pooling.code.empty(x)
+    launch(pooling.plan, x, out, code)
     return out, code
 
 
@@ -269,28 +256,9 @@ def pool2d_jvp(
     Returns: [T, N, C, OH, OW].
     Raises: ValueError for an image of another size than the geometry's.
     """
-    _check(t, geometry.size)
-    tangents, samples, channels = t.shape[:3]
-    out = _image(t, (tangents, samples, channels, *geometry.out), channels_first)
-    config, size = select("pool", "any", t), samples * channels * geometry.positions
-    loaded = samples * channels * geometry.inside if code is None else size
-    launch(
-        pool_gather,
-        (cdiv(size, config.block_m), 1, 1),
-        {
-            "t": t, "code": t if code is None else code, "out": out, "size": size, "tangents": tangents,
-            "t_t": t.stride(0), **_strides("t", t),
-            "o_t": out.stride(0), **_strides("o", out),
-            "C": channels, "GEOMETRY": geometry.constants,
-            "MEAN": code is None, "COUNT_PADDING": count_padding, "BLOCK": config.block_m,
-        },
-        config,
-        Cost(
-            tangents * loaded * t.element_size() + (0 if code is None else size),
-            out.numel() * t.element_size(),
-            pointers={} if code is None else {"code": size},
-        ),
-    )  # fmt: skip
+    pooling = planned(_gather, (geometry, count_padding, channels_first), t, code)
+    out = pooling.out.empty(t)
+    launch(pooling.plan, t, t if code is None else code, out)
     return out
 
 
@@ -305,32 +273,97 @@ def pool2d_vjp(d: Tensor, code: Tensor | None, geometry: Geometry, *, count_padd
     Returns: [T, N, C, H, W], channels last.
     Raises: ValueError for an image of another size than the geometry's.
     """
+    pooling = planned(_scatter, (geometry, count_padding), d, code)
+    out = pooling.out.empty(d)
+    launch(pooling.plan, d, d if code is None else code, out)
+    return out
+
+
+@dataclass(frozen=True)
+class _Pooling:
+    out: Layout
+    plan: LaunchPlan
+
+
+@dataclass(frozen=True)
+class _MaxPooling(_Pooling):
+    code: Layout
+
+
+def _max(geometry: Geometry, relu: bool, channels_first: bool, x: Tensor) -> _MaxPooling:
+    _check(x, geometry.size)
+    if geometry.taps > DEAD:
+        raise ValueError(f"a window of {geometry.kernel} has more than {DEAD} pixels: one byte cannot hold the offset")
+    samples, channels = x.shape[:2]
+    out = _image((1, samples, channels, *geometry.out), x.dtype, channels_first)[0]
+    code = Layout.dense((samples, *geometry.out, channels), torch.uint8)
+    config = select("pool", "any", x)
+    plan = LaunchPlan(
+        max_pool,
+        (cdiv(code.numel, config.block_m), 1, 1),
+        {
+            "size": code.numel, **_strides("x", x), **_strides("o", out),
+            "C": channels, "GEOMETRY": geometry.constants, "RELU": relu, "BLOCK": config.block_m,
+        },
+        config,
+        Cost(samples * channels * geometry.inside * x.element_size(), code.numel * (x.element_size() + 1)),
+    )  # fmt: skip
+    return _MaxPooling(Layout.of(out), plan, code)
+
+
+def _gather(geometry: Geometry, count_padding: bool, channels_first: bool, t: Tensor, code: Tensor | None) -> _Pooling:
+    _check(t, geometry.size)
+    tangents, samples, channels = t.shape[:3]
+    out = _image((tangents, samples, channels, *geometry.out), t.dtype, channels_first)
+    config, size = select("pool", "any", t), samples * channels * geometry.positions
+    loaded = samples * channels * geometry.inside if code is None else size
+    plan = LaunchPlan(
+        pool_gather,
+        (cdiv(size, config.block_m), 1, 1),
+        {
+            "size": size, "tangents": tangents,
+            "t_t": t.stride(0), **_strides("t", t), "o_t": out.stride(0), **_strides("o", out),
+            "C": channels, "GEOMETRY": geometry.constants,
+            "MEAN": code is None, "COUNT_PADDING": count_padding, "BLOCK": config.block_m,
+        },
+        config,
+        Cost(
+            tangents * loaded * t.element_size() + (0 if code is None else size),
+            out.numel() * t.element_size(),
+            pointers={} if code is None else {"code": size},
+        ),
+    )  # fmt: skip
+    return _Pooling(Layout.of(out), plan)
+
+
+def _scatter(geometry: Geometry, count_padding: bool, d: Tensor, code: Tensor | None) -> _Pooling:
     _check(d, geometry.out)
     tangents, samples, channels = d.shape[:3]
-    out = channels_last(d, (tangents, samples, channels, *geometry.size))
+    out = Layout.channels_last((tangents, samples, channels, *geometry.size), d.dtype)
     config, size = select("pool", "any", d), samples * channels * geometry.pixels
     reach = (cdiv(geometry.kernel[0], geometry.stride[0]), cdiv(geometry.kernel[1], geometry.stride[1]))
     seen = samples * channels * geometry.inside
-    launch(
+    plan = LaunchPlan(
         pool_scatter,
         (cdiv(size, config.block_m), 1, 1),
         {
-            "d": d, "code": d if code is None else code, "out": out, "size": size, "tangents": tangents,
-            "d_t": d.stride(0), **_strides("d", d), "o_t": size,
+            "size": size, "tangents": tangents, "d_t": d.stride(0), **_strides("d", d), "o_t": size,
             "C": channels, "GEOMETRY": geometry.constants, "REACH": reach,
             "MEAN": code is None, "COUNT_PADDING": count_padding, "BLOCK": config.block_m,
         },
         config,
         Cost(
             (tangents * seen * d.element_size()) if code is None else seen + d.numel() * d.element_size(),
-            out.numel() * d.element_size(),
+            out.bytes,
             pointers={} if code is None else {"code": seen},
         ),
     )  # fmt: skip
-    return out
+    return _Pooling(out, plan)
 
 
-def _image(like: Tensor, shape: tuple[int, ...], channels_first: bool) -> Tensor:
+def _image(shape: tuple[int, ...], dtype: torch.dtype, channels_first: bool) -> Tensor:
+    """An image without data."""
+    like = torch.empty((), dtype=dtype, device="meta")
     return like.new_empty(shape) if channels_first else channels_last(like, shape)
 
 

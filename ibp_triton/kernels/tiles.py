@@ -110,6 +110,8 @@ TABLE = (
     TileRow("loss", "any", FAMILIES, FLOATS, Config(1024, warps=4), "4096 logits a program would take 201 registers"),
 )  # fmt: skip
 
+_CUDNN: Any = torch.backends.cudnn  # its settings are made at run time
+_MATMUL, _CONVOLUTIONS = torch.backends.cuda.matmul, _CUDNN.conv
 _forced: list[str] = []
 Key = tuple[str, str, str, str, tuple[int, ...]]  # operation, shape class, chip family, dtype, sizes
 tuned: dict[Key, Config] = {}  # what `autotune` found stands above the table
@@ -140,6 +142,11 @@ def select(operation: str, shape: str, tensor: Tensor, sizes: tuple[int, ...] = 
         ):
             return row.config
     raise LookupError(f"no configuration for {operation} ({shape}) in {dtype} on {family}")
+
+
+def surroundings() -> tuple[str | None, str, str]:
+    """What decides tiles and precision beside the tensors and what was tuned: the chip asked for, torch's settings."""
+    return _forced[-1] if _forced else None, _MATMUL.fp32_precision, _CONVOLUTIONS.fp32_precision
 
 
 def chip(device: torch.device) -> str:
@@ -219,6 +226,5 @@ def precision(tensor: Tensor) -> str:
     family = chip(tensor.device)
     exists = _device(tensor.device.index).tf32 if tensor.device.type == "cuda" and not _forced else family != "gfx1100"
     image = tensor.dim() > 3 and family in NVIDIA
-    cudnn: Any = torch.backends.cudnn  # its settings are made at run time
-    setting = cudnn.conv if image else torch.backends.cuda.matmul
+    setting = _CONVOLUTIONS if image else _MATMUL
     return "tf32" if exists and setting.fp32_precision == "tf32" else "ieee"

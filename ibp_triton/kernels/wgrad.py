@@ -11,16 +11,18 @@ whatever its dtype. In float32 (not tf32) a left side may be a + βt, formed on 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.combine import combine_parts
-from ibp_triton.kernels.gates import number, scalar
+from ibp_triton.kernels.combine import combination
+from ibp_triton.kernels.gates import number, place, scalar
 from ibp_triton.kernels.geometry import Geometry, sample_stride
-from ibp_triton.kernels.launcher import Cost, cdiv, launch
+from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
+from ibp_triton.kernels.plans import Layout, planned
 from ibp_triton.kernels.tiles import precision, select, splits
 
 MAX_SEGMENTS = 4
@@ -203,89 +205,103 @@ def weight_gradient(
     Raises: ValueError for segments that do not fit each other, and for a push where operands are rounded (tf32,
         bfloat16, float16), which would round the penalty away.
     """
-    _check(segments, weight)
-    first = segments[0].left
+    if not 1 <= len(segments) <= MAX_SEGMENTS:
+        raise ValueError(f"{len(segments)} segments: one launch takes 1 to {MAX_SEGMENTS}")
+    flags = tuple((s.bias, s.sign, place(s.coefficient)) for s in segments)
+    sides = [side for s in segments for side in (s.left, s.right, s.push)]
+    plan = planned(_plan, (geometry, dtype, place(beta), flags), weight, *sides)
+    padded = [*segments, *[segments[0]] * (MAX_SEGMENTS - len(segments))]  # pointers that are never read
+    gradient = plan.gradient.empty(weight)
+    bias = None if plan.bias is None else plan.bias.empty(weight)
+    target = gradient if plan.parts is None else plan.parts.empty(weight)
+    launch(
+        plan.first,
+        *[s.left for s in padded],
+        *[s.left if s.push is None else s.push for s in padded],
+        *[s.right for s in padded],
+        target,
+        gradient if bias is None else bias,
+        *[scalar(s.coefficient) for s in padded],
+        scalar(beta),
+        float(scale),
+    )
+    if plan.second is not None:
+        launch(plan.second, target, gradient, gradient, gradient, gradient if bias is None else bias, float(scale))
+    return gradient, bias
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    gradient: Layout
+    bias: Layout | None
+    first: LaunchPlan
+    parts: Layout | None = None  # of the workspace
+    second: LaunchPlan | None = None
+
+
+def _plan(
+    geometry: Geometry,
+    dtype: torch.dtype | None,
+    beta: torch.device | None,
+    flags: tuple[tuple[bool, bool, torch.device | None], ...],
+    weight: Tensor,
+    *sides: Any,
+) -> _Gradient:
+    """`flags`: of each segment bias, sign and the `place` of its coefficient; `sides`: its left, right, push."""
+    lefts, rights, pushes = sides[::3], sides[1::3], sides[2::3]
+    _check(lefts, rights, pushes, weight)
+    first = lefts[0]
     outputs, channels = weight.shape[:2]
     tapped = first.dim() == 4
     _, sc, sh, sw = first.stride() if tapped else (*first.stride(), 0, 0)
-    sn = sample_stride(max((s.left for s in segments), key=len), 0)  # the strides of one sample alone say nothing
+    sn = sample_stride(max(lefts, key=len), 0)  # the strides of one sample alone say nothing
     depth = channels * geometry.taps
-    rows = [s.left.shape[0] * geometry.positions for s in segments]
+    samples = [len(left) for left in lefts]
+    rows = [n * geometry.positions for n in samples]
     config = select("wgrad", "narrow" if min(outputs, depth) <= 32 else "any", first, (outputs, depth, *rows))
     tiles = (cdiv(outputs, config.block_m), cdiv(depth, config.block_n))
     blocks = [cdiv(r, config.block_k) for r in rows]
     parts = splits(first, tiles[0] * tiles[1], sum(blocks))
     parts = max(1, min(parts, max(blocks)))
-    biased = [s.bias for s in segments]
-    gradient = torch.empty_like(weight, dtype=dtype or weight.dtype)
-    bias = gradient.new_empty((outputs,)) if any(biased) else None
-    extra = 0 if bias is None else outputs
-    target = gradient if parts == 1 else first.new_empty((parts, 1, weight.numel() + extra), dtype=torch.float32)
-    padded = [*segments, *[segments[0]] * (MAX_SEGMENTS - len(segments))]  # pointers that are never read
-    launch(
-        wgrad,
-        (*tiles, parts),
-        {
-            **{f"x{i}": s.left for i, s in enumerate(padded)},
-            **{f"y{i}": s.left if s.push is None else s.push for i, s in enumerate(padded)},
-            **{f"d{i}": s.right for i, s in enumerate(padded)},
-            "out": target,
-            "bias": gradient if bias is None else bias,
-            **{f"c{i}": scalar(s.coefficient) for i, s in enumerate(padded)},
-            "beta": scalar(beta),
-            "scale": float(scale),
-            **{f"n{i}": s.left.shape[0] for i, s in enumerate(padded)},
-            "splits": parts,
-            **dict(zip(("x_n", "x_h", "x_w", "x_c"), (sn, sh, sw, 1 if channels == 1 else sc), strict=True)),
-            **dict(zip(("w_j", "w_c", "w_h", "w_w"), (*gradient.stride(), 0, 0)[:4], strict=True)),
-            "size": weight.numel(),
-            "C": channels,
-            "J": outputs,
-            "GEOMETRY": geometry.constants,
-            "SEGMENTS": len(segments),
-            "AXPY": _bits([s.push is not None for s in segments]),
-            "SIGN": _bits([s.sign for s in segments]),
-            "BIAS": _bits(biased),
-            "READ": _bits([isinstance(c, Tensor) for c in (*(s.coefficient for s in padded), beta)]),
-            "SPLIT": parts > 1,
-            "PRECISION": precision(first),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-        },
-        config,
-        _cost(segments, geometry, channels, outputs, tiles, target, bias if parts == 1 else None,
-              padded_rows=sum(cdiv(r, config.block_k * parts) * parts * config.block_k for r in rows),
-              tile=config.block_m * config.block_n),
-    )  # fmt: skip
-    if parts > 1:
-        combine_parts(target, gradient, extra=bias, scale=scale)
-    return gradient, bias
-
-
-def _cost(
-    segments: Sequence[Segment],
-    geometry: Geometry,
-    channels: int,
-    outputs: int,
-    tiles: tuple[int, int],
-    target: Tensor,
-    bias: Tensor | None,
-    *,
-    padded_rows: int,
-    tile: int,
-) -> Cost:
-    size = segments[0].left.element_size()
-    patches = [s.left.shape[0] * geometry.inside * channels for s in segments]
-    lefts = sum(p * (1 if s.push is None else 2) for p, s in zip(patches, segments, strict=True))
-    rights = sum(s.right.numel() for s in segments)
-    stored = target.numel() * target.element_size() + (0 if bias is None else bias.numel() * bias.element_size())
-    return Cost(
-        loaded=size * (tiles[0] * lefts + tiles[1] * rights),
-        stored=stored,
+    biased, signs, places = zip(*flags, strict=True)
+    gradient = Layout.of(torch.empty_like(weight, dtype=dtype or weight.dtype, device="meta"))
+    bias = Layout.dense((outputs,), gradient.dtype) if any(biased) else None
+    width = weight.numel() + (0 if bias is None else outputs)
+    target = gradient if parts == 1 else Layout.dense((parts, 1, width), torch.float32)
+    constants = {
+        **{f"n{i}": samples[i if i < len(samples) else 0] for i in range(MAX_SEGMENTS)},
+        "splits": parts,
+        **dict(zip(("x_n", "x_h", "x_w", "x_c"), (sn, sh, sw, 1 if channels == 1 else sc), strict=True)),
+        **dict(zip(("w_j", "w_c", "w_h", "w_w"), (*gradient.strides, 0, 0)[:4], strict=True)),
+        "size": weight.numel(),
+        "C": channels,
+        "J": outputs,
+        "GEOMETRY": geometry.constants,
+        "SEGMENTS": len(samples),
+        "AXPY": _bits([push is not None for push in pushes]),
+        "SIGN": _bits(signs),
+        "BIAS": _bits(biased),
+        "READ": _bits([p is not None for p in (*places, *places[:1] * (MAX_SEGMENTS - len(places)), beta)]),
+        "SPLIT": parts > 1,
+        "PRECISION": precision(first),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    patches = [n * geometry.inside * channels for n in samples]
+    read_left = sum(p * (1 if push is None else 2) for p, push in zip(patches, pushes, strict=True))
+    read_right = sum(right.numel() for right in rights)
+    padded_rows = sum(cdiv(r, config.block_k * parts) * parts * config.block_k for r in rows)
+    cost = Cost(
+        loaded=first.element_size() * (tiles[0] * read_left + tiles[1] * read_right),
+        stored=target.bytes + (0 if bias is None or parts > 1 else bias.bytes),
         flops=2 * sum(patches) * outputs,
-        padded_flops=2 * math.prod(tiles) * tile * padded_rows,
+        padded_flops=2 * math.prod(tiles) * config.block_m * config.block_n * padded_rows,
     )
+    launched = LaunchPlan(wgrad, (*tiles, parts), constants, config, cost)
+    if parts == 1:
+        return _Gradient(gradient, bias, launched)
+    return _Gradient(gradient, bias, launched, target, combination(first, target, gradient, extra=bias))
 
 
 def _bits(flags: Sequence[bool]) -> int:
@@ -301,20 +317,18 @@ def _same_strides(x: Tensor, y: Tensor) -> bool:
     )
 
 
-def _check(segments: Sequence[Segment], weight: Tensor) -> None:
-    if not 1 <= len(segments) <= MAX_SEGMENTS:
-        raise ValueError(f"{len(segments)} segments: one launch takes 1 to {MAX_SEGMENTS}")
-    most, dtype = max((s.left for s in segments), key=len), segments[0].left.dtype
-    for s in segments:
-        left, right = tuple(s.left.shape), tuple(s.right.shape)
+def _check(lefts: Sequence[Tensor], rights: Sequence[Tensor], pushes: Sequence[Tensor | None], weight: Tensor) -> None:
+    most, dtype = max(lefts, key=len), lefts[0].dtype
+    for x, d, push in zip(lefts, rights, pushes, strict=True):
+        left, right = tuple(x.shape), tuple(d.shape)
         if left[0] != right[0] or (right[1], left[1]) != tuple(weight.shape[:2]):
             raise ValueError(f"left {left} and right {right} do not give a weight of {tuple(weight.shape)}")
-        if s.left.dtype != dtype or s.right.dtype != dtype:
+        if x.dtype != dtype or d.dtype != dtype:
             raise ValueError("all sides of a weight gradient must have one dtype")
-        if not _same_strides(s.left, most) or (s.push is not None and not _same_strides(s.push, s.left)):
+        if not _same_strides(x, most) or (push is not None and not _same_strides(push, x)):
             raise ValueError("the left sides of one launch must have the same strides")
-        flat = s.right if s.right.dim() == 2 else s.right.permute(0, 2, 3, 1)
+        flat = d if d.dim() == 2 else d.permute(0, 2, 3, 1)
         if not flat.is_contiguous():
-            raise ValueError(f"the right side must be dense, channels last; its strides are {s.right.stride()}")
-        if s.push is not None and (dtype != torch.float32 or precision(s.left) != "ieee"):
+            raise ValueError(f"the right side must be dense, channels last; its strides are {d.stride()}")
+        if push is not None and (dtype != torch.float32 or precision(x) != "ieee"):
             raise ValueError("left + βt would be rounded in the product: give left and t as two segments")

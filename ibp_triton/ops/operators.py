@@ -24,8 +24,8 @@ from ibp_triton.kernels import loss as _loss
 from ibp_triton.kernels import norm_seeds as _norm_seeds
 from ibp_triton.kernels import pool as _pool
 from ibp_triton.kernels import wgrad as _wgrad
-from ibp_triton.kernels.conv import channels_last
 from ibp_triton.kernels.geometry import ONE, Geometry
+from ibp_triton.kernels.plans import channels_last
 
 
 def numbers(some: Sequence[float], on_device: Sequence[Tensor | None]) -> list[Any]:

@@ -7,7 +7,7 @@ from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
-from ibp_triton.kernels.launcher import launch, recording
+from ibp_triton.kernels.launcher import LaunchPlan, launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
 from ibp_triton.kernels.norm_seeds import fast_tbp_seed, fgsm_step, norm_seed
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
@@ -74,17 +74,22 @@ def test_a_launch_can_be_recorded_without_being_run():
 
 def test_what_a_launch_refuses(monkeypatch):
     (asked,) = _recorded()
-    arguments = asked.arguments
+    constants = {name: value for name, value in asked.arguments.items() if not isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in asked.arguments.items() if isinstance(value, torch.Tensor)}
+
+    def again(grid=(1, 1, 1), **other):
+        plan = LaunchPlan(asked.kernel, grid, constants, asked.config, asked.cost)
+        launch(plan, *(tensors | other).values())
+
     with pytest.raises(ValueError, match="over 65535"):
-        launch(asked.kernel, (1, 65536, 1), arguments, asked.config, asked.cost)
+        again((1, 65536, 1))
     with pytest.raises(ValueError, match="several devices"):
-        launch(asked.kernel, (1, 1, 1), arguments | {"out": torch.empty(4, device="meta")}, asked.config, asked.cost)
-    huge = torch.empty(1, dtype=torch.uint8).expand(2**31)
+        again(out=torch.empty(4, device="meta"))
     with pytest.raises(ValueError, match="spans more than"):
-        launch(asked.kernel, (1, 1, 1), arguments | {"x": huge}, asked.config, asked.cost)
+        again(x=torch.empty(1, dtype=torch.uint8).expand(2**31))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="need a CUDA device"):
-        launch(asked.kernel, (1, 1, 1), arguments, asked.config, asked.cost)
+        again()
 
 
 def _recorded():
