@@ -10,7 +10,8 @@ RuntimeError where neither a CUDA device nor the interpreter is there.
 Importing this module imports triton; ``import ibp_triton`` does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,6 +63,16 @@ def _windows(
     return Geometry.pool(_pair(size), _pair(kernel), _pair(stride), _pair(padding), ceil, _pair(margin))
 
 
+@lru_cache(1024)
+def _kept(make: Callable[..., Geometry], *sizes: Any) -> Geometry:
+    return make(*sizes)
+
+
+def _once(make: Callable[..., Geometry], *sizes: Any) -> Geometry:
+    """A geometry, made once for sizes that are numbers; those of a fake tensor may be symbols."""
+    return _kept(make, *[tuple(some) if type(some) is list else some for some in sizes])
+
+
 @custom_op("ibp_triton::linear", mutates_args=())
 def linear(
     x: Tensor,
@@ -94,7 +105,7 @@ def conv2d(
     sign: bool = False,
 ) -> Tensor:
     """φ(ψ(x) ∗ W + b): x [T, N, C, H, W], weight [O, C, KH, KW], mask [N, O, OH, OW] → [T, N, O, OH, OW]."""
-    geometry = _geometry(x.shape[3:], weight.shape[2:], stride, padding, dilation)
+    geometry = _once(_geometry, x.shape[3:], weight.shape[2:], stride, padding, dilation)
     return _conv.conv2d(x, weight, geometry, bias, relu=relu, mask=mask, sign=sign)
 
 
@@ -109,7 +120,7 @@ def conv2d_vjp(
     mask: Tensor | None = None,
 ) -> Tensor:
     """(Wᵀ ∗ d) ⊙ [mask > 0]: d [T, N, O, OH, OW], mask [N, C, H, W] → [T, N, C, H, W], (H, W) = ``size``."""
-    return _conv.conv2d_vjp(d, weight, _geometry(size, weight.shape[2:], stride, padding, dilation), mask)
+    return _conv.conv2d_vjp(d, weight, _once(_geometry, size, weight.shape[2:], stride, padding, dilation), mask)
 
 
 @custom_op("ibp_triton::weight_gradient", mutates_args=())
@@ -149,7 +160,7 @@ def weight_gradient(
     """
     geometry = ONE
     if lefts[0].dim() == 4:
-        geometry = _geometry(lefts[0].shape[2:], weight.shape[2:], stride, padding, dilation)
+        geometry = _once(_geometry, lefts[0].shape[2:], weight.shape[2:], stride, padding, dilation)
     *coefficients, beta = numbers([*coefficients, beta], on_device)
     segments = [
         _wgrad.Segment(c, left, right, bias, push if i == 0 else None, sign)
@@ -175,7 +186,7 @@ def max_pool2d(
 
     ``margin`` [rows, columns] of -∞ below and to the right; ``channels_first`` lays the result out for a flatten.
     """
-    geometry = _windows(x.shape[2:], kernel, stride, padding, ceil, margin)
+    geometry = _once(_windows, x.shape[2:], kernel, stride, padding, ceil, margin)
     return _pool.max_pool2d(x, geometry, relu=relu, channels_first=channels_first)
 
 
@@ -191,7 +202,7 @@ def max_pool2d_jvp(
     channels_first: bool = False,
 ) -> Tensor:
     """t [T, N, C, H, W] at the offsets of ``max_pool2d`` → [T, N, C, OH, OW]."""
-    geometry = _windows(t.shape[3:], kernel, stride, padding, ceil, margin)
+    geometry = _once(_windows, t.shape[3:], kernel, stride, padding, ceil, margin)
     return _pool.pool2d_jvp(t, code, geometry, channels_first=channels_first)
 
 
@@ -207,7 +218,7 @@ def max_pool2d_vjp(
     ceil: bool = False,
 ) -> Tensor:
     """d [T, N, C, OH, OW] summed at the offsets of ``max_pool2d`` → [T, N, C, H, W], (H, W) = ``size``."""
-    return _pool.pool2d_vjp(d, code, _windows(size, kernel, stride, padding, ceil, margin))
+    return _pool.pool2d_vjp(d, code, _once(_windows, size, kernel, stride, padding, ceil, margin))
 
 
 @custom_op("ibp_triton::avg_pool2d", mutates_args=())
@@ -221,7 +232,7 @@ def avg_pool2d(
     channels_first: bool = False,
 ) -> Tensor:
     """Means over windows, of activations and tangents alike: [T, N, C, H, W] → [T, N, C, OH, OW]."""
-    geometry = _windows(t.shape[3:], kernel, stride, padding, ceil)
+    geometry = _once(_windows, t.shape[3:], kernel, stride, padding, ceil)
     return _pool.pool2d_jvp(t, None, geometry, count_padding=count_padding, channels_first=channels_first)
 
 
@@ -236,7 +247,7 @@ def avg_pool2d_vjp(
     count_padding: bool = True,
 ) -> Tensor:
     """The reverse of ``avg_pool2d``: [T, N, C, OH, OW] → [T, N, C, H, W], (H, W) = ``size``."""
-    return _pool.pool2d_vjp(d, None, _windows(size, kernel, stride, padding, ceil), count_padding=count_padding)
+    return _pool.pool2d_vjp(d, None, _once(_windows, size, kernel, stride, padding, ceil), count_padding=count_padding)
 
 
 @custom_op("ibp_triton::relu", mutates_args=())

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn import functional as F
 
 from ibp_triton import ops
+from ibp_triton.ops import straight
 from tests.kernels.support import last, randn
 
 CONV = ([2, 1], [1, 0], [1, 2])
@@ -169,6 +171,42 @@ def test_what_has_no_derivative_says_so():
     geometry = ([1, 1], [0, 0], [1, 1])
     with pytest.raises(NotImplementedError, match="push"):
         ops.weight_gradient([x], [d], [1.0], [False], [False], [], w, *geometry, push=randn(2, 3))[0].sum().backward()
+
+
+class Told:
+    """An operator that says which of its two ways was taken."""
+
+    _init_fn = staticmethod(lambda x: "function")
+
+    def __call__(self, x):
+        return "operator"
+
+
+def test_the_sweeps_go_past_the_dispatcher_unless_something_looks():
+    call, x = straight.straight(Told()), randn(2, 3)
+    assert call(x) == "operator"  # autograd would
+    with torch.no_grad():
+        assert call(x) == call([x, x]) == "function"
+        assert call(torch.nn.Parameter(x)) == "operator"
+        with FakeTensorMode() as mode:
+            assert call(x) == "operator"
+            fake = mode.from_tensor(x)
+        assert call(fake) == "operator"
+        ways = []
+        torch.func.vmap(lambda row: ways.append(call(x)) or row)(x)
+        with torch.profiler.profile():
+            ways.append(call(x))
+        torch.compile(lambda row: ways.append(call(row)) or row, backend="eager", fullgraph=True)(x)
+        assert ways == ["operator"] * 3
+        assert call(x) == "function"
+
+
+def test_each_operator_can_be_called_past_the_dispatcher():
+    for name in NAMES:
+        assert getattr(straight, name).__closure__
+    with torch.no_grad():
+        x, w, b, *rest = samples()["linear"]
+        assert torch.equal(straight.linear(x, w, b, *rest), ops.linear(x, w, b, *rest))
 
 
 def test_fullgraph_compilation_knows_the_operators():

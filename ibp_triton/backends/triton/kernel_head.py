@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibp_triton import head, ops
+from ibp_triton import head
 from ibp_triton.backends.triton.lower import reads_signs
 from ibp_triton.graph import Graph
 from ibp_triton.layer import wrapped
+from ibp_triton.ops import straight as ops
 from ibp_triton.ops.operators import apart
 from ibp_triton.seeds import Absolute, Seed
 

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton import ops
 from ibp_triton.backends.torch import dense, pointwise, pooling
 from ibp_triton.backends.torch.structural import BatchedMap, Reshape
 from ibp_triton.graph import Graph, Node
 from ibp_triton.kernels.tiles import precision
 from ibp_triton.kernels.wgrad import MAX_SEGMENTS
 from ibp_triton.layer import Bilinear, Layer, Names, Product, Tangents, divides, over, wrapped
+from ibp_triton.ops import straight as ops
 from ibp_triton.ops.operators import apart
 from ibp_triton.seeds import Seed
 
