@@ -112,6 +112,7 @@ TABLE = (
 
 _CUDNN: Any = torch.backends.cudnn  # its settings are made at run time
 _MATMUL, _CONVOLUTIONS = torch.backends.cuda.matmul, _CUDNN.conv
+_setting = torch._C._get_fp32_precision_getter  # what their `fp32_precision` asks, in a quarter of its time
 _forced: list[str] = []
 Key = tuple[str, str, str, str, tuple[int, ...]]  # operation, shape class, chip family, dtype, sizes
 tuned: dict[Key, Config] = {}  # what `autotune` found stands above the table
@@ -146,7 +147,7 @@ def select(operation: str, shape: str, tensor: Tensor, sizes: tuple[int, ...] = 
 
 def surroundings() -> tuple[str | None, str, str]:
     """What decides tiles and precision beside the tensors and what was tuned: the chip asked for, torch's settings."""
-    return _forced[-1] if _forced else None, _MATMUL.fp32_precision, _CONVOLUTIONS.fp32_precision
+    return _forced[-1] if _forced else None, _setting("cuda", "matmul"), _setting("cuda", "conv")
 
 
 def chip(device: torch.device) -> str:

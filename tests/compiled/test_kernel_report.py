@@ -9,7 +9,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import ibp_triton as ibp
-from ibp_triton.harness import eager, kernel_report, predictions, step_counts
+from ibp_triton.harness import eager, host_costs, kernel_report, predictions, step_counts
 from ibp_triton.harness.cli import app
 from ibp_triton.kernels.launcher import recording
 
@@ -86,13 +86,15 @@ def test_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_report, "DTYPES", ("float32",))
     monkeypatch.setattr(kernel_report, "steps", lambda: [step_counts.count("mnist", ibp.BP(), 32)])
     forecast = [predictions.Prediction("H100", "mnist", "loss_ibp", 32, "float32", 231.0, 358.0)]
+    cost = host_costs.HostCost("mnist", "loss_ibp", 32, "float32", 27, 12.34, 1234.5)
+    monkeypatch.setattr(kernel_report, "measured", lambda: [cost])
     monkeypatch.setattr(kernel_report, "predicted", lambda cards: forecast if cards == ["H100"] else [])
     files = {name: tmp_path / f"out.{name}" for name in ("json", "md", "svg")}
     result = CliRunner().invoke(
         app,
         [
             *("kernels", "--target", "sm_90", "--json", str(files["json"])),
-            *("--markdown", str(files["md"]), "--figure", str(files["svg"]), "--card", "H100"),
+            *("--markdown", str(files["md"]), "--figure", str(files["svg"]), "--card", "H100", "--host"),
         ],
     )
     assert result.exit_code == 0, result.output
@@ -104,6 +106,8 @@ def test_the_command(monkeypatch, tmp_path):
     assert "230–360" in result.output
     assert content["predictions"][0]["low"] == 231.0
     assert "| mnist | loss_ibp | float32 | 32 | 230–360 |" in files["md"].read_text()
+    assert content["host"][0]["launch_us"] == 12.34
+    assert "| mnist | 32 | loss_ibp | float32 | 27 | 12.3 | 1,234 | 45.7 |" in files["md"].read_text()
     assert files["md"].read_text().count("\n|") > 10
     assert files["svg"].stat().st_size > 1000
 
