@@ -5,6 +5,7 @@
     combine    second stage of a split reduction
     pool       max- and mean-pooling, gates the ReLU alone, loss the head, norm_seeds what starts the extra passes
     geometry   sizes of windows; tiles the table of tile shapes; launcher the one door to the device
+    plans      what follows from the layouts of a call's tensors, kept
     workbench  what they are checked and tuned with: interpreter, compiler, cases
 
 Triton is imported here and nowhere else, and nothing queries a device at import.

@@ -1,17 +1,16 @@
 """Sizes of a convolution or a pooling: the constants of a kernel, and the counts that its cost follows from."""
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 from torch import Tensor
 
 Pair = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """A window that slides over an image: input H×W, output OH×OW, all as (height, width)."""
 
     size: Pair

@@ -8,6 +8,7 @@ the chip that tiles are chosen for) or looked at again (tiles that were tuned).
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -67,17 +68,18 @@ def channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
 @dataclass(frozen=True)
 class _Kept:
     plan: Any
-    tiles: tuple[tuple[Key, Config | None], ...]  # that were asked for, and what was tuned for them
+    chosen: dict[Key, Config | None]  # which tiles were asked for, and what was tuned for them
+    tuned: bool  # whether anything was
 
-    @property
     def stands(self) -> bool:
         """Whether the same tiles would be chosen now; whoever watches the choices is told of them."""
         for watcher in tiles.watchers:
-            watcher.update(key for key, _ in self.tiles)
-        return all(tiles.tuned.get(key) is tile for key, tile in self.tiles)
+            watcher.update(self.chosen)
+        return all(tiles.tuned.get(key) is tile for key, tile in self.chosen.items())
 
 
 _kept: dict[Hashable, _Kept] = {}
+_making = Lock()  # one thread at a time watches what is chosen
 
 
 def planned(make: Callable[..., P], settings: tuple[Hashable, ...], *tensors: Tensor | None) -> P:
@@ -92,11 +94,12 @@ def planned(make: Callable[..., P], settings: tuple[Hashable, ...], *tensors: Te
         *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
     )
     kept = _kept.get(key)
-    if kept is None or not kept.stands:
-        kept = _made(make, settings, tensors)
-        while len(_kept) >= LIMIT:
-            _kept.pop(next(iter(_kept)), None)
-        _kept[key] = kept
+    if kept is None or ((kept.tuned or tiles.tuned or tiles.watchers) and not kept.stands()):
+        with _making:
+            kept = _made(make, settings, tensors)
+            while len(_kept) >= LIMIT:
+                del _kept[next(iter(_kept))]
+            _kept[key] = kept
     plan: P = kept.plan
     return plan
 
@@ -112,5 +115,6 @@ def _made(make: Callable[..., Any], settings: tuple[Hashable, ...], tensors: tup
     try:
         plan = make(*settings, *tensors)
     finally:
-        tiles.watchers[:] = [watcher for watcher in tiles.watchers if watcher is not asked]
-    return _Kept(plan, tuple((key, tiles.tuned.get(key)) for key in sorted(asked)))
+        tiles.watchers[:] = [watcher for watcher in tiles.watchers if watcher is not asked]  # not one that is equal
+    chosen = {key: tiles.tuned.get(key) for key in asked}
+    return _Kept(plan, chosen, any(chosen.values()))
