@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ibp_triton as ibp
 from ibp_triton.kernels import plans, tiles
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
@@ -19,6 +20,7 @@ from ibp_triton.kernels.tiles import Config
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from ibp_triton.kernels.workbench.cases import allowing_tf32
 from tests.kernels.support import assert_close, last, randn
+from tests.kernels.test_methods import TOLERANCE, errors, mnist, setting
 
 GEOMETRY = Geometry.conv((6, 5), (3, 3), (1, 1), (1, 1), (1, 1))
 POOL = Geometry.pool((6, 5), (3, 3), (2, 2), (1, 1), True)
@@ -204,6 +206,25 @@ def test_no_more_than_a_limit_are_kept(monkeypatch, made):
     assert len(made) == 4
     relu(randn(1, 5))  # the oldest has gone
     assert len(made) == 5
+
+
+def test_steps_on_kept_plans_are_right(made):
+    """A step on other numbers makes no plan, an epoch's last batch some, and the next step none again."""
+    model, x, _, _ = setting(lambda: mnist(8))
+    ours, theirs = (ibp.Network(model, backend=backend) for backend in ("triton", "torch"))
+    counts, method = [], ibp.LossIBP(0.3)
+    for size in (2, 2, 1, 2, 1):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.9)
+        pixels, labels = torch.randn_like(x[:size]), torch.randint(10, (size,))
+        (value, found), (expected_value, expected) = (
+            method.gradients(network, pixels, labels) for network in (ours, theirs)
+        )
+        torch.testing.assert_close(value, expected_value)
+        assert errors(found, expected) < TOLERANCE
+        counts.append(len(made))
+    assert 0 < counts[0] == counts[1] < counts[2] == counts[3] == counts[4]
 
 
 def test_layouts():
