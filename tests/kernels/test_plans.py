@@ -128,6 +128,15 @@ def test_another_layout_or_flag_has_a_plan_of_its_own(change, made):
     assert len(made) == 2
 
 
+def test_devices_are_told_apart(made):
+    """Of tensors, and of the numbers that a kernel reads where they lie."""
+    with recording(execute=False):
+        for device in ("cpu", "meta", "cpu"):
+            relu(torch.zeros(3, 5, device=device))
+            objective(torch.zeros(3), torch.zeros(3), torch.zeros((), device=device), 1.0)
+    assert made == ["_gate", "_objective"] * 2
+
+
 def test_an_address_is_no_part_of_a_plan(made):
     """It decides which compiled kernel is taken: tests/compiled."""
     call()
