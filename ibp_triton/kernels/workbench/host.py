@@ -1,8 +1,8 @@
 """The host's part of a launch: what its Python costs, with a driver that launches nothing.
 
 Inside `empty_driver("sm_90")` kernels are compiled for a chip that need not be there, as they would be on it, and take
-CPU tensors. A launch comes back at once, from where Triton hands it to the launcher that it makes for each chip: that
-one's own time (a microsecond of Python, the arguments' unpacking in C, the driver) is not in it.
+CPU tensors. A launch comes back at once, from where Triton hands it to the launcher that it makes for each kernel: what
+that takes (its own Python, the arguments' unpacking in C, the driver) is not in it.
 """
 
 import time
