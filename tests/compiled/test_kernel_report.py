@@ -86,7 +86,7 @@ def test_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_report, "DTYPES", ("float32",))
     monkeypatch.setattr(kernel_report, "steps", lambda: [step_counts.count("mnist", ibp.BP(), 32)])
     forecast = [predictions.Prediction("H100", "mnist", "loss_ibp", 32, "float32", 231.0, 358.0)]
-    cost = host_costs.HostCost("mnist", "loss_ibp", 32, "float32", 27, 12.34, 1234.5)
+    cost = host_costs.HostCost("mnist", "loss_ibp", 32, "float32", 27, 12.34, 11.1, 1234.5)
     monkeypatch.setattr(kernel_report, "measured", lambda: [cost])
     monkeypatch.setattr(kernel_report, "predicted", lambda cards: forecast if cards == ["H100"] else [])
     files = {name: tmp_path / f"out.{name}" for name in ("json", "md", "svg")}
@@ -107,7 +107,7 @@ def test_the_command(monkeypatch, tmp_path):
     assert content["predictions"][0]["low"] == 231.0
     assert "| mnist | loss_ibp | float32 | 32 | 230–360 |" in files["md"].read_text()
     assert content["host"][0]["launch_us"] == 12.34
-    assert "| mnist | 32 | loss_ibp | float32 | 27 | 12.3 | 1,234 | 45.7 |" in files["md"].read_text()
+    assert "| mnist | 32 | loss_ibp | float32 | 27 | 12.3 | 11.1 | 1,234 | 45.7 |" in files["md"].read_text()
     assert files["md"].read_text().count("\n|") > 10
     assert files["svg"].stat().st_size > 1000
 
