@@ -44,20 +44,29 @@ def optimizer_of(model: torch.nn.Module, rate: float = 0.1) -> torch.optim.SGD:
     return optimizer
 
 
-def ours(case: Case, method: str | ibp.Method, kind: str, rate: float = 0.1) -> Trainee:
-    """The library's step of a kind of ``STEPS``.
+def ours(case: Case, method: str | ibp.Method, kind: str, rate: float = 0.1, moved: int | None = None) -> Trainee:
+    """The library's step of a kind of ``STEPS``; with ``moved``, a seed, from parameters a few last bits away.
 
     Raises:
         BenchError: for a compiled step that would not be used.
     """
     chosen = METHODS[method] if isinstance(method, str) else method
     model, (x, labels, tau) = case.model(), case.data()
+    if moved is not None:
+        _move(model, 4 * torch.finfo(case.dtype or torch.float32).eps, moved)
     batch = (x, labels, tau if chosen.needs_tangents else None)
     optimizer = optimizer_of(model, rate)
     step = STEPS[kind](network_of(case, model), chosen, optimizer)
     if isinstance(step, ibp.CompiledStep) and not step.prepare(*batch):
         raise BenchError(f"{case.name}: the compiled step of {chosen} is not used; its warning says why")
     return Trainee(lambda: step(*batch).loss, dict(model.named_parameters()), momenta(model, optimizer))
+
+
+def _move(model: torch.nn.Module, by: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_((1 + by * (2 * torch.rand(p.shape, generator=generator) - 1)).to(p))
 
 
 def off_twin(found: Trainee, expected: Trainee) -> float:
