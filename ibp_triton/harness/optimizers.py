@@ -101,9 +101,26 @@ def _made(name: str, options: Mapping[str, Any], parameters: list[Any]) -> torch
     return _class(name)(parameters, **plain)
 
 
-def make(choice: Choice, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer over these parameters; raises NetworkError where it can't train them."""
+def on_cuda(device: str) -> bool:
+    """Whether a device of torch by name is a CUDA device."""
+    return torch.device(device).type == "cuda"
+
+
+def is_capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a CUDA graph may hold its update: it keeps no count of steps on the host."""
+    asked = [group.get("capturable") for group in optimizer.param_groups]
+    return all(asked) or (isinstance(optimizer, torch.optim.SGD) and not any(asked))
+
+
+def make(choice: Choice, parameters: list[nn.Parameter], capturable: bool = False) -> torch.optim.Optimizer:
+    """The optimizer over these parameters, one that a CUDA graph may hold if that is asked and it can be such.
+
+    Raises:
+        NetworkError: where it can't train them.
+    """
     ((name, options),) = choice.items()
+    if capturable and "capturable" in _options(_class(name)):
+        options = {"capturable": True} | options
     try:
         return _made(name, options, parameters)
     except (ValueError, RuntimeError, TypeError) as error:

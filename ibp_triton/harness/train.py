@@ -135,15 +135,18 @@ def start(run: Run, dataset: Dataset) -> State:
 def _optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
     training = run.training
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    cuda = optimizers.on_cuda(training.device)
     if training.optimizer is not None:
-        return optimizers.make(training.optimizer, trained)
+        return optimizers.make(training.optimizer, trained, cuda)
     optimizer = torch.optim.SGD(
         trained,
-        lr=training.learning_rate,
+        # on the device, a rate that decays makes no new CUDA graph
+        lr=torch.tensor(training.learning_rate, device=training.device) if cuda else training.learning_rate,
         momentum=training.momentum,
         dampening=training.dampening if training.momentum else 0.0,
         weight_decay=training.weight_decay,
         foreach=False,
+        fused=cuda,
     )
     for parameter in trained if training.momentum else []:
         # torch does not dampen the first step unless the buffer is there already.
@@ -154,7 +157,10 @@ def _optimizer(run: Run, model: nn.Module) -> torch.optim.Optimizer:
 def _epoch(run: Run, state: State, batches: Batches, epoch: int, team: Team) -> Course[store.Record]:
     rate, method = run.rate_in(epoch), run.method_in(epoch)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
     state.model.train()
     seed = derive(run.seeds.order, "step", epoch, *([team.rank] if team.rank else []))
     place = run.seeds.subset, run.seeds.order, epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import ibp_triton as ibp
-from ibp_triton.harness import models
+from ibp_triton.alike import in_short
+from ibp_triton.harness import models, optimizers
 from ibp_triton.harness.batches import Batch
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.team import ALONE, Team
@@ -99,7 +101,7 @@ class _Steps:
         network = ibp.Network(turn.model, dtype=turn.dtype, process_group=group, sync_batchnorm=group is not None)
         self._whole, self._rest = (
             kind(network, turn.method, turn.optimizer, reduce=turn.reduce)
-            for kind in (ibp.CompiledStep if turn.run.training.compile else ibp.EagerStep, ibp.EagerStep)
+            for kind in (_kind(turn, team), ibp.EagerStep)
         )
         self._size = turn.batch.size
 
@@ -113,9 +115,24 @@ class _Steps:
             return None
         watch = Watch(turn.run.training.device)
         step = self._rest if batch.size < self._size else self._whole
-        loss = step(batch.x, batch.labels, batch.tangents).loss
+        try:
+            loss = step(batch.x, batch.labels, batch.tangents).loss
+        except RuntimeError as error:  # a model that looks at numbers on the device can't be captured
+            if not isinstance(step, ibp.CapturedStep) or step.captures:
+                raise
+            warnings.warn(f"trained without a CUDA graph: {in_short(error)}", stacklevel=2)
+            self._rest.method, self._whole = step.method, self._rest
+            loss = self._rest(batch.x, batch.labels, batch.tangents).loss
         watch.stop()
         return Answer(loss, watch.seconds, watch.wall)
+
+
+def _kind(turn: Turn, team: Team) -> type[ibp.EagerStep]:
+    """What a batch of the epoch's size is trained by: on CUDA one graph, if the optimizer keeps its state there."""
+    if turn.run.training.compile:
+        return ibp.CompiledStep
+    alone = team.group is None and optimizers.on_cuda(turn.run.training.device)
+    return ibp.CapturedStep if alone and optimizers.is_capturable(turn.optimizer) else ibp.EagerStep
 
 
 def alone(course: Course[T], team: Team = ALONE) -> T:
