@@ -193,14 +193,17 @@ class Network:
             return False
         return level() is None and not torch.is_inference_mode_enabled() and not _below_autograd()
 
-    def mostly_whole(self) -> bool:
-        """Whether most parameters of the last recording lie in layers taken whole, which sweeps are no cheaper for."""
+    def bends_by_autograd(self) -> bool:
+        """Whether sweeps were no cheaper for exact penalties than autograd's second derivatives, in the last recording.
+
+        So it is where most parameters lie in layers taken whole, and with attention, of which sweeps keep more besides.
+        """
         graph = self.graph() if self.bends else None
         if graph is None or graph is not self._whole[0]:
-            self._whole = graph, graph is not None and self._shares(graph)
+            self._whole = graph, graph is not None and (graph.heavy or self._mostly_whole(graph))
         return self._whole[1]
 
-    def _shares(self, graph: Graph) -> bool:
+    def _mostly_whole(self, graph: Graph) -> bool:
         sizes = {name: p.numel() for name, p in self.parameters().items()}
         taken = {
             i for node in graph.nodes if node.rule and issubclass(node.rule, Generic) for i in node.operands.values()
@@ -260,7 +263,7 @@ class Network:
         if not self.keeps_to_autograd(own):
             return table
         plain = "bp, at, fast_at, pgd_training and trades, which need no tangent, run as plain autograd, at its cost"
-        if self.mostly_whole():
+        if self.bends_by_autograd():
             plain += "\nexact loss_ibp and fast_tbp go by autograd's second derivatives"
         return f"{table}\n{plain}"
 

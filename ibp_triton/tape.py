@@ -151,7 +151,7 @@ class Backward:
 class CurvedTape(Tape):
     """A tape whose ∇_x L can be differentiated once more, as by ``create_graph=True``: for a penalty's exact gradient.
 
-    For models most of whose parameters lie in layers taken whole, where recorded layers save nothing.
+    For models where recorded layers save nothing: see ``Network.bends_by_autograd``.
     """
 
     def __init__(

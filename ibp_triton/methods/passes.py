@@ -221,7 +221,7 @@ class Step:
 
     def forward(self, x: Tensor | None = None) -> Pass:
         """At x, by default the batch's; later passes see the first one's random numbers, and buffers move only once."""
-        steep = self.program.steep and (self.network.graph() is None or self.network.mostly_whole())
+        steep = self.program.steep and (self.network.graph() is None or self.network.bends_by_autograd())
         if self._passes == 0 and (self.program.passes > 1 or steep or self.network.reentrant is None):
             self._start = Snapshot.of(self.network.model, self.x)
         first, self._passes = self._passes == 0, self._passes + 1
@@ -235,11 +235,11 @@ class Step:
         number = self._passes - 1
         plain = number in self.program.plain and self.network.keeps_to_autograd(self.own)
         steep = number in self.program.steep and self.network.keeps_to_autograd(self.own)
-        if plain or (steep and self.network.mostly_whole()):
+        if plain or (steep and self.network.bends_by_autograd()):
             found = self._on_tape(x, number, curved=not plain)
         else:
             found = self._recorded(x, number)
-            if steep and self._start is not None and self.network.mostly_whole():  # as is known now
+            if steep and self._start is not None and self.network.bends_by_autograd():  # as is known now
                 with self._start.again(x):
                     found = self._on_tape(x, number, curved=True)
         self.first = self.first or found
