@@ -102,7 +102,7 @@ def _pure(model: nn.Module, interface: Interface, extra: Mapping[str, Any]) -> F
 
     def function(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         copies = {name: b.clone() for name, b in buffers.items()}
-        with torch.random.fork_rng(devices=[]), _no_fast_path(), _NoGradConstants(), _SteadyDropout(), _Hardsigmoid():
+        with torch.random.fork_rng(devices=[]), _no_fast_path(), _NoGradConstants(), _SteadyDropout(), _Unrounded():
             torch.set_rng_state(state)
             return interface.pick(_Called(model, interface, extra)({**parameters, **copies}, x.clone()))
 
@@ -280,11 +280,16 @@ class _SteadyDropout(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Hardsigmoid(TorchFunctionMode):
-    """relu6(a + 3) / 6: torch has no second derivative of F.hardsigmoid, and rounds its first one's 1/6 to float32."""
+class _Unrounded(TorchFunctionMode):
+    """Hardsigmoid, of which torch has no second derivative, as relu6(a + 3) / 6, and celu: it rounds both constants."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return F.relu6(args[0] + 3) / 6 if func is F.hardsigmoid else func(*args, **(kwargs or {}))
+        if func is F.hardsigmoid:
+            return F.relu6(args[0] + 3) / 6
+        if func in (F.celu, torch.celu) and args[0].dtype is torch.float64:
+            alpha = (kwargs or {}).get("alpha", args[1] if len(args) > 1 else 1.0)
+            return torch.maximum(args[0], torch.zeros_like(args[0])) + alpha * torch.expm1(args[0].clamp(max=0) / alpha)
+        return func(*args, **(kwargs or {}))
 
 
 class _NoGradConstants(TorchFunctionMode):

@@ -1,8 +1,8 @@
 """torch's functions in the form in which all ways to a derivative agree: same random numbers, same rounding.
 
 torch draws a dropout mask in the order of the memory, so that the same seed gives another mask in another layout; the
-methods draw it as for a contiguous input. It rounds the 1/6 of hardsigmoid's derivative to float32. And the process
-dies in the reverse sweep of a group norm in channels-last whose input has no derivative.
+methods draw it as for a contiguous input. It rounds the 1/6 of hardsigmoid's derivative and the 1/α of celu's to
+float32. And the process dies in the reverse sweep of a group norm in channels-last whose input has no derivative.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(input + 3) / 6
 
 
+def _celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    if input.dtype is not torch.float64 or inplace:
+        return F.celu(input, alpha, inplace)
+    return torch.where(input > 0, input, alpha * torch.expm1(input.clamp(max=0) / alpha))
+
+
 def _group_norm(function: Any) -> Any:
     def normalise(input: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> Tensor:
         plain = input if input.requires_grad else input.contiguous()
@@ -52,13 +58,15 @@ _OWN: dict[Any, Any] = {
     torch.dropout: _dropout(torch.dropout, None),
     **{function: _dropout(function, 2) for function in (F.dropout1d, F.dropout2d, F.dropout3d)},
     F.hardsigmoid: _hardsigmoid,
+    F.celu: _celu,
+    torch.celu: _celu,
     F.group_norm: _group_norm(F.group_norm),
     torch.group_norm: _group_norm(torch.group_norm),
 }
 
 
 class Steady(TorchFunctionMode):
-    """Inside, dropout draws as for contiguous tensors, hardsigmoid is relu6(a + 3) / 6, and group norms don't crash."""
+    """Inside, dropout draws as for contiguous tensors, no constant is rounded, and group norms don't crash."""
 
     own: ClassVar[Mapping[Any, Any]] = _OWN
 

@@ -383,6 +383,19 @@ def test_values_of_many_parts(name):
     check(STRUCTURES[name]())
 
 
+@pytest.mark.parametrize("alpha", [0.7, 1.3])
+def test_celu_whose_constant_torch_rounds_to_float32(alpha):
+    torch.manual_seed(0)
+    model = Body(lambda m, x: F.celu(3 * m.one(x), alpha))
+    twin = Body(lambda m, x: torch.where(m.one(x) > 0, 3 * m.one(x), alpha * torch.expm1(3 * m.one(x) / alpha)))
+    twin.load_state_dict(model.state_dict())
+    x, labels = batch()[:2]
+    for method in (ibp.BP(), ibp.LossIBP(0.4, 2, "exact"), ibp.PredictionIBP(0.4)):
+        expected = oracle(method, twin.double(), x, labels)[1]
+        assert error(oracle(method, model.double(), x, labels)[1], expected) < 1e-12
+        assert error(ours(method, ibp.Network(model.double()), x, labels)[1], expected) < 1e-12
+
+
 def test_hardsigmoid_which_torch_cannot_differentiate_twice():
     torch.manual_seed(0)
     check(Body(lambda m, x: x * F.hardsigmoid(3 * m.one(x))), by_hand=False)
