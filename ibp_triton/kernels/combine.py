@@ -11,7 +11,7 @@ from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv
 from ibp_triton.kernels.plans import Layout
 from ibp_triton.kernels.tiles import select
 
-ROUND = 8  # parts whose loads are under way together
+MANY = 64  # parts from which a program takes few numbers and many parts at a time
 
 
 @triton.jit(do_not_specialize=["tangents", "splits"])
@@ -42,6 +42,8 @@ def combine(
         mask: [size], shared by the tangents; the result is kept where mask > 0; read when MASK.
         out: [tangents, size], any float type.
         extra: [extra_size], the elements beyond `size` (a bias gradient); written when EXTRA, tangents = 1.
+
+    The loads of ROUND parts are under way together.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     width = size + extra_size
@@ -86,7 +88,8 @@ def combination(
     """
     size = out.numel // tangents
     extra_size = 0 if extra is None else extra.numel
-    config = select("combine", "any", like.new_empty((1, 1, 0), dtype=partial.dtype))
+    shape = "many parts" if partial.shape[0] >= MANY else "any"
+    config = select("combine", shape, like.new_empty((1, 1, 0), dtype=partial.dtype))
     optional = [t for t in (bias, mask) if t is not None]
     # the bias is loaded once for each element, not once for each column
     shared = sum((size if t is bias else t.numel()) * t.element_size() for t in optional)
@@ -103,7 +106,7 @@ def combination(
             "RELU": relu,
             "MASK": mask is not None,
             "EXTRA": extra is not None,
-            "ROUND": ROUND,
+            "ROUND": config.block_k,
             "BLOCK": config.block_m,
         },
         config,

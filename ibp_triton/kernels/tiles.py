@@ -106,7 +106,10 @@ TABLE = (
     TileRow("sample", "any", FAMILIES, FLOATS, Config(1024, warps=4),
         "one program a sample walks its features in blocks"),
     TileRow("objective", "any", FAMILIES, FLOATS, Config(4096, warps=8), "one program: wide loads, few steps"),
-    TileRow("combine", "any", FAMILIES, FLOATS, Config(256, warps=2), "small outputs: many programs hide the S loads"),
+    TileRow("combine", "many parts", FAMILIES, FLOATS, Config(32, block_k=64, warps=4),
+        "64 parts or more are a small gradient's (the first convolution): few rounds that wait for one another"),
+    TileRow("combine", "any", FAMILIES, FLOATS, Config(256, block_k=8, warps=2),
+        "small outputs: many programs hide the S loads, eight of which are under way together"),
     TileRow("loss", "any", FAMILIES, FLOATS, Config(1024, warps=4), "4096 logits a program would take 201 registers"),
 )  # fmt: skip
 
