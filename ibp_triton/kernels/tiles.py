@@ -100,6 +100,8 @@ TABLE = (
         "FFMA alone: with the push of a + βt, 4 warps or a step of 32 reach 255 registers and spill"),
     TileRow("wgrad", "any", FAMILIES, FLOATS, Config(64, 64, 32, warps=4, stages=2),
         "two accumulators (the segment and the total) of 64×64 take 64 registers a thread"),
+    TileRow("pooled conv", "any", FAMILIES, FLOATS, Config(16, 32, warps=4),
+        "a thread holds one window's patch and the taps of four columns: 127–138 registers; two windows take 255"),
     TileRow("pool", "any", FAMILIES, FLOATS, Config(512, warps=4),
         "one element a lane, four a thread; bound by bandwidth"),
     TileRow("pointwise", "any", FAMILIES, FLOATS, Config(1024, warps=4), "128-bit loads, two a thread; bandwidth"),

@@ -2,10 +2,13 @@
 
 from ibp_triton.ops import batching as _batching  # noqa: F401 - registers them
 from ibp_triton.ops import derivatives as _derivatives  # noqa: F401 - registers them
+from ibp_triton.ops import shapes as _shapes  # noqa: F401 - registers them
 from ibp_triton.ops.operators import (
     avg_pool2d,
     avg_pool2d_vjp,
     conv2d,
+    conv2d_max_pool2d,
+    conv2d_max_pool2d_jvp,
     conv2d_vjp,
     cross_entropy,
     fast_tbp_seed,
@@ -27,6 +30,8 @@ __all__ = [
     "avg_pool2d",
     "avg_pool2d_vjp",
     "conv2d",
+    "conv2d_max_pool2d",
+    "conv2d_max_pool2d_jvp",
     "conv2d_vjp",
     "cross_entropy",
     "fast_tbp_seed",

@@ -20,6 +20,7 @@ Rule = Callable[..., tuple[Any, Any]]
 
 EACH = (
     *(ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp, ops.weight_gradient),
+    *(ops.conv2d_max_pool2d, ops.conv2d_max_pool2d_jvp),
     *(ops.objective, ops.fgsm_step, ops.relu),
 )
 # operator → the axis of samples in each tensor that it takes and gives; from the end where tangents may precede it

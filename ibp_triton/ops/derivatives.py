@@ -136,6 +136,29 @@ def _max_pool2d_vjp(ctx: Any, g: Tensor) -> Any:
     return ops.max_pool2d_jvp(g, code, *sizes), *[None] * 7
 
 
+def _conv2d_max_pool2d(ctx: Any, g: Tensor, _: Any) -> Any:
+    x, weight, *geometry, bias, kernel, stride, padding, margin, ceil, _relu, _first, _, code = _kept(ctx)
+    sizes = (kernel, stride, padding, margin, ceil)
+    d, w, b = _joined(ctx, x[None], weight, geometry, code, g[None], sizes, bias)
+    return None if d is None else d[0], w, None, None, None, b, *[None] * 7
+
+
+def _conv2d_max_pool2d_jvp(ctx: Any, g: Tensor) -> Any:
+    t, weight, code, *geometry, kernel, stride, padding, margin, ceil, sign, _first, _ = _kept(ctx)
+    sizes = (kernel, stride, padding, margin, ceil)
+    d, w, _ = _joined(ctx, t.sign() if sign else t, weight, geometry, code, g, sizes, None)
+    return None if sign else d, w, *[None] * 11
+
+
+def _joined(
+    ctx: Any, x: Tensor, weight: Tensor, geometry: Any, code: Tensor, g: Tensor, sizes: Any, bias: Tensor | None
+) -> Any:
+    """The gradients of image, weight and bias of a convolution whose result is read where a pool's code says."""
+    g = ops.max_pool2d_vjp(g, code, ops.conv_geometry(x.shape[3:], weight.shape[2:], *geometry).out, *sizes)
+    d = ops.conv2d_vjp(g, weight, x.shape[3:], *geometry) if ctx.needs_input_grad[0] else None
+    return d, *_parameters(ctx, 1, x, g, weight, geometry, bias is not None)
+
+
 def _avg_pool2d(ctx: Any, g: Tensor) -> Any:
     t, *sizes, _first, _ = _kept(ctx)
     return ops.avg_pool2d_vjp(g, t.shape[3:], *sizes), *[None] * 6
@@ -225,6 +248,8 @@ for _name, _backward in {
     "max_pool2d": _max_pool2d,
     "max_pool2d_jvp": _max_pool2d_jvp,
     "max_pool2d_vjp": _max_pool2d_vjp,
+    "conv2d_max_pool2d": _conv2d_max_pool2d,
+    "conv2d_max_pool2d_jvp": _conv2d_max_pool2d_jvp,
     "avg_pool2d": _avg_pool2d,
     "avg_pool2d_vjp": _avg_pool2d_vjp,
     "relu": _relu,

@@ -24,9 +24,9 @@ from ibp_triton.kernels import gemm as _gemm
 from ibp_triton.kernels import loss as _loss
 from ibp_triton.kernels import norm_seeds as _norm_seeds
 from ibp_triton.kernels import pool as _pool
+from ibp_triton.kernels import pooled_conv as _pooled_conv
 from ibp_triton.kernels import wgrad as _wgrad
 from ibp_triton.kernels.geometry import ONE, Geometry
-from ibp_triton.kernels.plans import channels_last
 
 
 def numbers(some: Sequence[float], on_device: Sequence[Tensor | None]) -> list[Any]:
@@ -46,13 +46,14 @@ def _pair(sizes: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _geometry(
+def conv_geometry(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Geometry:
+    """Of a convolution, from sizes as operators take them."""
     return Geometry.conv(_pair(size), _pair(kernel), _pair(stride), _pair(padding), _pair(dilation))
 
 
-def _windows(
+def pool_geometry(
     size: Sequence[int],
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -60,6 +61,7 @@ def _windows(
     ceil: bool,
     margin: Sequence[int] = (0, 0),
 ) -> Geometry:
+    """Of a pooling, from sizes as operators take them."""
     return Geometry.pool(_pair(size), _pair(kernel), _pair(stride), _pair(padding), ceil, _pair(margin))
 
 
@@ -105,7 +107,7 @@ def conv2d(
     sign: bool = False,
 ) -> Tensor:
     """φ(ψ(x) ∗ W + b): x [T, N, C, H, W], weight [O, C, KH, KW], mask [N, O, OH, OW] → [T, N, O, OH, OW]."""
-    geometry = _once(_geometry, x.shape[3:], weight.shape[2:], stride, padding, dilation)
+    geometry = _once(conv_geometry, x.shape[3:], weight.shape[2:], stride, padding, dilation)
     return _conv.conv2d(x, weight, geometry, bias, relu=relu, mask=mask, sign=sign)
 
 
@@ -120,7 +122,7 @@ def conv2d_vjp(
     mask: Tensor | None = None,
 ) -> Tensor:
     """(Wᵀ ∗ d) ⊙ [mask > 0]: d [T, N, O, OH, OW], mask [N, C, H, W] → [T, N, C, H, W], (H, W) = ``size``."""
-    return _conv.conv2d_vjp(d, weight, _once(_geometry, size, weight.shape[2:], stride, padding, dilation), mask)
+    return _conv.conv2d_vjp(d, weight, _once(conv_geometry, size, weight.shape[2:], stride, padding, dilation), mask)
 
 
 @custom_op("ibp_triton::weight_gradient", mutates_args=())
@@ -160,7 +162,7 @@ def weight_gradient(
     """
     geometry = ONE
     if lefts[0].dim() == 4:
-        geometry = _once(_geometry, lefts[0].shape[2:], weight.shape[2:], stride, padding, dilation)
+        geometry = _once(conv_geometry, lefts[0].shape[2:], weight.shape[2:], stride, padding, dilation)
     *coefficients, beta = numbers([*coefficients, beta], on_device)
     segments = [
         _wgrad.Segment(c, left, right, bias, push if i == 0 else None, sign)
@@ -186,7 +188,7 @@ def max_pool2d(
 
     ``margin`` [rows, columns] of -∞ below and to the right; ``channels_first`` lays the result out for a flatten.
     """
-    geometry = _once(_windows, x.shape[2:], kernel, stride, padding, ceil, margin)
+    geometry = _once(pool_geometry, x.shape[2:], kernel, stride, padding, ceil, margin)
     return _pool.max_pool2d(x, geometry, relu=relu, channels_first=channels_first)
 
 
@@ -202,7 +204,7 @@ def max_pool2d_jvp(
     channels_first: bool = False,
 ) -> Tensor:
     """t [T, N, C, H, W] at the offsets of ``max_pool2d`` → [T, N, C, OH, OW]."""
-    geometry = _once(_windows, t.shape[3:], kernel, stride, padding, ceil, margin)
+    geometry = _once(pool_geometry, t.shape[3:], kernel, stride, padding, ceil, margin)
     return _pool.pool2d_jvp(t, code, geometry, channels_first=channels_first)
 
 
@@ -218,7 +220,60 @@ def max_pool2d_vjp(
     ceil: bool = False,
 ) -> Tensor:
     """d [T, N, C, OH, OW] summed at the offsets of ``max_pool2d`` → [T, N, C, H, W], (H, W) = ``size``."""
-    return _pool.pool2d_vjp(d, code, _once(_windows, size, kernel, stride, padding, ceil, margin))
+    return _pool.pool2d_vjp(d, code, _once(pool_geometry, size, kernel, stride, padding, ceil, margin))
+
+
+@custom_op("ibp_triton::conv2d_max_pool2d", mutates_args=())
+def conv2d_max_pool2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    margin: Sequence[int],
+    ceil: bool = False,
+    relu: bool = False,
+    channels_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``max_pool2d`` of x ∗ W + b, x [N, C, H, W], in one launch where there is little to compute anew, else in two.
+
+    Returns: what ``max_pool2d`` does, [N, O, PH, PW] and the offsets [N, PH, PW, O] uint8.
+    """
+    conv = _once(conv_geometry, x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    pool = _once(pool_geometry, conv.out, kernel, pool_stride, pool_padding, ceil, margin)
+    if _pooled_conv.worth_it(x[None], conv, pool):
+        return _pooled_conv.conv_max_pool(x, weight, conv, pool, bias, relu=relu, channels_first=channels_first)
+    y = _conv.conv2d(x[None], weight, conv, bias)[0]
+    return _pool.max_pool2d(y, pool, relu=relu, channels_first=channels_first)
+
+
+@custom_op("ibp_triton::conv2d_max_pool2d_jvp", mutates_args=())
+def conv2d_max_pool2d_jvp(
+    t: Tensor,
+    weight: Tensor,
+    code: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kernel: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    margin: Sequence[int],
+    ceil: bool = False,
+    sign: bool = False,
+    channels_first: bool = False,
+) -> Tensor:
+    """ψ(t) ∗ W at the offsets of ``conv2d_max_pool2d``, t [T, N, C, H, W] → [T, N, O, PH, PW]; ψ: sign or none."""
+    conv = _once(conv_geometry, t.shape[3:], weight.shape[2:], stride, padding, dilation)
+    pool = _once(pool_geometry, conv.out, kernel, pool_stride, pool_padding, ceil, margin)
+    if _pooled_conv.worth_it(t, conv, pool):
+        return _pooled_conv.conv_max_pool_jvp(t, weight, code, conv, pool, sign=sign, channels_first=channels_first)
+    y = _conv.conv2d(t, weight, conv, sign=sign)
+    return _pool.pool2d_jvp(y, code, pool, channels_first=channels_first)
 
 
 @custom_op("ibp_triton::avg_pool2d", mutates_args=())
@@ -232,7 +287,7 @@ def avg_pool2d(
     channels_first: bool = False,
 ) -> Tensor:
     """Means over windows, of activations and tangents alike: [T, N, C, H, W] → [T, N, C, OH, OW]."""
-    geometry = _once(_windows, t.shape[3:], kernel, stride, padding, ceil)
+    geometry = _once(pool_geometry, t.shape[3:], kernel, stride, padding, ceil)
     return _pool.pool2d_jvp(t, None, geometry, count_padding=count_padding, channels_first=channels_first)
 
 
@@ -247,7 +302,9 @@ def avg_pool2d_vjp(
     count_padding: bool = True,
 ) -> Tensor:
     """The reverse of ``avg_pool2d``: [T, N, C, OH, OW] → [T, N, C, H, W], (H, W) = ``size``."""
-    return _pool.pool2d_vjp(d, None, _once(_windows, size, kernel, stride, padding, ceil), count_padding=count_padding)
+    return _pool.pool2d_vjp(
+        d, None, _once(pool_geometry, size, kernel, stride, padding, ceil), count_padding=count_padding
+    )
 
 
 @custom_op("ibp_triton::relu", mutates_args=())
@@ -310,78 +367,3 @@ def fgsm_step(x: Tensor, d: Tensor, epsilon: float, on_device: Tensor | None = N
 def fast_tbp_seed(d: Tensor, tangents: Tensor, norm: float) -> tuple[Tensor, Tensor]:
     """Σ_j ψ(⟨d, τ_j⟩) τ_j like d [N, ...], and Σ_j |⟨d, τ_j⟩|^r / r [N] float32, for tangents [T, N, ...]."""
     return _norm_seeds.fast_tbp_seed(d, tangents, norm)
-
-
-def _register_shapes() -> None:
-    """Fake implementations: shapes, dtypes and strides without data."""
-
-    def conv_shape(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, *_: Any, **__: Any) -> Tensor:
-        geometry = _geometry(x.shape[3:], weight.shape[2:], stride, padding, dilation)
-        return channels_last(x, (x.shape[0], x.shape[1], weight.shape[0], *geometry.out))
-
-    def conv_back(d: Tensor, weight: Tensor, size: Any, *_: Any, **__: Any) -> Tensor:
-        return channels_last(d, (d.shape[0], d.shape[1], weight.shape[1], *size))
-
-    def gradient(
-        lefts: Any,
-        rights: Any,
-        coefficients: Any,
-        biased: Any,
-        signs: Any,
-        _: Any,
-        weight: Tensor,
-        *more: Any,
-        **named: Any,
-    ) -> tuple[Tensor, Tensor]:
-        wide = more[4] if len(more) > 4 else named.get("wide", False)  # behind stride, padding, dilation, scale
-        dtype = torch.float32 if wide else weight.dtype
-        bias = weight.shape[0] if any(biased) else 0
-        return torch.empty_like(weight, dtype=dtype), weight.new_empty((bias,), dtype=dtype)
-
-    def pooled(t: Tensor, geometry: Geometry, channels_first: bool) -> Tensor:
-        shape = (t.shape[0], t.shape[1], t.shape[2], *geometry.out)
-        return t.new_empty(shape) if channels_first else channels_last(t, shape)
-
-    def max_shape(x: Tensor, kernel: Any, stride: Any, padding: Any, margin: Any, ceil: bool = False,
-                  relu: bool = False, channels_first: bool = False) -> Any:  # fmt: skip
-        y = pooled(x[None], _windows(x.shape[2:], kernel, stride, padding, ceil, margin), channels_first)[0]
-        return y, y.new_empty((y.shape[0], y.shape[2], y.shape[3], y.shape[1]), dtype=torch.uint8)
-
-    def back(d: Tensor, size: Any) -> Tensor:
-        return channels_last(d, (d.shape[0], d.shape[1], d.shape[2], *size))
-
-    linear.register_fake(lambda x, weight, *_, **__: x.new_empty((*x.shape[:2], weight.shape[0])))
-    linear_vjp.register_fake(lambda d, weight, *_, **__: d.new_empty((*d.shape[:2], weight.shape[1])))
-    conv2d.register_fake(conv_shape)
-    conv2d_vjp.register_fake(conv_back)
-    weight_gradient.register_fake(gradient)
-    max_pool2d.register_fake(max_shape)
-    max_pool2d_jvp.register_fake(
-        lambda t, code, kernel, stride, padding, margin, ceil=False, channels_first=False: pooled(
-            t, _windows(t.shape[3:], kernel, stride, padding, ceil, margin), channels_first
-        )
-    )
-    avg_pool2d.register_fake(
-        lambda t, kernel, stride, padding, ceil=False, count_padding=True, channels_first=False: pooled(
-            t, _windows(t.shape[3:], kernel, stride, padding, ceil), channels_first
-        )
-    )
-    max_pool2d_vjp.register_fake(lambda d, code, size, *_, **__: back(d, size))
-    avg_pool2d_vjp.register_fake(lambda d, size, *_, **__: back(d, size))
-    for like_the_first in (relu, fgsm_step):
-        like_the_first.register_fake(lambda x, *_, **__: torch.empty_like(x))
-    hessian_product.register_fake(lambda z, t: torch.empty_like(t))
-    cross_entropy.register_fake(
-        lambda z, labels: (
-            z.new_empty((z.shape[0],), dtype=torch.float32),
-            z.new_empty(z.shape),
-            z.new_empty((z.shape[0],), dtype=torch.int32),
-        )
-    )
-    objective.register_fake(lambda losses, *_, **__: losses.new_empty((), dtype=torch.float32))
-    norm_value.register_fake(lambda u, norm: u.new_empty((u.shape[0],), dtype=torch.float32))
-    for seeded in (norm_seed, fast_tbp_seed):
-        seeded.register_fake(lambda u, *_, **__: (torch.empty_like(u), u.new_empty((u.shape[0],), dtype=torch.float32)))
-
-
-_register_shapes()

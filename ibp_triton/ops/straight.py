@@ -39,6 +39,8 @@ def straight(operator: CustomOpDef) -> Callable[..., Any]:
 avg_pool2d = straight(operators.avg_pool2d)
 avg_pool2d_vjp = straight(operators.avg_pool2d_vjp)
 conv2d = straight(operators.conv2d)
+conv2d_max_pool2d = straight(operators.conv2d_max_pool2d)
+conv2d_max_pool2d_jvp = straight(operators.conv2d_max_pool2d_jvp)
 conv2d_vjp = straight(operators.conv2d_vjp)
 cross_entropy = straight(operators.cross_entropy)
 fast_tbp_seed = straight(operators.fast_tbp_seed)

@@ -11,6 +11,7 @@ from ibp_triton.kernels.launcher import LaunchPlan, launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
 from ibp_triton.kernels.norm_seeds import fast_tbp_seed, fgsm_step, norm_seed
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
+from ibp_triton.kernels.pooled_conv import conv_max_pool, conv_max_pool_jvp
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import last, randn
 
@@ -36,6 +37,14 @@ def everything():
     for codes in (code, None):
         pool2d_jvp(last(randn(3, 2, 5, 9, 10)), codes, POOL)
         pool2d_vjp(last(randn(3, 2, 5, *POOL.out)), codes, POOL)
+    conv, window = (
+        Geometry.conv((9, 10), (2, 3), (1, 2), (1, 0), (1, 1)),
+        Geometry.pool((10, 4), (3, 2), (2, 1), (1, 0), True),
+    )
+    x, w = randn(3, 2, 2, 9, 10), randn(33, 2, 2, 3)
+    _, code = conv_max_pool(x[0], w, conv, window, randn(33) + 50, relu=True)
+    conv_max_pool(x[0], w, conv, window)
+    conv_max_pool_jvp(x, w, code, conv, window)
     relu(pixels)
     relu(randn(3, 4, 5), randn(4, 5))
     z = randn(5, 10)

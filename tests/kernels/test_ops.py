@@ -29,6 +29,7 @@ def samples():
     image, kernel, right = images(2, 3, 5, 6, 7), images(4, 5, 3, 2), images(2, 3, 4, 3, 5)
     pixels = last(randn(3, 5, 7, 8)).requires_grad_()
     code = ops.max_pool2d(pixels, *WINDOW, [1, 0], True, True)[1]
+    codes = ops.conv2d_max_pool2d(images(3, 2, 8, 9), images(4, 2, 2, 3), *CONV, None, *WINDOW, [1, 0], True)[1]
     return {
         "linear": (x, w, b, None, True),
         "linear_vjp": (d, w, randn(3, 5)),
@@ -42,6 +43,8 @@ def samples():
         "max_pool2d": (pixels, *WINDOW, [1, 0], True, True),
         "max_pool2d_jvp": (images(2, 3, 5, 7, 8), code, *WINDOW, [1, 0], True),
         "max_pool2d_vjp": (images(2, 3, 5, 4, 4), code, [7, 8], *WINDOW, [1, 0], True),
+        "conv2d_max_pool2d": (images(3, 2, 8, 9), images(4, 2, 2, 3), *CONV, leaf(4), *WINDOW, [1, 0], True, True),
+        "conv2d_max_pool2d_jvp": (images(2, 3, 2, 8, 9), images(4, 2, 2, 3), codes, *CONV, *WINDOW, [1, 0], True),
         "avg_pool2d": (images(2, 3, 5, 7, 8), *WINDOW),
         "avg_pool2d_vjp": (images(2, 3, 5, 3, 3), [7, 8], *WINDOW),
         "relu": (leaf(3, 4, 5), randn(4, 5)),
@@ -58,6 +61,7 @@ def samples():
 NAMES = (
     "linear", "linear_vjp", "conv2d", "conv2d_vjp", "weight_gradient",
     "max_pool2d", "max_pool2d_jvp", "max_pool2d_vjp", "avg_pool2d", "avg_pool2d_vjp",
+    "conv2d_max_pool2d", "conv2d_max_pool2d_jvp",
     "relu", "cross_entropy", "hessian_product", "objective", "norm_seed",
     "norm_value", "fgsm_step", "fast_tbp_seed",
 )  # fmt: skip
@@ -107,6 +111,32 @@ def test_second_derivatives_of_the_layers():
     height = F.max_pool2d(F.conv2d(x, w, b, *CONV), **window, ceil_mode=True).shape
     v = randn(4, 4 * height[2] * (height[3] // 2))
     twice(ours, theirs, (x, w, b, v))
+
+
+def test_second_derivatives_of_a_convolution_with_its_pool():
+    x, w, b, t = last(randn(3, 2, 9, 10)), last(randn(4, 2, 3, 2)), randn(4), last(randn(2, 3, 2, 9, 10))
+    pool = (*WINDOW, [0, 0], True)
+    code = ops.conv2d_max_pool2d(x, w, *CONV, b, *pool, True)[1]
+
+    def one(x, w, b, t):
+        y, _ = ops.conv2d_max_pool2d(x, w, *CONV, b, *pool, True, True)
+        sweep = ops.conv2d_max_pool2d_jvp(t, w, code, *CONV, *pool)
+        return (y**2).sum() + 0.1 * (sweep**2).sum()
+
+    def two(x, w, b, t):
+        y, _ = ops.max_pool2d(ops.conv2d(x[None], w, *CONV, b)[0], *pool, True, True)
+        sweep = ops.max_pool2d_jvp(ops.conv2d(t, w, *CONV), code, *pool)
+        return (y**2).sum() + 0.1 * (sweep**2).sum()
+
+    for found, expected in zip(*(derivatives(f, (x, w, b, t)) for f in (one, two)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def derivatives(f, inputs):
+    """First and second derivatives of a scalar function."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    first = torch.autograd.grad(f(*leaves), leaves, create_graph=True)
+    return *first, *torch.autograd.grad(sum((d * d).sum() for d in first), leaves)
 
 
 def test_second_derivatives_of_linear_layers_with_a_relu():
