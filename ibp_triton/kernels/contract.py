@@ -55,6 +55,7 @@ def contract(
     MASK: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    COLUMN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,6 +76,7 @@ def contract(
     `steps` is the length of the loop over the depth, for one split; not a constant, or compilers unroll it and spill.
     GEOMETRY is (H, W, OH, OW, KH, KW, stride h, w, padding h, w, dilation h, w): H, W the extent of x, OH, OW that of
     out. SIGN replaces x by its sign on the fly (the norm-1 seed).
+    COLUMN: BLOCK_N is 1, and a program adds up its products itself: a matrix unit would compute 15 columns of nothing.
     """
     H: tl.constexpr = GEOMETRY[0]
     W: tl.constexpr = GEOMETRY[1]
@@ -109,7 +111,7 @@ def contract(
 
     sums = ()
     for _ in tl.static_range(GROUP):
-        sums = sums + (tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no unpacking
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_K if COLUMN else BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]  # noqa: RUF005 - Triton has no unpacking
     for step in range(steps):
         k = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         ok = row_ok[:, None] & (k < K)[None, :]
@@ -139,14 +141,27 @@ def contract(
             w_at = k * w_c
         if FLAT:
             w_at = k
-        w_tile = tl.load(w + w_at[:, None] + (col * w_j)[None, :], mask=(k < K)[:, None] & col_ok[None, :], other=0.0)
+        if COLUMN:
+            taps = tl.load(w + w_at + tl.program_id(1) * w_j, mask=k < K, other=0.0)[None, :]
+        else:
+            across = (col * w_j)[None, :]
+            w_tile = tl.load(w + w_at[:, None] + across, mask=(k < K)[:, None] & col_ok[None, :], other=0.0)
         grown = ()
         for t in tl.static_range(GROUP):
             x_tile = tl.load(x + (first + t) * x_t * UNIT + x_at, mask=ok & (first + t < tangents), other=0.0)
             if SIGN:
-                x_tile = ((x_tile > 0).to(tl.float32) - (x_tile < 0).to(tl.float32)).to(w_tile.dtype)
-            grown = grown + (tl.dot(x_tile, w_tile, sums[t], input_precision=PRECISION),)  # type: ignore[assignment]  # noqa: RUF005
+                x_tile = ((x_tile > 0).to(tl.float32) - (x_tile < 0).to(tl.float32)).to(w.dtype.element_ty)
+            if COLUMN:
+                part = sums[t] + x_tile.to(tl.float32) * taps.to(tl.float32)
+            else:
+                part = tl.dot(x_tile, w_tile, sums[t], input_precision=PRECISION)
+            grown = grown + (part,)  # type: ignore[assignment]  # noqa: RUF005
         sums = grown
+    if COLUMN:
+        added = ()
+        for t in tl.static_range(GROUP):
+            added = added + (tl.sum(sums[t], 1)[:, None],)  # type: ignore[assignment]  # noqa: RUF005
+        sums = added
 
     at = row[:, None] * J + col[None, :]
     keep = row_ok[:, None] & col_ok[None, :]
@@ -226,7 +241,8 @@ def contraction(
     for name, tensor, expected in (("bias", bias, columns), ("mask", mask, rows * columns)):
         if tensor is not None and tensor.numel() != expected:
             raise ValueError(f"the {name} {tuple(tensor.shape)} does not have {expected} elements, as the result asks")
-    shape = _shape_class(tangents, rows, columns, depth, w_strides[0] == 1)
+    one = columns == 1
+    shape = "one column" if one else _shape_class(tangents, rows, columns, depth, w_strides[0] == 1)
     config = select("contract", shape, x, (tangents, rows, columns, depth))
     group = min(tangents, config.group)
     tiles = (cdiv(rows, config.block_m), cdiv(columns, config.block_n), cdiv(tangents, max(group, 1)))
@@ -245,8 +261,10 @@ def contraction(
     cost = Cost(
         loaded=sum(pointers.values()),
         stored=target.bytes,
-        flops=2 * tangents * samples * inside * channels * columns,
-        padded_flops=2
+        flops=0 if one else 2 * tangents * samples * inside * channels * columns,  # of matrix products
+        padded_flops=0
+        if one
+        else 2
         * math.prod(tiles)
         * group
         * config.block_m
@@ -275,6 +293,7 @@ def contraction(
         "MASK": masked,
         "GROUP": group,
         "SPLIT": parts > 1,
+        "COLUMN": one,
         "PRECISION": precision(x),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

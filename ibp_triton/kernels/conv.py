@@ -92,7 +92,7 @@ def _reverse(geometry: Geometry, many: int, d: Tensor, weight: Tensor, mask: Ten
 
 
 FEW = 16  # columns that a matrix unit wants
-MANY = 1 << 16  # positions from which a second launch is worth it
+MANY = 1 << 15  # positions from which a second launch is worth it
 
 
 def _few_channels(d: Tensor, weight: Tensor, many: int) -> bool:

@@ -47,6 +47,8 @@ class TileRow:
 
 TABLE = (
     # contract: rows are samples times positions, columns output channels, the depth channels times taps
+    TileRow("contract", "one column", FAMILIES, FLOATS, Config(32, 1, 128, warps=4, stages=2),
+        "no matrix unit, 128-bit loads, few steps that wait for one another (the reverse to an image of one channel)"),
     TileRow("contract", "any", ("gfx1100",), ("float32",), Config(32, 32, 16, warps=4, stages=2, group=1),
         "no float32 matrix unit: products take registers; deeper steps or five accumulators spill (842 VGPRs)"),
     TileRow("contract", "tangents", ("gfx1100",), HALF, Config(32, 32, 32, warps=4, stages=2),

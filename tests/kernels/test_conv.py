@@ -74,6 +74,21 @@ def test_the_reverse_of_few_channels_by_taps(shape, dtype, layout, monkeypatch, 
         assert asked.cost.flops == (2 * d.numel() * weight[0].numel() if asked.name == "contract" else 0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tangents", [1, 3])
+def test_the_reverse_to_one_channel_takes_no_matrix_unit(tangents, dtype, instruments):
+    geometry = Geometry.conv((9, 8), (4, 3), (1, 2), (1, 0), (1, 1))
+    weight = randn(37, 1, 4, 3, dtype=dtype)
+    before = last(randn(2, 1, 9, 8, dtype=dtype, zeros=True))
+    d = last(randn(tangents, 2, 37, *geometry.out, dtype=dtype))
+    with unchanged(weight, before, d):
+        reverse = conv2d_vjp(d, weight, geometry, before)
+    leaf = torch.zeros(tangents, 2, 1, 9, 8, dtype=torch.float64, requires_grad=True)
+    (back,) = torch.autograd.grad(reference(leaf, weight, geometry), leaf, d.double())
+    assert_close(reverse, back * (before > 0), dtype)
+    assert [seen.flops for seen in instruments] == [0]
+
+
 def test_few_positions_a_weight_with_gaps_and_an_image_in_nchw_take_one_launch(monkeypatch):
     geometry = Geometry.conv((6, 6), (4, 4), (1, 1), (0, 0), (1, 1))
     d, weight = last(randn(1, 2, 4, 3, 3)), randn(4, 1, 5, 5)

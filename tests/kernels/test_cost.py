@@ -25,10 +25,12 @@ def everything():
         linear(x, w, randn(19))
         linear(x, w, mask=randn(5, 19))
         linear_vjp(d, w, randn(5, inputs))
+        linear(x, w[:1], randn(1))  # one column
     image, kernel = last(randn(3, 2, 5, 9, 7)), last(randn(11, 5, 3, 2))
     d = last(randn(3, 2, 11, *GEOMETRY.out))
     conv2d(image, kernel, GEOMETRY, randn(11))
     conv2d_vjp(d, kernel, GEOMETRY, last(randn(2, 5, 9, 7)))
+    conv2d_vjp(d, kernel[:, :1], GEOMETRY, last(randn(2, 1, 9, 7)))
     weight_gradient([Segment(1.0, image[0], d[0], bias=True), Segment(1.0, image[1], d[0])], kernel, GEOMETRY)
     a, t, right = randn(1300, 7), randn(1300, 7), randn(1300, 5)
     weight_gradient([Segment(1.0, a, right, bias=True, push=t)], randn(5, 7), ONE)

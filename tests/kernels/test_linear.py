@@ -11,7 +11,17 @@ from tests.kernels.support import DTYPES, assert_close, randn, unchanged
 
 # (tangents, samples, inputs, outputs): odd sizes, one sample, one feature, no tangents, more tangents than a group;
 # the last one is split
-SHAPES = [(1, 37, 53, 19), (1, 1, 5, 1), (5, 7, 37, 53), (0, 3, 5, 7), (7, 5, 20, 6), (1, 8, 1300, 20), (5, 4, 700, 10)]
+SHAPES = [
+    (1, 37, 53, 19),
+    (1, 1, 5, 1),
+    (5, 7, 37, 53),
+    (0, 3, 5, 7),
+    (7, 5, 20, 6),
+    (3, 5, 20, 1),
+    (1, 8, 1300, 1),
+    (1, 8, 1300, 20),
+    (5, 4, 700, 10),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
