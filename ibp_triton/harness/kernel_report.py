@@ -82,7 +82,7 @@ def _case(arguments: dict[str, Any]) -> str:
     """The launch in a few words: sizes, direction, what is fused."""
     words = []
     if "J" in arguments:
-        kernel = arguments["GEOMETRY"][4:6]
+        kernel = (arguments["CONV"] if "CONV" in arguments else arguments["GEOMETRY"])[4:6]
         sizes = f"{arguments.get('C', 'taps')}→{arguments['J']}"
         words.append(sizes + (f" {kernel[0]}×{kernel[1]}" if kernel != (1, 1) else ""))
     for name, word in (
@@ -91,6 +91,7 @@ def _case(arguments: dict[str, Any]) -> str:
         ("RELU", "relu"),
         ("MASK", "mask"),
         ("MEAN", "mean"),
+        ("CHOSEN", "at the code"),
     ):
         if arguments.get(name):
             words.append(word)

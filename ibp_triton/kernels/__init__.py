@@ -3,6 +3,7 @@
     contract   linear and convolution layers in all three directions (launchers: gemm, conv)
     wgrad      their weight gradients, several terms in one launch
     combine    second stage of a split reduction
+    pooled_conv  a convolution of few inputs with the max-pool behind it
     pool       max- and mean-pooling, gates the ReLU alone, loss the head, norm_seeds what starts the extra passes
     geometry   sizes of windows; tiles the table of tile shapes; launcher the one door to the device
     plans      what follows from the layouts of a call's tensors, kept

@@ -102,7 +102,7 @@ def test_every_kernel(launched, monkeypatch):
         everything()
     assert set(found) == {
         "contract", "combine", "fold", "wgrad", "max_pool", "pool_gather", "pool_scatter", "gate",
-        "cross_entropy_head", "softmax_hessian", "weighted_sum", "seed", "tangent_seed",
+        "cross_entropy_head", "softmax_hessian", "weighted_sum", "seed", "tangent_seed", "pooled_conv",
     }  # fmt: skip
 
 

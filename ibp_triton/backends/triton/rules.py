@@ -122,7 +122,7 @@ class TritonConv2d(_Joint, dense.Conv2d):
 
     def __init__(self, node: Node) -> None:
         super().__init__(node)
-        self.spread: list[tuple[Tensor, Tensor]] = []  # derivatives behind the pool, and before it
+        self.spread: list[tuple[Tensor, Tensor]] = []  # derivatives behind the pool, and before it: asked for again
 
     def _conv(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The forward pass, once: its input is kept channels last for all the passes that read it again."""
@@ -164,16 +164,15 @@ class TritonConv2d(_Joint, dense.Conv2d):
 
     def weight_gradient(self, shares: Sequence[Share], wanted: Names, batch: int) -> dict[str, Tensor]:
         """All terms in one launch, each from a right side behind the pool of its own pass."""
-        passes = [share.layer if isinstance(share.layer, TritonConv2d) else None for share in shares]
-        shares = [
-            share if layer is None else replace(share, right=layer._before_pool(share.right))
-            for share, layer in zip(shares, passes, strict=True)
-        ]
-        found = super().weight_gradient(shares, wanted, batch)
-        for layer in passes:
-            if layer is not None:
-                layer.spread.clear()
-        return found
+        found: dict[tuple[int, int], Tensor] = {}  # terms that share a right side go on sharing it
+        own = []
+        for share in shares:
+            key = (id(share.layer), id(share.right))
+            if key not in found:
+                layer = share.layer
+                found[key] = layer._before_pool(share.right) if isinstance(layer, TritonConv2d) else share.right
+            own.append(replace(share, right=found[key]))
+        return super().weight_gradient(own, wanted, batch)
 
     def input_vjp(self, d: Tensor) -> Tensor:
         """The transposed convolution, masked by the ReLU before the layer."""
@@ -184,8 +183,9 @@ class TritonConv2d(_Joint, dense.Conv2d):
         """d at the convolution's own result, once for the input's derivative and the weight gradient."""
         if POOLED not in self.node.fused:
             return d
-        for behind, before in self.spread:
+        for i, (behind, before) in enumerate(self.spread):
             if behind is d:
+                del self.spread[i]  # nothing asks a third time
                 return before
         size = conv_geometry(self.input.shape[2:], self.weight.shape[2:], *self.geometry).out
         before = _like(ops.max_pool2d_vjp(_tangents(d, 4), self.code, list(size), *self.sizes), d, 4)

@@ -17,6 +17,7 @@ from ibp_triton.kernels.launcher import Launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
 from ibp_triton.kernels.norm_seeds import fast_tbp_seed, fgsm_step, norm_seed
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
+from ibp_triton.kernels.pooled_conv import conv_max_pool, conv_max_pool_jvp
 from ibp_triton.kernels.tiles import on_chip
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 
@@ -60,7 +61,7 @@ def merged_cases(make: Make) -> None:
 
 
 def other_cases(make: Make) -> None:
-    """Everything bound by bandwidth."""
+    """Everything without a matrix product."""
     x = make(BATCH, 32, 25, 25)
     _, code = max_pool2d(x, POOL, relu=True)
     for tangents in (1, 5):
@@ -73,6 +74,9 @@ def other_cases(make: Make) -> None:
     cross_entropy(z, torch.zeros(BATCH, dtype=torch.int64))
     hessian_product(z, z)
     objective(make(BATCH), make(BATCH), 1.0, 0.1)
+    kernel = make(32, 1, 4, 4)
+    _, code = conv_max_pool(pixels, kernel, FIRST, POOL, make(32), relu=True)
+    conv_max_pool_jvp(pixels[None], kernel, code, FIRST, POOL, sign=True)
     norm_seed(pixels)
     norm_seed(pixels, 1.5)
     fgsm_step(pixels, pixels, 0.1)
