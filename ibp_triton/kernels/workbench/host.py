@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from ibp_triton.kernels import conv, gates, gemm, loss, norm_seeds, plans, pool, wgrad
+from ibp_triton.kernels import conv, gates, gemm, loss, norm_seeds, plans, pool, pooled_conv, wgrad
 from ibp_triton.kernels.launcher import interpreted
 from ibp_triton.kernels.workbench.aot import chip_named
 
@@ -27,6 +27,7 @@ FUNCTIONS: dict[ModuleType, tuple[str, ...]] = {  # that launch, and allocate wh
     conv: ("conv2d", "conv2d_vjp"),
     wgrad: ("weight_gradient",),
     pool: ("max_pool2d", "pool2d_jvp", "pool2d_vjp"),
+    pooled_conv: ("conv_max_pool", "conv_max_pool_jvp"),
     gates: ("relu",),
     loss: ("cross_entropy", "hessian_product", "objective"),
     norm_seeds: ("norm_seed", "fgsm_step", "fast_tbp_seed"),
