@@ -242,7 +242,7 @@ def contraction(
         if tensor is not None and tensor.numel() != expected:
             raise ValueError(f"the {name} {tuple(tensor.shape)} does not have {expected} elements, as the result asks")
     one = columns == 1
-    shape = "one column" if one else _shape_class(tangents, rows, columns, depth, w_strides[0] == 1)
+    shape = _shape_class(tangents, rows, columns, depth, w_strides[0] == 1)
     config = select("contract", shape, x, (tangents, rows, columns, depth))
     group = min(tangents, config.group)
     tiles = (cdiv(rows, config.block_m), cdiv(columns, config.block_n), cdiv(tangents, max(group, 1)))
@@ -308,6 +308,8 @@ def contraction(
 
 def _shape_class(tangents: int, rows: int, columns: int, depth: int, by_columns: bool) -> str:
     """The table's name for a shape; `by_columns`: the weight's columns are contiguous, as in a reverse pass."""
+    if columns == 1:
+        return "one column" if tangents == 1 else "one column, tangents"
     if tangents > 1:
         return "tangents"
     if rows <= 64:

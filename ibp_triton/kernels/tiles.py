@@ -47,6 +47,8 @@ class TileRow:
 
 TABLE = (
     # contract: rows are samples times positions, columns output channels, the depth channels times taps
+    TileRow("contract", "one column, tangents", FAMILIES, FLOATS, Config(32, 1, 32, warps=4, stages=2),
+        "as below; five sums of 32×128 would spill"),
     TileRow("contract", "one column", FAMILIES, FLOATS, Config(32, 1, 128, warps=4, stages=2),
         "no matrix unit, 128-bit loads, few steps that wait for one another (the reverse to an image of one channel)"),
     TileRow("contract", "any", ("gfx1100",), ("float32",), Config(32, 32, 16, warps=4, stages=2, group=1),
@@ -102,6 +104,8 @@ TABLE = (
         "FFMA alone: with the push of a + βt, 4 warps or a step of 32 reach 255 registers and spill"),
     TileRow("wgrad", "any", FAMILIES, FLOATS, Config(64, 64, 32, warps=4, stages=2),
         "two accumulators (the segment and the total) of 64×64 take 64 registers a thread"),
+    TileRow("pooled conv", "any", ("sm_100",), HALF, Config(32, 32, warps=8),
+        "as below, for twice the windows: with 4 warps ptxas takes 96 registers in float16, and spills 216 bytes"),
     TileRow("pooled conv", "any", FAMILIES, FLOATS, Config(16, 32, warps=4),
         "a thread holds one window's patch and the taps of four columns: 127–138 registers; two windows take 255"),
     TileRow("pool", "any", FAMILIES, FLOATS, Config(512, warps=4),

@@ -39,7 +39,8 @@ def matrix_cases(make: Make) -> None:
     image, kernel = make(1, BATCH, 1, 28, 28), make(32, 1, 4, 4)
     conv2d(image, kernel, FIRST, make(32))
     conv2d(image, kernel, FIRST, sign=True)
-    conv2d_vjp(make(1, BATCH, 32, 25, 25), kernel, FIRST)
+    for tangents in (1, 3):
+        conv2d_vjp(make(tangents, BATCH // tangents, 32, 25, 25), kernel, FIRST)
     conv2d_vjp(make(1, 4 * BATCH, 32, 25, 25), kernel, FIRST)  # by taps
     weight_gradient([Segment(1.0, image[0], make(BATCH, 32, 25, 25), bias=True)], kernel, FIRST)
     for tangents in (1, 5):
@@ -77,6 +78,7 @@ def other_cases(make: Make) -> None:
     kernel = make(32, 1, 4, 4)
     _, code = conv_max_pool(pixels, kernel, FIRST, POOL, make(32), relu=True)
     conv_max_pool_jvp(pixels[None], kernel, code, FIRST, POOL, sign=True)
+    conv_max_pool_jvp(make(5, BATCH, 1, 28, 28), kernel, code, FIRST, POOL)
     norm_seed(pixels)
     norm_seed(pixels, 1.5)
     fgsm_step(pixels, pixels, 0.1)
