@@ -47,6 +47,8 @@ class TileRow:
 
 TABLE = (
     # contract: rows are samples times positions, columns output channels, the depth channels times taps
+    TileRow("contract", "one column, tangents", ("gfx942",), HALF, Config(32, 1, 32, warps=2, stages=2),
+        "as below; 128-bit loads of 32×32 halves feed 128 threads, not 256"),
     TileRow("contract", "one column, tangents", FAMILIES, FLOATS, Config(32, 1, 32, warps=4, stages=2),
         "as below; five sums of 32×128 would spill"),
     TileRow("contract", "one column", FAMILIES, FLOATS, Config(32, 1, 128, warps=4, stages=2),
