@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ibp_triton.backends.torch import dense, pointwise, pooling
 from ibp_triton.backends.torch.structural import BatchedMap, Reshape
-from ibp_triton.backends.triton.rules import (
+from ibp_triton.backends.triton.kernel_rules import (
     ABSORBED,
     CHANNELS_FIRST,
     GATED,
