@@ -29,6 +29,11 @@ def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     return max(distance(found.get(name, torch.zeros(())), value, least) for name, value in expected.items())
 
 
+def rounded(p: Tensor, by: float, generator: torch.Generator) -> Tensor:
+    """Every number moved by up to so much of itself, at random: a few last bits tell what rounding does to a step."""
+    return p * (1 + by * (2 * torch.rand(p.shape, generator=generator) - 1).to(p))
+
+
 def kind_of(a: Any) -> Any:
     """Of an argument: a tensor's shape, dtype, device and strides, of anything else what it is."""
     if isinstance(a, Tensor):

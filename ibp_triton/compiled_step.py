@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
-from ibp_triton.alike import apart, in_short, with_latest
+from ibp_triton.alike import apart, in_short, rounded, with_latest
 from ibp_triton.checks import check_labels
 from ibp_triton.compiling import compiled
 from ibp_triton.criteria import CrossEntropy, criterion_for
@@ -144,7 +144,7 @@ class CompiledStep(EagerStep):
         before, noise = Snapshot.of(self.network.model, x), (0.0, 0.0)
         for _ in range(NEAR):
             with torch.no_grad():
-                near = {n: _rounded(p, 4 * torch.finfo(dtype).eps, generator) for n, p in found.parameters.items()}
+                near = {n: rounded(p, 4 * torch.finfo(dtype).eps, generator) for n, p in found.parameters.items()}
                 value, gradients, step = self.method.step(self.network, x, y, tangents, near, extra)
                 outcome = _Outcome(self.method.parts_of(value, step), gradients, _buffers(self.network))
             before.restore()
@@ -204,8 +204,3 @@ class _Compiled:
 
 def _buffers(network: Network) -> Gradients:
     return {name: b.detach().clone() for name, b in network.model.named_buffers()}
-
-
-def _rounded(p: Tensor, by: float, generator: torch.Generator) -> Tensor:
-    """Every number moved by up to so much of itself."""
-    return p * (1 + by * (2 * torch.rand(p.shape, generator=generator) - 1).to(p))

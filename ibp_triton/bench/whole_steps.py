@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import ibp_triton as ibp
+from ibp_triton.alike import rounded
 from ibp_triton.bench.candidates import METHODS, Case, network_of
 from ibp_triton.bench.parity import apart
 from ibp_triton.errors import BenchError
@@ -66,7 +67,7 @@ def _move(model: torch.nn.Module, by: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_((1 + by * (2 * torch.rand(p.shape, generator=generator) - 1)).to(p))
+            p.copy_(rounded(p, by, generator))
 
 
 def off_twin(found: Trainee, expected: Trainee) -> float:

@@ -3,15 +3,13 @@
 # Device code under @triton.jit has no Python types:
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
-from ibp_triton.kernels.plans import Layout, planned
+from ibp_triton.kernels.plans import Layout, Result, planned
 from ibp_triton.kernels.tiles import select
 
 
@@ -73,13 +71,7 @@ def relu(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return out
 
 
-@dataclass(frozen=True)
-class _Gate:
-    out: Layout
-    plan: LaunchPlan
-
-
-def _gate(x: Tensor, mask: Tensor | None) -> _Gate:
+def _gate(x: Tensor, mask: Tensor | None) -> Result:
     tangents = x.shape[0] if mask is not None and x.dim() > mask.dim() else 1
     size = x.numel() // max(tangents, 1)
     one = x[0] if mask is not None and x.dim() > mask.dim() and tangents else x
@@ -97,7 +89,7 @@ def _gate(x: Tensor, mask: Tensor | None) -> _Gate:
         config,
         Cost((x.numel() + (0 if mask is None else size)) * x.element_size(), x.numel() * x.element_size()),
     )
-    return _Gate(Layout.of(x), plan)
+    return Result(Layout.of(x), plan)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.kernels import tiles
+from ibp_triton.kernels.launcher import LaunchPlan
 from ibp_triton.kernels.tiles import Config, Key
 
 LIMIT = 4096  # plans; the oldest goes first
@@ -63,6 +64,21 @@ def channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An empty [T, N, C, H, W] tensor with the channels contiguous, of the dtype and on the device of `like`."""
     tangents, samples, channels, height, width = shape
     return like.new_empty((tangents, samples, height, width, channels)).permute(0, 1, 4, 2, 3)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A launch, and the layout of what it makes."""
+
+    out: Layout
+    plan: LaunchPlan
+
+
+@dataclass(frozen=True)
+class CodedResult(Result):
+    """One that makes a byte a window besides."""
+
+    code: Layout
 
 
 @dataclass(frozen=True)

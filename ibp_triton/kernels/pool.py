@@ -7,8 +7,6 @@ linear sweep and the reverse read that byte and no value, and the ReLU costs the
 # Device code under @triton.jit has no Python types:
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from ibp_triton.kernels.geometry import Geometry
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
-from ibp_triton.kernels.plans import Layout, channels_last, planned
+from ibp_triton.kernels.plans import CodedResult, Layout, Result, channels_last, planned
 from ibp_triton.kernels.tiles import select
 
 DEAD = 255  # the offset of a window whose maximum the ReLU has cut off
@@ -279,18 +277,7 @@ def pool2d_vjp(d: Tensor, code: Tensor | None, geometry: Geometry, *, count_padd
     return out
 
 
-@dataclass(frozen=True)
-class _Pooling:
-    out: Layout
-    plan: LaunchPlan
-
-
-@dataclass(frozen=True)
-class _MaxPooling(_Pooling):
-    code: Layout
-
-
-def _max(geometry: Geometry, relu: bool, channels_first: bool, x: Tensor) -> _MaxPooling:
+def _max(geometry: Geometry, relu: bool, channels_first: bool, x: Tensor) -> CodedResult:
     _check(x, geometry.size)
     if geometry.taps > DEAD:
         raise ValueError(f"a window of {geometry.kernel} has more than {DEAD} pixels: one byte cannot hold the offset")
@@ -308,10 +295,10 @@ def _max(geometry: Geometry, relu: bool, channels_first: bool, x: Tensor) -> _Ma
         config,
         Cost(samples * channels * geometry.inside * x.element_size(), code.numel * (x.element_size() + 1)),
     )  # fmt: skip
-    return _MaxPooling(Layout.of(out), plan, code)
+    return CodedResult(Layout.of(out), plan, code)
 
 
-def _gather(geometry: Geometry, count_padding: bool, channels_first: bool, t: Tensor, code: Tensor | None) -> _Pooling:
+def _gather(geometry: Geometry, count_padding: bool, channels_first: bool, t: Tensor, code: Tensor | None) -> Result:
     _check(t, geometry.size)
     tangents, samples, channels = t.shape[:3]
     out = _image((tangents, samples, channels, *geometry.out), t.dtype, channels_first)
@@ -333,10 +320,10 @@ def _gather(geometry: Geometry, count_padding: bool, channels_first: bool, t: Te
             pointers={} if code is None else {"code": size},
         ),
     )  # fmt: skip
-    return _Pooling(Layout.of(out), plan)
+    return Result(Layout.of(out), plan)
 
 
-def _scatter(geometry: Geometry, count_padding: bool, d: Tensor, code: Tensor | None) -> _Pooling:
+def _scatter(geometry: Geometry, count_padding: bool, d: Tensor, code: Tensor | None) -> Result:
     _check(d, geometry.out)
     tangents, samples, channels = d.shape[:3]
     out = Layout.channels_last((tangents, samples, channels, *geometry.size), d.dtype)
@@ -358,7 +345,7 @@ def _scatter(geometry: Geometry, count_padding: bool, d: Tensor, code: Tensor | 
             pointers={} if code is None else {"code": seen},
         ),
     )  # fmt: skip
-    return _Pooling(out, plan)
+    return Result(out, plan)
 
 
 def _image(shape: tuple[int, ...], dtype: torch.dtype, channels_first: bool) -> Tensor:

@@ -7,8 +7,6 @@ each of the window's positions, without a matrix unit. Neither the convolution's
 # Device code under @triton.jit has no Python types:
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from ibp_triton.kernels.geometry import Geometry, sample_stride
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
-from ibp_triton.kernels.plans import Layout, planned
+from ibp_triton.kernels.plans import CodedResult, Layout, planned
 from ibp_triton.kernels.tiles import select
 
 MOST = 160  # multiplications for an element of the result, which the kernel's code holds one by one
@@ -190,7 +188,7 @@ def conv_max_pool(
     settings = (conv, pool, relu, False, channels_first)
     plan = planned(_plan, settings, x[None], weight, bias, None)
     out, code = plan.out.empty(x)[0], plan.code.empty(x)
-    launch(plan.launch, x, weight, x if bias is None else bias, code, out)
+    launch(plan.plan, x, weight, x if bias is None else bias, code, out)
     return out, code
 
 
@@ -212,21 +210,14 @@ def conv_max_pool_jvp(
     """
     plan = planned(_plan, (conv, pool, False, sign, channels_first), t, weight, None, code)
     out = plan.out.empty(t)
-    launch(plan.launch, t, weight, t, code, out)
+    launch(plan.plan, t, weight, t, code, out)
     return out
-
-
-@dataclass(frozen=True)
-class _Pooled:
-    out: Layout
-    code: Layout
-    launch: LaunchPlan
 
 
 def _plan(
     conv: Geometry, pool: Geometry, relu: bool, sign: bool, channels_first: bool,
     x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor | None,
-) -> _Pooled:  # fmt: skip
+) -> CodedResult:  # fmt: skip
     tangents, samples, channels = x.shape[:3]
     outputs = weight.shape[0]
     _check(x, weight, conv, pool, bias)
@@ -275,7 +266,7 @@ def _plan(
         stored=out.bytes + (picked.bytes if code is None else 0),
         pointers=pointers,
     )
-    return _Pooled(out, picked, LaunchPlan(pooled_conv, (*tiles, tangents), constants, config, cost))
+    return CodedResult(out, LaunchPlan(pooled_conv, (*tiles, tangents), constants, config, cost), picked)
 
 
 def _check(x: Tensor, weight: Tensor, conv: Geometry, pool: Geometry, bias: Tensor | None) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 import ibp_triton as ibp
 from ibp_triton import replicated_step, vmapped
+from ibp_triton.alike import rounded
 from tests.library.comparing import example
 from tests.library.networks import NETWORKS, vgg
 
@@ -126,7 +127,7 @@ def a_last_bit_away(model, seed):
     near, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in near.parameters():
-            p.mul_(1 + torch.finfo(p.dtype).eps * (2 * torch.rand(p.shape, generator=generator) - 1))
+            p.copy_(rounded(p, torch.finfo(p.dtype).eps, generator))
     return near
 
 
