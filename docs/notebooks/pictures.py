@@ -80,14 +80,14 @@ show([[(x_test[n] + s * tangents[4, n]).clamp(0, 1) for s in steps] for n in ran
 
 
 # %%
-def trained(method, epochs=4):
+def trained(method, epochs=6):
     """A small convolutional network after some epochs of SGD."""
     torch.manual_seed(1)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 5, stride=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
     )  # fmt: skip
-    step = ibp.EagerStep(model, method, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    step = ibp.EagerStep(model, method, torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9))
     for _ in range(epochs):
         for part in torch.randperm(len(x_train)).split(50):
             step(x_train[part], y_train[part])
@@ -131,7 +131,8 @@ show(
 
 # %% [markdown]
 # Above each column: the class that bp / loss_ibp sees in the lowest picture. How often that happens, on all test images,
-# each network under its own attack:
+# each network under its own attack. At ε = 0.1 five pairs of networks from other initial weights lay 13 to 30 points apart,
+# always this way round; at a learning rate of 0.05 and four to eight epochs two pairs of eleven did not.
 
 # %%
 found = ibp.robustness(
