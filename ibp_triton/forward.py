@@ -114,9 +114,10 @@ class Recordings:
                 seen = recorder.input(x.clone() if settings.own_input else x)
                 with recorder:
                     logits = self.interface.pick(self.interface.call(settings.model, seen, extra))
+                output = recorder.output(logits)
         except (RuntimeError, ValueError) as error:
             raise_explained(error, settings.model, settings.dtype)
-        return recorder, recorder.graph(recorder.output(logits))
+        return recorder, recorder.graph(output)
 
 
 def raise_explained(error: Exception, model: nn.Module, dtype: torch.dtype | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""A model's parameters and buffers, as torch's generators give them, at half the price: every step asks."""
+"""A model's modules, parameters and buffers, as torch's generators give them, at half the price: every step asks."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 yield module, name, buffer
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Each once, in the order of ``modules``."""
+    return (module for _, module in _modules(model))
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

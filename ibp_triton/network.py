@@ -15,6 +15,7 @@ from ibp_triton import ledger
 from ibp_triton.backends import Backend, backend_for
 from ibp_triton.backends.torch.generic import Generic
 from ibp_triton.backends.torch.sync_batch_norm import Synchronised
+from ibp_triton.backends.torch.unseen import Hooked
 from ibp_triton.errors import InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace, raise_explained
 from ibp_triton.graph import Graph
@@ -197,11 +198,17 @@ class Network:
         """Whether sweeps were no cheaper for exact penalties than autograd's second derivatives, in the last recording.
 
         So it is where most parameters lie in layers taken whole, and with attention, of which sweeps keep more besides.
+        Not with full backward hooks, which sweeps call once a pass.
         """
         graph = self.graph() if self.bends else None
         if graph is None or graph is not self._whole[0]:
-            self._whole = graph, graph is not None and (graph.heavy or self._mostly_whole(graph))
+            self._whole = graph, graph is not None and self._sweeps_save_nothing(graph)
         return self._whole[1]
+
+    def _sweeps_save_nothing(self, graph: Graph) -> bool:
+        if any(node.rule is Hooked for node in graph.nodes):
+            return False
+        return graph.heavy or self._mostly_whole(graph)
 
     def _mostly_whole(self, graph: Graph) -> bool:
         sizes = {name: p.numel() for name, p in self.parameters().items()}

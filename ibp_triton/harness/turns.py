@@ -98,9 +98,9 @@ class _Steps:
 
     def __init__(self, turn: Turn, team: Team) -> None:
         group = team.group
-        network = ibp.Network(turn.model, dtype=turn.dtype, process_group=group, sync_batchnorm=group is not None)
+        self._network = ibp.Network(turn.model, dtype=turn.dtype, process_group=group, sync_batchnorm=group is not None)
         self._whole, self._rest = (
-            kind(network, turn.method, turn.optimizer, reduce=turn.reduce)
+            kind(self._network, turn.method, turn.optimizer, reduce=turn.reduce)
             for kind in (_kind(turn, team), ibp.EagerStep)
         )
         self._size = turn.batch.size
@@ -110,7 +110,10 @@ class _Steps:
         if turn.seed is not None:
             torch.manual_seed(turn.seed)
             self._whole.method = self._rest.method = turn.method
-            if isinstance(self._whole, ibp.CompiledStep):  # before the first batch: a resumed run has the same bits
+            # before the first batch, so that a resumed run goes the same ways as one that was never stopped
+            if turn.method.program.steep:
+                self._network.classes(batch.x)  # which records the model
+            if isinstance(self._whole, ibp.CompiledStep):
                 self._whole.prepare(batch.x, batch.labels, batch.tangents)
             return None
         watch = Watch(turn.run.training.device)

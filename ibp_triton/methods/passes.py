@@ -221,7 +221,7 @@ class Step:
 
     def forward(self, x: Tensor | None = None) -> Pass:
         """At x, by default the batch's; later passes see the first one's random numbers, and buffers move only once."""
-        steep = self.program.steep and (self.network.graph() is None or self.network.bends_by_autograd())
+        steep = self.program.steep and self.network.bends_by_autograd()
         if self._passes == 0 and (self.program.passes > 1 or steep or self.network.reentrant is None):
             self._start = Snapshot.of(self.network.model, self.x)
         first, self._passes = self._passes == 0, self._passes + 1
@@ -239,9 +239,6 @@ class Step:
             found = self._on_tape(x, number, curved=not plain)
         else:
             found = self._recorded(x, number)
-            if steep and self._start is not None and self.network.bends_by_autograd():  # as is known now
-                with self._start.again(x):
-                    found = self._on_tape(x, number, curved=True)
         self.first = self.first or found
         return found
 

@@ -1,4 +1,4 @@
-"""Random numbers and buffers, which a forward pass moves besides its result: to run it as if for the first time."""
+"""What a forward pass moves besides its result, random numbers, buffers, counters: to run it as for the first time."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ibp_triton.members import buffers_of
+from ibp_triton.members import buffers_of, modules_of
 from ibp_triton.randomness import RandomState
+
+_VALUES = (int, float, str, type(None), tuple, Tensor)  # of attributes that a model may count or remember in
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The generators' states and a model's buffers, objects and numbers, at one moment."""
+    """The generators' states, a model's buffers, objects and numbers, and its modules' attributes, at one moment."""
 
     random: RandomState
     buffers: list[tuple[nn.Module, str, Tensor, Tensor]]  # module, name, object, numbers
+    attributes: list[tuple[nn.Module, type[nn.Module], dict[str, object]]]  # the class: a lazy module changes its own
 
     @classmethod
     def of(cls, model: nn.Module, x: Tensor) -> Snapshot:
         """Now."""
         found = [(*place, place[2].detach().clone()) for place in buffers_of(model)]
-        return cls(RandomState.now([x]), found)
+        return cls(RandomState.now([x]), found, [(m, type(m), vars(m).copy()) for m in modules_of(model)])
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Put everything back; of the attributes those that have a new value, not what was written into one."""
         self.random.restore()
+        for module, kind, before in self.attributes:
+            if type(module) is kind:
+                _put_back(vars(module), before)
         with torch.no_grad():
             for module, name, buffer, numbers in self.buffers:
                 module._buffers[name] = buffer
@@ -51,3 +57,10 @@ class Snapshot:
             random.restore()
             for module, name, buffer in now:
                 module._buffers[name] = buffer
+
+
+def _put_back(now: dict[str, object], before: dict[str, object]) -> None:
+    for name in now.keys() - before.keys():
+        if isinstance(now[name], _VALUES):
+            del now[name]
+    now |= {name: a for name, a in before.items() if isinstance(a, _VALUES)}

@@ -148,18 +148,34 @@ def test_whatever_is_damaged_the_run_ends_with_the_same_bits(
     assert [word in text for text in said] == [True] if word else said == []
 
 
-def test_tied_weights_are_trained_stored_and_resumed(
-    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tied(shape: tuple[int, ...], classes: int) -> nn.Module:
-        model = nn.Sequential(nn.Flatten(), nn.Linear(256, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-        model[4].weight = model[2].weight
-        return model
+def tied(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Two layers with one weight."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[4].weight = model[2].weight
+    return model
 
-    module = ModuleType("tied_model")
-    module.build = tied  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "tied_model", module)
-    run = first_run(write({**tree, "network": {"import": "tied_model:build"}}))
+
+class Rows(nn.Module):
+    """An LSTM along the rows: of its exact penalties every step but the first is autograd's."""
+
+    def __init__(self, shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(shape[-1], 8, batch_first=True), nn.Linear(8, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.cells(x.flatten(1, 2))[0][:, -1])
+        return found
+
+
+@pytest.mark.parametrize("build", [tied, Rows])
+def test_other_peoples_models_are_trained_stored_and_resumed(
+    tree: Tree, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Any
+) -> None:
+    module = ModuleType("other_model")
+    module.build = build  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "other_model", module)
+    methods = {"loss_ibp": {"beta": 0.1, "semantics": "exact"}}
+    run = first_run(write({**tree, "network": {"import": "other_model:build"}, "methods": methods}))
     train.train(run, tmp_path / "whole", silent)
     stopped(run, tmp_path / "run", after=1)
     train.train(run, tmp_path / "run", silent)
