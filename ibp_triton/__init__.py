@@ -9,7 +9,7 @@ from ibp_triton.attacks import fgsm, gaussian_noise, pgd, random_signs
 from ibp_triton.captured_step import CapturedStep
 from ibp_triton.compiled_step import CompiledStep
 from ibp_triton.errors import IBPError
-from ibp_triton.evaluation import Robustness, robustness
+from ibp_triton.evaluation import robustness
 from ibp_triton.methods import (
     BP,
     METHODS,
@@ -26,6 +26,7 @@ from ibp_triton.methods import (
     TangentBP,
 )
 from ibp_triton.network import Network
+from ibp_triton.outcomes import Robustness
 from ibp_triton.replicas import ReplicatedNetwork
 from ibp_triton.replicated_step import ReplicatedStep
 from ibp_triton.step import EagerStep

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ibp_triton.bench.suite import Suite
-from ibp_triton.evaluation import csv_cell
+from ibp_triton.outcomes import csv_cell
 
 Cells = list[dict[str, Any]]  # the JSON of each cell
 COLUMNS = (

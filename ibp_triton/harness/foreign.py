@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ibp_triton.attacks import from_torchattacks
 from ibp_triton.errors import ConfigError
-from ibp_triton.evaluation import Robustness, Sizes, robustness
+from ibp_triton.evaluation import Sizes, robustness
 from ibp_triton.harness import data, models, plugins
 from ibp_triton.harness.config import Data, data_sources
 from ibp_triton.harness.sources import SOURCES
+from ibp_triton.outcomes import Robustness
 
 OTHERS = "torchattacks."  # what attacks of that package begin with
 NESTED = ("state_dict", "model_state_dict", "model")  # where training loops keep the weights in a checkpoint

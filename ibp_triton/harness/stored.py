@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ibp_triton.errors import ConfigError
-from ibp_triton.evaluation import Robustness
 from ibp_triton.harness import evaluate as measure
 from ibp_triton.harness import foreign, grid, kept, loading, mirror, provenance, store, trials
 from ibp_triton.harness.board import Log
@@ -24,6 +23,7 @@ from ibp_triton.harness.grid import Run
 from ibp_triton.harness.launch import Job, check_changes, check_device
 from ibp_triton.harness.loading import ExperimentFile
 from ibp_triton.harness.progress import curve_table
+from ibp_triton.outcomes import Robustness
 
 PLAN = "experiment.yaml"
 QUIET = Annotated[bool, typer.Option("--quiet", "-q", help="print nothing but errors")]

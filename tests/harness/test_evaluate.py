@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 import ibp_triton as ibp
 from ibp_triton.errors import DamageError
-from ibp_triton.evaluation import mcnemar
 from ibp_triton.harness import data, evaluate, grid, loading, models, stats, store
 from ibp_triton.harness.config import Evaluate, Span
 from ibp_triton.harness.train import train
+from ibp_triton.outcomes import mcnemar
 
 Tree = dict[str, Any]
 Write = Callable[[Tree], Path]

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ibp_triton.evaluation import mcnemar
 from ibp_triton.harness import stats
 from ibp_triton.harness.evaluate import CLEAN, CURVES
 from ibp_triton.harness.report.gather import Findings, in_order
 from ibp_triton.harness.report.paper import BETAS, IMPROVEMENTS, TABLES, Published
 from ibp_triton.harness.report.tables import Table
 from ibp_triton.harness.summary import ResultRow, error_text
+from ibp_triton.outcomes import mcnemar
 
 HOLDS, FAILS, OPEN, ABSENT = "holds", "fails", "open", "no runs yet"
 NAMES = {

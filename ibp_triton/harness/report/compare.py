@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ibp_triton.evaluation import Mcnemar, mcnemar
 from ibp_triton.harness import stats
 from ibp_triton.harness.evaluate import CLEAN
 from ibp_triton.harness.report.gather import Findings, title
 from ibp_triton.harness.report.tables import Table
 from ibp_triton.harness.summary import ResultRow, columns, error_text, headings
+from ibp_triton.outcomes import Mcnemar, mcnemar
 
 NOTE = (
     "+ examples that only the second experiment gets right, − that only the first does, on the seeds that both have; "

@@ -6,9 +6,9 @@ import csv
 import io
 from typing import Any
 
-from ibp_triton.evaluation import csv_cell
 from ibp_triton.harness.report.gather import Findings
 from ibp_triton.harness.rows import kinds
+from ibp_triton.outcomes import csv_cell
 
 
 def curves_csv(findings: Findings) -> str:

@@ -14,13 +14,13 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ibp_triton.evaluation import Mcnemar, mcnemar
 from ibp_triton.harness import evaluate, grid, kept, provenance, stats, store, summary, trials
 from ibp_triton.harness.config import Experiment, Seeds
 from ibp_triton.harness.grid import Run
 from ibp_triton.harness.loading import ExperimentFile
 from ibp_triton.harness.report.paper import TABLES, Published
 from ibp_triton.harness.summary import ResultRow
+from ibp_triton.outcomes import Mcnemar, mcnemar
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ibp_triton.evaluation import csv_cell, latex_cell
 from ibp_triton.harness import provenance, stats, store
 from ibp_triton.harness.evaluate import CLEAN, CURVES
 from ibp_triton.harness.grid import shown
 from ibp_triton.harness.report.gather import Findings, in_order, title
 from ibp_triton.harness.summary import ResultRow, error_text, headings
+from ibp_triton.outcomes import csv_cell, latex_cell
 
 PAIRS_NOTE = (
     "Test examples gained less those lost by the method of the line against that of the column, the seeds of both "
