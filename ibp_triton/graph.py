@@ -41,6 +41,7 @@ class Node:
     slots: list[int] = field(default_factory=list)
     call: Any = None
     proven: bool = False  # torch's second derivative of this function has been checked
+    pushes: bool | None = None  # whether torch's forward mode of it is right, None before it has been checked
     observed: bool = False  # the model reads its numbers otherwise than through its consumers
     fused: set[str] = field(default_factory=set)  # what a backend's lowering makes this node do besides, or leave out
     settings: dict[str, Any] = field(default_factory=dict)  # and with which numbers

@@ -25,6 +25,10 @@ Names = Collection[str]
 HALF = (torch.bfloat16, torch.float16)
 
 
+class Uncovered(Exception):  # noqa: N818 - a signal, not an error
+    """What a rule's ``forward`` raises for a call that shows by its numbers' shape that it is none of the rule's."""
+
+
 class Pieces(dict[int, Any]):
     """The derivative or tangent of a tuple: {position: derivative}, zero where absent."""
 
@@ -312,6 +316,18 @@ def lift(t: Tensor, value: Tensor, rank: int) -> Tensor:
     if t.dim() == value.dim() or value.dim() == rank:
         return t
     return t.reshape(t.shape[0], *([1] * (rank - value.dim())), *value.shape)
+
+
+def from_end(axis: int, value: Tensor) -> int:
+    """An axis of a value counted from the end, as it is found in tangents too; a single number has none."""
+    if value.dim() == 0:
+        raise Uncovered
+    return axis if axis < 0 else axis - value.dim()
+
+
+def broadcast(t: Tensor, output: Tensor) -> Tensor:
+    """The tangent of an output, from one of an operand that may have been broadcast to it in front."""
+    return t.expand((*t.shape[: max(0, t.dim() - output.dim())], *output.shape))
 
 
 def sum_to(d: Tensor, value: Tensor, rank: int) -> Tensor:

@@ -98,7 +98,7 @@ class Network:
         self._classes: int | None = None
         self.bends = True  # as far as is known torch has second derivatives of all that the model calls
         self._whole: tuple[Graph | None, bool] = None, False
-        self.reentrant: bool | None = None  # whether autograd refuses the model's checkpoints; None before a first step
+        self.reentrant: bool | None = None  # whether autograd refuses the model's checkpoints; None before it tried
         self.number = number_of(self)
 
     def graph(self) -> Graph | None:

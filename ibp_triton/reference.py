@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from ibp_triton import adjoint
 from ibp_triton.attacks import fgsm_step, tracked
 from ibp_triton.errors import ModelError
 from ibp_triton.recording import calls
@@ -46,7 +47,8 @@ def gradients(
 
     Raises:
         KeyError: for an unknown ``method.key``.
-        ModelError: for a method with a tangent on a model with a scripted module.
+        ModelError: for a method with a tangent on a model with a scripted module, or with another function of which
+            torch's forward mode is not the adjoint of its reverse mode, such as one of torch.library.custom_op.
     """
     run = ORACLES[method.key]
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
@@ -60,6 +62,8 @@ def gradients(
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         numbers = _own_numbers(model, method, x, interface or Interface(), dict(extra or {}))
         function = _pure(model, interface or Interface(), dict(extra or {}))
+        if run in (_seeded, _prediction, _jacobian):
+            _refuse_false_duals(function, parameters, x)
         target = _Target(method, labels, x)
         value, result = run(function, parameters, method, x, target, tangents if numbers is None else numbers)
     n = x.shape[0]
@@ -82,6 +86,21 @@ def _own_numbers(model: nn.Module, method: Any, x: Tensor, interface: Interface,
     v = torch.randn(method.projections, x.shape[0], classes, dtype=x.dtype)
     unit: Tensor = v / v.norm(dim=2, keepdim=True)
     return unit
+
+
+def _refuse_false_duals(function: Function, parameters: Gradients, x: Tensor) -> None:
+    t, leaf = adjoint.some(x), x.clone().requires_grad_()
+    logits = function(parameters, leaf)
+    if not logits.requires_grad:
+        return
+    u = adjoint.some(logits)
+    (pulled,) = torch.autograd.grad(logits, leaf, u, allow_unused=True, materialize_grads=True)
+    pushed = torch.func.jvp(lambda v: function(parameters, v), (x,), (t,))[1]
+    if not adjoint.agrees([u], [pushed], [t], [pulled]):
+        raise ModelError(
+            "the reference cannot judge this method on this model: of a function in it torch's forward mode, which the "
+            "reference goes by, is not the adjoint of its reverse mode (of torch.library.custom_op it is zero)"
+        )
 
 
 class _Called:

@@ -21,6 +21,7 @@ from ibp_triton.objective import objective
 from ibp_triton.operator import loss_operator, number_of
 from ibp_triton.recording.interface import check_extra
 from ibp_triton.sweeps import weight_gradients
+from ibp_triton.tape import Tape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -196,7 +197,7 @@ class Method:
             found = sums.finish(weight_gradients(terms, step.divisor, sums.take))
             value = step.network.world.sum(value)
         step.used.update(found)
-        if terms:
+        if any(isinstance(term.trace, Tape) for term in terms):
             step.network.reentrant = bool(step.network.reentrant)
         return value, found
 

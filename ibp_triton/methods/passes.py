@@ -222,7 +222,7 @@ class Step:
     def forward(self, x: Tensor | None = None) -> Pass:
         """At x, by default the batch's; later passes see the first one's random numbers, and buffers move only once."""
         steep = self.program.steep and self.network.bends_by_autograd()
-        if self._passes == 0 and (self.program.passes > 1 or steep or self.network.reentrant is None):
+        if self._passes == 0 and (self.program.passes > 1 or steep or not self.sure):
             self._start = Snapshot.of(self.network.model, self.x)
         first, self._passes = self._passes == 0, self._passes + 1
         x = self.x if x is None else x
@@ -244,8 +244,8 @@ class Step:
 
     @property
     def sure(self) -> bool:
-        """Whether this step will not be taken back half-way."""
-        return self.network.reentrant is not None
+        """Whether this step will not be taken back half-way because of a checkpoint."""
+        return self.network.reentrant is not None or not self.program.plain
 
     def again(self) -> Step:
         """The same step before anything of it ran."""

@@ -11,7 +11,7 @@ from torch import Tensor
 class Call:
     """Its arguments' values and keys, and the tensors that were among them."""
 
-    __slots__ = ("complex", "constants", "keys", "named", "named_keys", "operands", "sources", "values")
+    __slots__ = ("constants", "generic", "keys", "named", "named_keys", "operands", "sources", "values")
 
     def __init__(self) -> None:
         self.values: list[Any] = []
@@ -21,7 +21,7 @@ class Call:
         self.operands: list[int] = []
         self.constants: list[Tensor] = []  # those without nodes
         self.sources: list[tuple[Tensor, Tensor]] = []  # what the layer gets for the model's tensor
-        self.complex = False
+        self.generic = False  # whether no rule of its own may take it, as of complex numbers
 
     def without(self, flag: int | None) -> Call:
         """The same without the arguments that ask for work in place."""

@@ -29,7 +29,7 @@ from ibp_triton.backends.torch.written import Written, geometry, seen
 from ibp_triton.checks import refuse_mixed
 from ibp_triton.errors import ModelError
 from ibp_triton.graph import Constant, Graph, Node, Ref
-from ibp_triton.layer import Layer
+from ibp_triton.layer import Layer, Uncovered
 from ibp_triton.recording import calls
 from ibp_triton.recording.arguments import bind, bind_named, rebuilt, unbind
 from ibp_triton.recording.call import Call
@@ -188,12 +188,12 @@ class Recorder(TorchFunctionMode):
             index: int | None = self._parameter(name)
         elif (index := self.memory.node(a)) is None and (index := self._index(a)) is None:
             call.constants.append(a)
-            call.complex = call.complex or a.is_complex()
+            call.generic = call.generic or a.is_complex()
             return (self._cast(a) if self._casting and id(a) in self._buffers else a), _CONSTANT
         assert index is not None
         call.operands.append(index)
         if self._complex:
-            call.complex = call.complex or index in self._complex
+            call.generic = call.generic or index in self._complex
         value = a.detach() if name is None else self.values[index]
         call.sources.append((value, a))
         return value, _REFS[index] if index < len(_REFS) else Ref(index)
@@ -264,16 +264,20 @@ class Recorder(TorchFunctionMode):
 
     def _evaluate(self, func: Any, call: Call) -> tuple[Any, int | None]:
         """The call by its rule: what the model gets, and its node (None for a constant or an argument given back)."""
-        following, key = self.following, (func, call.keys, call.named_keys, call.complex)
+        following, key = self.following, (func, call.keys, call.named_keys, call.generic)
         node = self._followed(key) or self._made(func, key, call)
         layer = node.rule(node)  # type: ignore[misc]
         for a in call.constants:
             self.memory.meet(a)
         torch._C._set_grad_enabled(False)
         try:
-            out = layer.forward(*call.values, **call.named)
-            if isinstance(out, Tensor) and out.is_complex() and not call.complex:  # a rule of real numbers
-                call.complex = True
+            try:
+                out = layer.forward(*call.values, **call.named)
+                covered = call.generic or not isinstance(out, Tensor) or not out.is_complex()  # rules are of real ones
+            except Uncovered:
+                covered = False
+            if not covered:
+                call.generic = True
                 node = self._made(func, key, call)
                 layer = Generic(node)
                 out = layer.forward(*call.values, **call.named)
@@ -298,7 +302,7 @@ class Recorder(TorchFunctionMode):
         """A new node: its rule, and the names of its operands."""
         args, kwargs = tuple(map(unbind, call.keys)), {name: unbind(key) for name, key in call.named_keys}
         node = Node(len(self.nodes), self._running.path(), self._kind(call.operands), func, args, kwargs, call=key)
-        choose(node, self.nodes, generic=call.complex)
+        choose(node, self.nodes, generic=call.generic)
         return node
 
     def _kind(self, operands: Any) -> str:

@@ -147,6 +147,23 @@ def numbers_without_axes(m, x):
     return x * c + torch.where(b > 0, a, b) + torch.stack([a, b]).clamp(max=b).sum()
 
 
+def axes_of_a_number(m, x):
+    a, at = x.mean(), torch.tensor(0)
+    sums = a.mean(0) + a.sum(-1) + a.logsumexp(0) + a.amax() + a.softmax(0) * a.log_softmax(0) + a.cumsum(0)
+    return x * sums + F.prelu(a, m.gain[:1]) + a.gather(0, at) + a.index_select(0, at[None]) + a.index_add(0, at, a)
+
+
+def more_axes_in_front(m, x):
+    """The rank grows by broadcasting: such tangents look as if they had an axis of their own."""
+    table = torch.stack([m.matrix[:4], m.matrix[2:]])[:, None]
+    y = x + table - torch.lerp(x, table, 0.3) + torch.addcmul(x, table, table) + torch.where(table > 0, x, table)
+    return y.sum(0) + (table - x).sigmoid().mean(0)
+
+
+def margins_of_samples(m, x):
+    return F.pad(x.tanh(), (1, 0, 0, 0, 2, 1))[1:4, :, :6] + x.std(dim=2, keepdim=True, correction=None)
+
+
 def copied(m, x):
     out = torch.empty_like(x)
     out.copy_(x)
@@ -362,6 +379,9 @@ FUNCTIONS = {
     "bilinear": lambda m, x: F.bilinear(x, x, m.matrix.expand(6, 6, 6)),
     "differences with ends": differences_with_ends,
     "numbers without axes": numbers_without_axes,
+    "axes of a number": axes_of_a_number,
+    "more axes in front": more_axes_in_front,
+    "margins of samples": margins_of_samples,
 }
 TABLE = {
     **{f.__name__: f for f in (*WRITES, *COMPLEX)},
@@ -375,6 +395,73 @@ TABLE = {
 def test_code_of_many_kinds(name):
     torch.manual_seed(0)
     check(Body(TABLE[name]))
+
+
+@torch.library.custom_op("ibp_triton_tests::cube", mutates_args=())
+def cube(x: torch.Tensor) -> torch.Tensor:
+    """x³, of which torch knows the backward alone: forward mode finds zero."""
+    return x**3
+
+
+def _kept(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+torch.library.register_autograd(
+    "ibp_triton_tests::cube", lambda ctx, d: 3 * ctx.saved_tensors[0].square() * d, setup_context=_kept
+)
+
+
+def products(x):
+    index = torch.tensor([0, 1, 0, 1, 2, 0]).expand(3, 4, 6)
+    return torch.ones(3, 4, 3, dtype=x.dtype).scatter_reduce(2, index, x, "prod")
+
+
+def triangle(x):
+    """Of the upper triangle alone: reverse mode shares the derivative with the lower one, forward mode does not."""
+    return torch.linalg.cholesky(x.mT @ x + 9 * torch.eye(6, dtype=x.dtype) + x[:, :1], upper=True)
+
+
+FALSE_DUALS = {  # functions of which torch's forward mode is wrong, or not reverse mode's adjoint; the same otherwise
+    "an operator of one's own": (lambda m, x: cube(x), lambda m, x: x**3),
+    "products by index": (
+        lambda m, x: products(x).repeat(1, 1, 2),
+        lambda m, x: torch.stack([x[..., i].prod(2) for i in ([0, 2, 5], [1, 3], [4])], 2).repeat(1, 1, 2),
+    ),
+    "a triangle": (lambda m, x: triangle(x)[:, :4], None),
+}
+
+
+@pytest.mark.parametrize("name", FALSE_DUALS)
+def test_where_forward_mode_is_wrong_reverse_mode_is_taken_twice(name):
+    torch.manual_seed(0)
+    code, same = FALSE_DUALS[name]
+    model, (x, labels, tau) = Body(code).double(), batch()
+    network, other = ibp.Network(model), Body(same or code).double()
+    other.load_state_dict(model.state_dict())
+    for method in METHODS:
+        tangents = tau if method.needs_tangents else None
+        for _ in range(2):
+            found = ours(method, network, x, labels, tangents)[1]
+            if method is EXACT:
+                assert error(found, double_backprop(model, x, labels, method.beta)) < 1e-10
+            if same is not None:
+                assert error(found, ours(method, ibp.Network(other), x, labels, tangents)[1]) < 1e-10
+    with pytest.raises(ModelError, match="not the adjoint of its reverse mode"):
+        oracle(EXACT, model, x, labels)
+
+
+def test_where_forward_mode_is_wrong_under_vmap():
+    torch.manual_seed(0)
+    model, (x, labels, tau) = Body(lambda m, x: triangle(x)[:, :4]).double(), batch()
+    for method in (EXACT, ibp.LossIBP(0.3), ibp.TangentBP(0.3)):
+        network, tangents = ibp.Network(model), tau if method.needs_tangents else None
+        found = torch.func.vmap(lambda x, f=method, n=network, t=tangents: f.gradients(n, x, labels, t)[1])(
+            torch.stack([x, 2 * x])
+        )
+        for r, one in enumerate((x, 2 * x)):
+            expected = ours(method, ibp.Network(model), one, labels, tangents)[1]
+            assert error({name: g[r] for name, g in found.items()}, expected) < 1e-10
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
@@ -870,5 +957,5 @@ def test_unseen_code_is_checked_at_every_step(monkeypatch):
     network = ibp.Network(Body(lambda m, x: Turning.apply(x)).double())
     ibp.LossIBP(0.1).gradients(network, x, labels)
     monkeypatch.setattr(Turning, "later", True)
-    with pytest.raises(RuntimeError, match="no right derivative"):
+    with pytest.raises(RuntimeError, match="no right second derivative"):
         ibp.LossIBP(0.1).gradients(network, x, labels)

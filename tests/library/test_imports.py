@@ -169,5 +169,5 @@ def test_modules_can_be_put_in_an_order_in_which_each_imports_only_earlier_ones(
 
 def test_the_oracle_knows_nothing_of_the_sweeps():
     own = {name for name in imports(MODULES["ibp_triton.reference"]) if name.startswith("ibp_triton")}
-    shared = ("attacks", "errors", "recording.calls", "recording.interface")
+    shared = ("adjoint", "attacks", "errors", "recording.calls", "recording.interface")
     assert own <= {"ibp_triton", *(f"ibp_triton.{name}" for name in shared)}

@@ -325,7 +325,7 @@ class PReLU(Layer):
     def forward(self, input: Tensor, weight: Tensor) -> Tensor:
         """The same shape."""
         self.input, self.weight = input, weight
-        self.slopes = weight.reshape(-1, *[1] * (input.dim() - 2))
+        self.slopes = weight.reshape([-1][: input.dim()] + [1] * (input.dim() - 2))
         return F.prelu(input, weight)
 
     @cached_property

@@ -19,6 +19,7 @@ from ibp_triton.layer import (
     Names,
     Tangents,
     each,
+    from_end,
     matched,
     plus_product,
     product,
@@ -44,8 +45,7 @@ class Softmax(Layer):
 
     def forward(self, input: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
         """The same shape, in ``dtype``."""
-        self.rank, self.dtype = input.dim(), input.dtype
-        self.axis = dim if dim < 0 else dim - self.rank
+        self.rank, self.dtype, self.axis = input.dim(), input.dtype, from_end(dim, input)
         self.output = torch.softmax(input, dim, dtype=dtype)
         return self.output
 
@@ -90,8 +90,7 @@ class LogSoftmax(Softmax):
 
     def forward(self, input: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
         """The same shape, in ``dtype``."""
-        self.rank, self.dtype = input.dim(), input.dtype
-        self.axis = dim if dim < 0 else dim - self.rank
+        self.rank, self.dtype, self.axis = input.dim(), input.dtype, from_end(dim, input)
         self.output = torch.log_softmax(input, dim, dtype=dtype)
         return self.output
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.graph import Constant
-from ibp_triton.layer import Layer, Names, Tangents, lift, matched, sum_to, wide, without
+from ibp_triton.layer import Layer, Names, Tangents, broadcast, lift, matched, sum_to, wide, without
 
 
 class Binary(Layer):
@@ -215,4 +215,4 @@ class Where(Binary):
         t = self._lift(t)
         zero = next(iter(t.values())).new_zeros(())
         pushed = torch.where(self.condition, t.get("input", zero), t.get("other", zero))
-        return pushed.expand((*pushed.shape[: pushed.dim() - self.output.dim()], *self.output.shape))
+        return broadcast(pushed, self.output)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ibp_triton.layer import Layer, Names, Tangents, lift, matched, sum_to, wide, without
+from ibp_triton.layer import Layer, Names, Tangents, broadcast, from_end, lift, matched, sum_to, wide, without
 
 
 class Blend(Layer):
@@ -41,7 +41,7 @@ class Blend(Layer):
         """Σ t ∂y/∂side."""
         parts = [part * self.slope(name) for name, part in self._lift(t).items()]
         total: Tensor = sum(parts[1:], parts[0])
-        return total.expand((*total.shape[: total.dim() - self.output.dim()], *self.output.shape))
+        return broadcast(total, self.output)
 
     def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
         """As for an active side, in float32 for half precision."""
@@ -126,7 +126,7 @@ class AddAt(Layer):
 
     def _keep(self, input: Tensor, dim: int, index: Tensor, source: Tensor, output: Tensor) -> Tensor:
         self.shape, self.more = input.shape, source.shape
-        self.axis, self.index = dim if dim < 0 else dim - output.dim(), index
+        self.axis, self.index = from_end(dim, output), index
         return output
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:

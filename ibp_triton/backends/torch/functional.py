@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from ibp_triton.backends.torch.outputs import complete, parts, plain
 from ibp_triton.layer import Names, Tangents
@@ -37,6 +38,13 @@ class Functional:
         function, values = self._of(names)
         return torch.func.jvp(function, tuple(values), tuple(tangents))[1]
 
+    def jvp_by_reverse(self, names: Names, tangents: Sequence[Tensor]) -> Any:
+        """J t as the derivative of Jᵀu by u, which that is linear in."""
+        function, values = self._of(names)
+        zeros = tree_map(torch.zeros_like, function(*values))
+        with torch.enable_grad():
+            return torch.func.vjp(lambda u: torch.func.vjp(function, *values)[1](u), zeros)[1](tuple(tangents))[0]
+
     def vjp(self, d: Any, wanted: Names, batched: bool) -> dict[str, Tensor]:
         """Jᵀ d; ``batched``: d carries an axis of tangents."""
         names = sorted(wanted)
@@ -48,8 +56,8 @@ class Functional:
 
         return torch.func.vmap(pull, randomness="same")(plain(d)) if batched else pull(d)
 
-    def bend(self, t: Tangents, d: Any, wanted: Names) -> dict[str, Tensor]:
-        """∇_wanted ⟨Jᵀ d, t⟩, summed over tangents: forward over reverse."""
+    def bend(self, t: Tangents, d: Any, wanted: Names, *, forward: bool) -> dict[str, Tensor]:
+        """∇_wanted ⟨Jᵀ d, t⟩, summed over tangents: forward over reverse, or reverse over reverse."""
         along, names = sorted(t), sorted(wanted)
         places = [*along, *(name for name in names if name not in along)]
         function, values = self._of(places)
@@ -66,6 +74,8 @@ class Functional:
 
             still = [torch.zeros_like(value) for value in values[len(along) :]]
             with torch.enable_grad():
+                if not forward:
+                    return self._bent(function, dict(zip(places, values, strict=True)), along, names, tangents, d)
                 return torch.func.jvp(pulled, tuple(values), (*tangents, *still))[1]  # type: ignore[no-any-return]
 
         tangents = tuple(t[name] for name in along)
@@ -73,3 +83,19 @@ class Functional:
             return one(tangents, d)
         per_tangent = torch.func.vmap(one, randomness="same")(tangents, plain(d))
         return {name: value.sum(0) for name, value in per_tangent.items()}
+
+    @staticmethod
+    def _bent(
+        function: Callable[..., Any], values: dict[str, Tensor], along: list[str], names: list[str], t: Any, d: Any
+    ) -> dict[str, Tensor]:
+        def pulled(*inputs: Tensor) -> Any:
+            current = values | dict(zip(names, inputs, strict=True))
+
+            def at(*moved: Tensor) -> Any:
+                return function(*(current | dict(zip(along, moved, strict=True))).values())
+
+            output, back = torch.func.vjp(at, *[current[name] for name in along])  # type: ignore[misc]
+            return back(complete(output, d))
+
+        back = torch.func.vjp(pulled, *[values[name] for name in names])[1]
+        return dict(zip(names, back(tuple(t)), strict=True))

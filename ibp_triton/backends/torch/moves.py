@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ibp_triton.layer import Layer, Names, Tangents, lift, product, sum_to
+from ibp_triton.layer import Layer, Names, Tangents, from_end, lift, product, sum_to
 
 
 class Move(Layer):
@@ -30,8 +30,7 @@ class Move(Layer):
         return self._keep(input, self.node.function(input, *args, **kwargs))
 
     def _axis(self, dim: int) -> int:
-        """The same axis counted from the end."""
-        return dim if dim < 0 else dim - self.rank
+        return from_end(dim, self.input)
 
     def _lead(self, t: Tensor) -> tuple[int, ...]:
         """The axis of tangents of a tangent of the input."""

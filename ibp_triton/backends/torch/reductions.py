@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.backends.torch.moves import Move
-from ibp_triton.layer import Layer, Names, Pieces, Tangents, matched, product, without
+from ibp_triton.layer import Layer, Names, Pieces, Tangents, from_end, matched, product, without
 
 
 class Variance(Layer):
@@ -30,13 +30,13 @@ class Variance(Layer):
         axes = kwargs.get("dim", given.pop(0) if given and not isinstance(given[0], bool) else None)
         unbiased = kwargs.get("unbiased", given.pop(0) if given else True)
         keep = kwargs.get("keepdim", given.pop(0) if given else False)
-        correction = kwargs.get("correction", int(unbiased))
-        return self._reduce(input, axes, keep, correction)
+        correction = kwargs.get("correction")
+        return self._reduce(input, axes, keep, int(unbiased) if correction is None else correction)
 
     def _reduce(self, input: Tensor, axes: Any, keep: bool, correction: float | None) -> Tensor:
         self.input, self.rank, self.kept = input, input.dim(), keep
         axes = [axes] if isinstance(axes, int) else list(axes or range(self.rank))
-        self.axes = sorted(axis if axis < 0 else axis - self.rank for axis in axes)
+        self.axes = sorted(from_end(axis, input) for axis in axes)
         self.count = product([input.shape[axis] for axis in self.axes]) - correction if correction is not None else 1
         square = self._centre(input).square().sum(self.axes, True) / self.count
         self.value = square.sqrt() if self.rooted else square  # with ones in the axes' place
@@ -153,7 +153,7 @@ class Normalize(Layer):
     def forward(self, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: None = None) -> Tensor:
         """The same shape."""
         axes = [dim] if isinstance(dim, int) else list(dim)
-        self.axes = [axis if axis < 0 else axis - input.dim() for axis in axes]
+        self.axes = [from_end(axis, input) for axis in axes]
         norm: Tensor = input.square().sum(self.axes, True).sqrt()
         self.size, self.round = norm.clamp_min(eps), (norm >= eps).to(input.dtype)
         self.output = input / self.size
@@ -247,7 +247,7 @@ class Extreme(Move):
 
     def forward(self, input: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
         """Without the axes, or with ones in their place."""
-        axes = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim()))
+        axes = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim())) or [0]
         self._call(input, axes, keepdim)
         self.axes, self.kept = sorted(self._axis(axis) for axis in axes), keepdim
         equal = (input == self._spread(self.output)).to(input.dtype)
@@ -305,7 +305,7 @@ class LogSumExp(Layer):
         self.output = torch.logsumexp(input, dim, keepdim)
         axes = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim()))
         self.rank, self.kept = input.dim(), keepdim
-        self.axes = sorted(axis if axis < 0 else axis - self.rank for axis in axes)
+        self.axes = sorted(from_end(axis, input) for axis in axes or [0])
         peak = torch.logsumexp(input, self.axes, True)
         self.share = torch.exp(input - peak.masked_fill(peak == -torch.inf, 0))
         return self.output

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.layer import Layer, Names, Tangents, fold, lift, sum_to, unfold
+from ibp_triton.layer import Layer, Names, Tangents, broadcast, fold, lift, sum_to, unfold
 
 
 class Add(Layer):
@@ -34,7 +34,7 @@ class Add(Layer):
         rank = self.output.dim()
         parts = [self._scaled(name, lift(part, self.sides[name], rank)) for name, part in t.items()]
         total = parts[0] if len(parts) == 1 else parts[0] + parts[1]
-        return total.expand((*total.shape[: total.dim() - rank], *self.output.shape))
+        return broadcast(total, self.output)
 
     def _scaled(self, name: str, t: Tensor) -> Tensor:
         return t if self.factors[name] == 1 else t * self.factors[name]
@@ -175,10 +175,17 @@ class Pad(BatchedMap):
         """d without the margin."""
         if not self.pads:
             return super().vjp(d, wanted)
-        return {"input": unfold(F.pad(fold(d, self.output), [-p for p in self.pads]), d, self.output)}
+        return {"input": self._padded(d, self.output, [-p for p in self.pads])}
 
     def jvp(self, t: Tangents) -> Tensor:
         """t with a margin of zeros."""
         if not self.pads:
             return super().jvp(t)
-        return unfold(F.pad(fold(t["input"], self.input), self.pads), t["input"], self.input)
+        return self._padded(t["input"], self.input, self.pads)
+
+    @staticmethod
+    def _padded(t: Tensor, value: Tensor, pads: list[int]) -> Tensor:
+        """As images where that is possible, since these may lie channels last."""
+        if len(pads) == 2 * value.dim():
+            return F.pad(t, pads)
+        return unfold(F.pad(fold(t, value), pads), t, value)
