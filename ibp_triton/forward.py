@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton.backends import Backend
-from ibp_triton.errors import IBPError, InputTypeError
+from ibp_triton.errors import IBPError, InputTypeError, ModelError
 from ibp_triton.graph import Graph, Node
 from ibp_triton.head import Head
 from ibp_triton.layer import Layer
@@ -121,7 +121,11 @@ class Recordings:
 
 
 def raise_explained(error: Exception, model: nn.Module, dtype: torch.dtype | None) -> NoReturn:
-    """Raise torch's complaint about mixed dtypes with the cure, any other error as it is."""
+    """Raise torch's complaint about writes out of sight or mixed dtypes with the cure, any other error as it is."""
+    if "a leaf Variable that requires grad" in str(error):
+        raise ModelError(
+            "a custom autograd.Function marks an activation dirty, which is not followed: give it a copy (x.clone())"
+        ) from error
     dtypes = {str(p.dtype) for p in model.parameters() if p.is_floating_point()}
     if isinstance(error, IBPError) or "dtype" not in str(error) or (dtype is None and len(dtypes) < 2):
         raise error

@@ -48,7 +48,8 @@ def gradients(
     Raises:
         KeyError: for an unknown ``method.key``.
         ModelError: for a method with a tangent on a model with a scripted module, or with another function of which
-            torch's forward mode is not the adjoint of its reverse mode, such as one of torch.library.custom_op.
+            torch's forward mode is not the adjoint of its reverse mode, such as one of torch.library.custom_op; for one
+            with detach_.
     """
     run = ORACLES[method.key]
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
@@ -316,6 +317,8 @@ class _NoGradConstants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (Tensor.detach_, torch.detach_):
+            raise ModelError("the reference cannot judge a model that calls detach_, which forward mode goes through")
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return func(*args, **kwargs).detach()
         if torch.is_grad_enabled() or calls.KINDS.get(func) in (calls.Kind.READ, calls.Kind.NUMBER):

@@ -38,6 +38,19 @@ class Doubling(torch.autograd.Function):
         return g * w, g * x
 
 
+class Dirty(torch.autograd.Function):
+    """In place."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[no-untyped-def]
+        return 2 * g
+
+
 class Custom(Body):
     def forward(self, x: Tensor) -> Tensor:
         return self.two(Doubling.apply(self.one(x), self.one.bias))
@@ -103,5 +116,6 @@ REFUSALS = [
     Refusal(
         "a custom function that takes a parameter, in another dtype", _step(Custom(torch.tanh), dtype=torch.bfloat16)
     ),
+    Refusal("a custom function in place", _step(Body(Dirty.apply))),
     Refusal("a function without a second derivative, but in BP, AT and Fast AT", _step(Body(_distances))),
 ]
