@@ -165,33 +165,34 @@ class Generic(Layer):
 
     def _pushed(self, names: list[str], tangents: Sequence[Tensor]) -> Any:
         """J t by forward mode; under transforms, where that is wrong, by reverse mode twice."""
-        if self.wrapped and self.node.pushes is None:
-            self.node.pushes = self._pushes_alone(names)
-        if self.wrapped and not self.node.pushes:
-            return self._functional.jvp_by_reverse(names, tangents)
+        if self.node.pushes is None:
+            self.node.pushes = self._pushes_alone(names) if self.wrapped else self._pushes(names)
         if self.node.pushes:
             return self._functional.jvp(names, tangents)
-        if self.node.pushes is None:
-            found = self._functional.jvp(names, tangents)
-            outputs = tensors(self.graphed)
-            pushed = [found] if isinstance(found, Tensor) else [*found.values()]
-            pairs = [(y, p) for y, p in zip(outputs, pushed, strict=True) if y.requires_grad]
-            self.node.pushes = not pairs or self._is_adjoint(names, tangents, *map(list, zip(*pairs, strict=True)))
-            if self.node.pushes:
-                return found
+        if self.wrapped:
+            return self._functional.jvp_by_reverse(names, tangents)
         raise NotImplementedError(f"torch has no right forward mode of {self.node.label}")
 
+    def _pushes(self, names: list[str]) -> bool:
+        """Whether forward mode is the adjoint of reverse mode, tried on a tangent that is nowhere zero."""
+        tangents = [adjoint.some(self.inputs[int(name)]) for name in names]
+        found = self._functional.jvp(names, tangents)
+        pushed = [found] if isinstance(found, Tensor) else [*found.values()]
+        pairs = [(y, p) for y, p in zip(tensors(self.graphed), pushed, strict=True) if y.requires_grad]
+        return not pairs or self._is_adjoint(names, tangents, *map(list, zip(*pairs, strict=True)))
+
     def _pushes_alone(self, names: list[str]) -> bool:
-        """Whether forward mode is right, tried outside all transforms on the numbers of one of those that they join."""
+        """The same outside all transforms, on the numbers of one of those that they join."""
         leaves = [_one(leaf) for leaf in self.leaves]
         before = RandomState.now([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         with temporarily_clear_interpreter_stack(), before.again():
             alone = Generic(replace(self.node))
             args, kwargs = tree_unflatten(leaves, self.spec)
             alone.forward(*args, **kwargs)
-            with suppress(NotImplementedError, RuntimeError):
-                alone._pushed(names, [adjoint.some(alone.inputs[int(name)]) for name in names])
-            return bool(alone.node.pushes)
+            try:
+                return alone._pushes(names)
+            except (NotImplementedError, RuntimeError):
+                return False
 
     def _can_meet(self, names: list[str], tangents: Sequence[Tensor]) -> bool:
         """Whether these are tangents of one vector, and a reverse sweep of one vector has passed."""
@@ -241,7 +242,7 @@ class Generic(Layer):
             return
         if not self._is_adjoint(names, tangents, list(outputs.values()), pushed):
             raise RuntimeError(f"torch has no right second derivative of {self.node.label}")
-        self.node.proven = True
+        self.node.proven = any(bool(t.any()) for t in tangents)
 
     def _is_adjoint(self, names: list[str], tangents: Any, outputs: list[Tensor], pushed: list[Tensor]) -> bool:
         """Whether that is J t."""
