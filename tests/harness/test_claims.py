@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from typer.testing import CliRunner
 from ibp_triton.errors import ConfigError
 from ibp_triton.harness import stats
 from ibp_triton.harness.cli import app
+from ibp_triton.harness.report import Findings, experiments_in
 from ibp_triton.harness.report.claims import Claim, claims, judged
 from ibp_triton.harness.report.paper import TABLES
+from ibp_triton.harness.stored import _stored
 
 RESULTS = Path(__file__).parents[2] / "results"
 
@@ -86,6 +89,28 @@ def test_kept_claims_are_what_the_command_writes(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "claims.md").read_text(encoding="utf-8") == text
     summary = text.split("\n\n")[1]
     assert summary in (RESULTS / "README.md").read_text(encoding="utf-8").split("\n## ")[0].replace("\n", " ")
+
+
+def test_a_method_that_the_table_lacks_is_taken_from_its_float32_twin_beside_the_bp_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(RESULTS.parent)
+    with ExitStack() as stack:
+        kept = experiments_in(RESULTS, lambda folder: Findings(*_stored(folder, stack)))
+        whole, part = kept["table1_mnist"], kept["prediction_ibp_mnist"]
+        assert {row.key for row in part.chosen} == {"bp", "prediction_ibp"}
+        alone, few, both = (
+            {claim.text: claim.ours for claim in claims(found)}
+            for found in (
+                {"table1_mnist": whole},
+                {"table1_mnist": part},
+                {"table1_mnist": part, "table1_mnist_fp32": whole},
+            )
+        )
+    for text, ours in both.items():
+        taken = "before" not in text and "lowest" not in text and text.startswith("MNIST") and not few[text]
+        assert ours == (alone if taken else few)[text], text
+    assert sum(not ours for ours in few.values()) > sum(not ours for ours in both.values()) + 10
 
 
 def test_a_folder_without_experiments_is_refused(tmp_path: Path) -> None:
