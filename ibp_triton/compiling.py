@@ -41,6 +41,10 @@ def spared(graph: fx.GraphModule) -> fx.GraphModule:
                 graph.graph.call_function(torch.ops.ibp_triton.add_to.default, node.args)
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif node.target is torch.ops.aten.view.default:
+            node.target = (
+                torch.ops.aten.reshape.default
+            )  # inductor's strides of a map may be other than the recorded ones
         elif node.target is torch.ops.aten.copy_.default and _same(*node.args[:2]):
             node.replace_all_uses_with(node.args[0])  # what `a[rows] += b` ends with, of a slice to itself
             graph.graph.erase_node(node)
