@@ -85,6 +85,9 @@ def _case(arguments: dict[str, Any]) -> str:
         kernel = (arguments["CONV"] if "CONV" in arguments else arguments["GEOMETRY"])[4:6]
         sizes = f"{arguments.get('C', 'taps')}→{arguments['J']}"
         words.append(sizes + (f" {kernel[0]}×{kernel[1]}" if kernel != (1, 1) else ""))
+    if "VIEW" in arguments:
+        groups, channels, pixels = arguments["VIEW"][:3]
+        words.append(f"{groups} × {channels}" + (f" × {pixels}" if pixels > 1 else ""))
     for name, word in (
         ("TRANSPOSED", "reverse"),
         ("SIGN", "sign"),
@@ -92,6 +95,10 @@ def _case(arguments: dict[str, Any]) -> str:
         ("MASK", "mask"),
         ("MEAN", "mean"),
         ("CHOSEN", "at the code"),
+        ("INNER", "reverse"),
+        ("OUTER", "sweep"),
+        ("SUMS", "sums"),
+        ("CROSS", "tangent term"),
     ):
         if arguments.get(name):
             words.append(word)

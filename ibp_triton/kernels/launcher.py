@@ -163,9 +163,8 @@ def _launch_anew(plan: LaunchPlan, changing: tuple[Any, ...], aligned: tuple[boo
 def relaunch(launch: Launch) -> Any:
     """A recorded launch once more, on the tensors that it had; the compiled kernel, None from the interpreter."""
     device = next(value.device for value in launch.arguments.values() if isinstance(value, Tensor))
-    config = launch.config
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return launch.kernel[launch.grid](**launch.arguments, num_warps=config.warps, num_stages=config.stages)
+        return launch.kernel[launch.grid](**launch.arguments, **launch.config.options)
 
 
 def span(tensor: Tensor) -> int:

@@ -31,6 +31,13 @@ class Config:
     warps: int = 4
     stages: int = 3
     group: int = 5  # tangents of one program of a contraction: the five Lie operators share weights and masks
+    registers: int = 0  # of a thread, at most; 0: as many as the compiler likes
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton calls them."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,18 @@ TABLE = (
         "64 parts or more are a small gradient's (the first convolution): few rounds that wait for one another"),
     TileRow("combine", "any", FAMILIES, FLOATS, Config(256, block_k=8, warps=2),
         "small outputs: many programs hide the S loads, eight of which are under way together"),
+    TileRow("norm", "long", NVIDIA, FLOATS, Config(8192, warps=16, registers=128),
+        "a row of 4096 to 8192 numbers, 16 a thread: x̂, γ, a tangent and two sums take 128 registers at most; without "
+        "the limit ptxas is content with 64 in bfloat16, and spills 16 bytes"),
+    TileRow("norm", "long", AMD, FLOATS, Config(8192, warps=16), "as above; 8 numbers a thread of gfx942"),
+    TileRow("norm", "middle", NVIDIA, FLOATS, Config(4096, warps=8, registers=128),
+        "as above, for rows of 1024 to 4096 numbers"),
+    TileRow("norm", "middle", AMD, FLOATS, Config(4096, warps=8), "as above, for AMD"),
+    TileRow("norm", "any", NVIDIA, FLOATS, Config(1024, warps=4, registers=128),
+        "short rows, several a tile, 8 numbers a thread: 40 to 64 registers; without the limit some spill 8 bytes"),
+    TileRow("norm", "any", ("gfx942",), HALF, Config(1024, warps=2),
+        "as below; 128-bit loads of 1024 halves feed 128 threads, not 256"),
+    TileRow("norm", "any", AMD, FLOATS, Config(1024, warps=4), "as above, for AMD"),
     TileRow("loss", "any", FAMILIES, FLOATS, Config(1024, warps=4), "4096 logits a program would take 201 registers"),
 )  # fmt: skip
 

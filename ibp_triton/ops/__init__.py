@@ -3,6 +3,13 @@
 from ibp_triton.ops import batching as _batching  # noqa: F401 - registers them
 from ibp_triton.ops import derivatives as _derivatives  # noqa: F401 - registers them
 from ibp_triton.ops import shapes as _shapes  # noqa: F401 - registers them
+from ibp_triton.ops.norm_operators import (
+    group_norm,
+    group_norm_cross,
+    group_norm_curvature,
+    group_norm_jvp,
+    group_norm_vjp,
+)
 from ibp_triton.ops.operators import (
     avg_pool2d,
     avg_pool2d_vjp,
@@ -36,6 +43,11 @@ __all__ = [
     "cross_entropy",
     "fast_tbp_seed",
     "fgsm_step",
+    "group_norm",
+    "group_norm_cross",
+    "group_norm_curvature",
+    "group_norm_jvp",
+    "group_norm_vjp",
     "hessian_product",
     "linear",
     "linear_vjp",

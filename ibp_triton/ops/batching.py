@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ibp_triton.layer import stacked_like_first
+from ibp_triton.ops import norm_operators as norms
 from ibp_triton.ops import operators as ops
 
 Rule = Callable[..., tuple[Any, Any]]
@@ -22,6 +23,7 @@ EACH = (
     *(ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp, ops.weight_gradient),
     *(ops.conv2d_max_pool2d, ops.conv2d_max_pool2d_jvp),
     *(ops.objective, ops.fgsm_step, ops.relu),
+    *(norms.group_norm, norms.group_norm_vjp, norms.group_norm_jvp, norms.group_norm_cross, norms.group_norm_curvature),
 )
 # operator → the axis of samples in each tensor that it takes and gives; from the end where tangents may precede it
 JOINED: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {

@@ -29,7 +29,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*[v for v in (*flat, *outputs) if isinstance(v, Tensor)])
 
 
-def _kept(ctx: Any) -> list[Any]:
+def kept(ctx: Any) -> list[Any]:
     """The inputs, lists as lists, then the outputs."""
     saved = iter(ctx.saved_tensors)
     flat = iter([next(saved) if is_tensor else value for is_tensor, value in zip(ctx.tensor, ctx.rest, strict=True)])
@@ -67,7 +67,7 @@ def _parameters(ctx: Any, at: int, left: Tensor, right: Tensor, weight: Tensor, 
 
 
 def _linear(ctx: Any, g: Tensor) -> Any:
-    x, weight, bias, mask, relu, sign, out = _kept(ctx)
+    x, weight, bias, mask, relu, sign, out = kept(ctx)
     g = _gated(g, out if relu else mask).contiguous()
     d = None if sign or not ctx.needs_input_grad[0] else ops.linear_vjp(g, weight)
     w, b = _parameters(ctx, 1, x.sign() if sign else x, g, weight, _LINEAR, bias is not None)
@@ -75,13 +75,13 @@ def _linear(ctx: Any, g: Tensor) -> Any:
 
 
 def _linear_vjp(ctx: Any, g: Tensor) -> Any:
-    d, weight, mask, _ = _kept(ctx)
+    d, weight, mask, _ = kept(ctx)
     g = _gated(g, mask).contiguous()
     return ops.linear(g, weight), _parameters(ctx, 1, g, d, weight, _LINEAR, False)[0], None
 
 
 def _conv2d(ctx: Any, g: Tensor) -> Any:
-    x, weight, *geometry, bias, mask, relu, sign, out = _kept(ctx)
+    x, weight, *geometry, bias, mask, relu, sign, out = kept(ctx)
     g = _gated(g, out if relu else mask)
     d = None
     if ctx.needs_input_grad[0] and not sign:
@@ -91,14 +91,14 @@ def _conv2d(ctx: Any, g: Tensor) -> Any:
 
 
 def _conv2d_vjp(ctx: Any, g: Tensor) -> Any:
-    d, weight, _, *geometry, mask, _ = _kept(ctx)
+    d, weight, _, *geometry, mask, _ = kept(ctx)
     g = _gated(g, mask)
     w = _parameters(ctx, 1, g, d, weight, geometry, False)[0]
     return ops.conv2d(g, weight, *geometry), w, None, None, None, None, None
 
 
 def _weight_gradient(ctx: Any, g: Tensor, g_bias: Tensor) -> Any:
-    lefts, rights, coefficients, biased, signs, on_device, _, *geometry, scale, _, push, _, _, _ = _kept(ctx)
+    lefts, rights, coefficients, biased, signs, on_device, _, *geometry, scale, _, push, _, _, _ = kept(ctx)
     if push is not None or any(signs):
         raise NotImplementedError(
             "a weight gradient with a push or a sign has no derivative: give its terms one by one"
@@ -122,29 +122,29 @@ def _weight_gradient(ctx: Any, g: Tensor, g_bias: Tensor) -> Any:
 
 
 def _max_pool2d(ctx: Any, g: Tensor, _: Any) -> Any:
-    x, *sizes, _relu, _first, _, code = _kept(ctx)
+    x, *sizes, _relu, _first, _, code = kept(ctx)
     return ops.max_pool2d_vjp(g[None], code, x.shape[2:], *sizes)[0], *[None] * 7
 
 
 def _max_pool2d_jvp(ctx: Any, g: Tensor) -> Any:
-    t, code, *sizes, _first, _ = _kept(ctx)
+    t, code, *sizes, _first, _ = kept(ctx)
     return ops.max_pool2d_vjp(g, code, t.shape[3:], *sizes), *[None] * 7
 
 
 def _max_pool2d_vjp(ctx: Any, g: Tensor) -> Any:
-    _, code, _, *sizes, _ = _kept(ctx)
+    _, code, _, *sizes, _ = kept(ctx)
     return ops.max_pool2d_jvp(g, code, *sizes), *[None] * 7
 
 
 def _conv2d_max_pool2d(ctx: Any, g: Tensor, _: Any) -> Any:
-    x, weight, *geometry, bias, kernel, stride, padding, margin, ceil, _relu, _first, _, code = _kept(ctx)
+    x, weight, *geometry, bias, kernel, stride, padding, margin, ceil, _relu, _first, _, code = kept(ctx)
     sizes = (kernel, stride, padding, margin, ceil)
     d, w, b = _joined(ctx, x[None], weight, geometry, code, g[None], sizes, bias)
     return None if d is None else d[0], w, None, None, None, b, *[None] * 7
 
 
 def _conv2d_max_pool2d_jvp(ctx: Any, g: Tensor) -> Any:
-    t, weight, code, *geometry, kernel, stride, padding, margin, ceil, sign, _first, _ = _kept(ctx)
+    t, weight, code, *geometry, kernel, stride, padding, margin, ceil, sign, _first, _ = kept(ctx)
     sizes = (kernel, stride, padding, margin, ceil)
     d, w, _ = _joined(ctx, t.sign() if sign else t, weight, geometry, code, g, sizes, None)
     return None if sign else d, w, *[None] * 11
@@ -160,43 +160,43 @@ def _joined(
 
 
 def _avg_pool2d(ctx: Any, g: Tensor) -> Any:
-    t, *sizes, _first, _ = _kept(ctx)
+    t, *sizes, _first, _ = kept(ctx)
     return ops.avg_pool2d_vjp(g, t.shape[3:], *sizes), *[None] * 6
 
 
 def _avg_pool2d_vjp(ctx: Any, g: Tensor) -> Any:
-    _, _, *sizes, _ = _kept(ctx)
+    _, _, *sizes, _ = kept(ctx)
     return ops.avg_pool2d(g, *sizes), *[None] * 6
 
 
 def _relu(ctx: Any, g: Tensor) -> Any:
-    _, mask, out = _kept(ctx)
+    _, mask, out = kept(ctx)
     mask = out if mask is None else mask
     dense = mask.contiguous()
     return ops.relu(g.contiguous(), dense), None
 
 
-def _keep_sparse(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def keep_sparse(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """As `_keep`, with None for the gradient of an output that nothing depends on."""
     _keep(ctx, inputs, output)
     ctx.set_materialize_grads(False)
 
 
 def _cross_entropy(ctx: Any, g_loss: Tensor | None, g_c: Tensor | None, _: Any) -> Any:
-    z, _, _, c, _ = _kept(ctx)
+    z, _, _, c, _ = kept(ctx)
     d = torch.zeros_like(z) if g_loss is None else c * g_loss[:, None].to(c.dtype)
     return d if g_c is None else d + ops.hessian_product(z, g_c.contiguous()), None
 
 
 def _hessian_product(ctx: Any, g: Tensor) -> Any:
-    z, _, _ = _kept(ctx)
+    z, _, _ = kept(ctx)
     if ctx.needs_input_grad[0]:
         raise NotImplementedError("the Hessian's product has no derivative with respect to the logits")
     return None, ops.hessian_product(z, g.contiguous())
 
 
 def _objective(ctx: Any, g: Tensor) -> Any:
-    losses, penalties, a, b, on_device, scale, absolute, _ = _kept(ctx)
+    losses, penalties, a, b, on_device, scale, absolute, _ = kept(ctx)
     a, b = (scale * number for number in ops.numbers([a, b], on_device))
     back = (b * g).to(penalties.dtype) * (penalties.sign() if absolute else torch.ones_like(penalties))
     rest = [None] * (len(ctx.needs_input_grad) - 5)
@@ -204,7 +204,7 @@ def _objective(ctx: Any, g: Tensor) -> Any:
 
 
 def _norm_seed(ctx: Any, g_seed: Tensor, g_value: Tensor) -> Any:
-    u, norm, seed, _ = _kept(ctx)
+    u, norm, seed, _ = kept(ctx)
     wide = g_value.view(-1, *[1] * (u.dim() - 1)).to(u.dtype) * seed
     if norm == 1:  # the sign is constant almost everywhere
         return wide, None
@@ -212,7 +212,7 @@ def _norm_seed(ctx: Any, g_seed: Tensor, g_value: Tensor) -> Any:
 
 
 def _norm_value(ctx: Any, g: Tensor) -> Any:
-    u, norm, _ = _kept(ctx)
+    u, norm, _ = kept(ctx)
     return g.view(-1, *[1] * (u.dim() - 1)).to(u.dtype) * ops.norm_seed(u, norm)[0], None
 
 
@@ -222,7 +222,7 @@ def _fgsm_step(ctx: Any, g: Tensor) -> Any:
 
 def _fast_tbp_seed(ctx: Any, g_seed: Tensor, g_value: Tensor) -> Any:
     """Σ_j u_j τ_j for d, ψ(s_j) g_seed + u_j d for τ_j; s_j = ⟨d, τ_j⟩, u_j = ψ'(s_j)⟨g_seed, τ_j⟩ + ψ(s_j) g_value."""
-    d, tangents, norm, *_ = _kept(ctx)
+    d, tangents, norm, *_ = kept(ctx)
     samples = [1] * (d.dim() - 1)
     slopes = torch.linalg.vecdot(tangents.flatten(2), d.flatten(1))
     psi = slopes.sign() * slopes.abs() ** (norm - 1)
@@ -261,4 +261,4 @@ for _name, _backward in {
     "fgsm_step": _fgsm_step,
     "fast_tbp_seed": _fast_tbp_seed,
 }.items():
-    getattr(ops, _name).register_autograd(_backward, setup_context=_keep_sparse if _name == "cross_entropy" else _keep)
+    getattr(ops, _name).register_autograd(_backward, setup_context=keep_sparse if _name == "cross_entropy" else _keep)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from ibp_triton.ops import operators
+from ibp_triton.ops import norm_operators, operators
 
 
 def unseen() -> bool:
@@ -45,6 +45,11 @@ conv2d_vjp = straight(operators.conv2d_vjp)
 cross_entropy = straight(operators.cross_entropy)
 fast_tbp_seed = straight(operators.fast_tbp_seed)
 fgsm_step = straight(operators.fgsm_step)
+group_norm = straight(norm_operators.group_norm)
+group_norm_cross = straight(norm_operators.group_norm_cross)
+group_norm_curvature = straight(norm_operators.group_norm_curvature)
+group_norm_jvp = straight(norm_operators.group_norm_jvp)
+group_norm_vjp = straight(norm_operators.group_norm_vjp)
 hessian_product = straight(operators.hessian_product)
 linear = straight(operators.linear)
 linear_vjp = straight(operators.linear_vjp)

@@ -8,7 +8,20 @@ import torch
 
 import ibp_triton as ibp
 from ibp_triton.harness import host_costs
-from ibp_triton.kernels import contract, conv, gates, launcher, loss, norm_seeds, plans, pool, pooled_conv, tiles, wgrad
+from ibp_triton.kernels import (
+    contract,
+    conv,
+    gates,
+    launcher,
+    loss,
+    norm_seeds,
+    norms,
+    plans,
+    pool,
+    pooled_conv,
+    tiles,
+    wgrad,
+)
 from ibp_triton.kernels.conv import conv2d
 from ibp_triton.kernels.gemm import linear
 from ibp_triton.kernels.geometry import Geometry
@@ -64,7 +77,7 @@ def twice(launched, monkeypatch):
         raise AssertionError(f"{plan.kernel.__name__} was compiled in the first step")
 
     with monkeypatch.context() as patch:
-        for module in (contract, conv, gates, loss, norm_seeds, pool, pooled_conv, wgrad):
+        for module in (contract, conv, gates, loss, norm_seeds, norms, pool, pooled_conv, wgrad):
             patch.setattr(module, "launch", both)
         patch.setattr(launcher, "_launch_anew", anew)
         yield found
@@ -94,7 +107,7 @@ def test_every_kernel(launched, monkeypatch):
     make = cases.zeros(torch.float32)
 
     def everything():
-        for some in (cases.matrix_cases, cases.merged_cases, cases.other_cases):
+        for some in (cases.matrix_cases, cases.merged_cases, cases.other_cases, cases.norm_cases):
             some(make)
 
     everything()
@@ -103,6 +116,7 @@ def test_every_kernel(launched, monkeypatch):
     assert set(found) == {
         "contract", "combine", "fold", "wgrad", "max_pool", "pool_gather", "pool_scatter", "gate",
         "cross_entropy_head", "softmax_hessian", "weighted_sum", "seed", "tangent_seed", "pooled_conv",
+        "normalise", "project", "bend",
     }  # fmt: skip
 
 

@@ -83,6 +83,7 @@ def test_the_command(monkeypatch, tmp_path):
 
     monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
     monkeypatch.setattr(cases, "merged_cases", lambda make: None)
+    monkeypatch.setattr(cases, "norm_cases", lambda make: None)
     monkeypatch.setattr(kernel_report, "DTYPES", ("float32",))
     monkeypatch.setattr(kernel_report, "steps", lambda: [step_counts.count("mnist", ibp.BP(), 32)])
     forecast = [predictions.Prediction("H100", "mnist", "loss_ibp", 32, "float32", 231.0, 358.0)]
@@ -121,6 +122,7 @@ def test_rows_are_filtered_and_sorted(monkeypatch):
 
     monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
     monkeypatch.setattr(cases, "merged_cases", lambda make: None)
+    monkeypatch.setattr(cases, "norm_cases", lambda make: None)
     methods = [ibp.BP(), ibp.FastAdversarialTraining(0.1)]
     counted = [step_counts.count("mnist", method, 32) for method in methods]
     monkeypatch.setattr(kernel_report, "steps", lambda: counted)

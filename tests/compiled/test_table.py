@@ -43,7 +43,10 @@ def test_the_table_compiles(family, dtype, tf32):
         assert built.fits, what
         assert built.spills == 0, what
         assert 0 < built.occupancy <= 1, what
-        assert sum((Counter(loads) for loads in built.by_pointer.values()), Counter()) == built.loads, what
+        through = sum((Counter(loads) for loads in built.by_pointer.values()), Counter())
+        scalar = through - Counter(built.loads)  # AMD has a unit for numbers that all lanes read
+        assert through == Counter(built.loads) + scalar, what
+        assert not scalar or (family in tiles.AMD and set(scalar) == {32}), what
         if launch.name in ("contract", "wgrad"):
             ffma = dtype == "float32" and not tf32 and family != "gfx942"  # no float32 matrix unit
             assert bool(built.matrix) != (ffma or launch.arguments.get("COLUMN", False)), what
@@ -62,6 +65,7 @@ def test_chips_without_rows_of_their_own(name, monkeypatch):
     family = FAMILY[name]
     monkeypatch.setattr(cases, "matrix_cases", linear_cases)
     monkeypatch.setattr(cases, "other_cases", lambda make: None)
+    monkeypatch.setattr(cases, "norm_cases", lambda make: None)
     for dtype in (torch.float32, torch.bfloat16):
         for launch in cases.launches(family, dtype):
             built = aot.compile_launch(launch, name)

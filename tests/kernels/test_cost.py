@@ -10,6 +10,13 @@ from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import LaunchPlan, launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
 from ibp_triton.kernels.norm_seeds import fast_tbp_seed, fgsm_step, norm_seed
+from ibp_triton.kernels.norms import (
+    group_norm,
+    group_norm_cross,
+    group_norm_curvature,
+    group_norm_jvp,
+    group_norm_vjp,
+)
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
 from ibp_triton.kernels.pooled_conv import conv_max_pool, conv_max_pool_jvp
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
@@ -57,6 +64,16 @@ def everything():
     norm_seed(pixels, 2, seed_wanted=False)
     fgsm_step(pixels, pixels, 0.1)
     fast_tbp_seed(pixels, torch.stack([pixels, pixels]))
+    for x, groups in ((randn(70, 53), 1), (randn(3, 1300), 1), (pixels, 5), (last(randn(2, 3, 59, 61)), 1)):
+        weight, v = randn(x.shape[1]), torch.stack([x, x, x])
+        _, statistics = group_norm(x, groups, weight, weight)
+        group_norm_vjp(v[:1], x, statistics, groups, weight, sums=True)
+        group_norm_vjp(v, x, statistics, groups)
+        group_norm_jvp(v, x, statistics, groups, weight, right=v)
+        group_norm_cross(v, v, x, statistics, groups)
+    x, weight = randn(7, 53), randn(53)
+    _, statistics = group_norm(x, 1, weight, centred=False)
+    group_norm_curvature(x[None], x[None], x, statistics, 1, weight)
 
 
 def test_costs_are_what_the_interpreter_counts(instruments):

@@ -29,6 +29,7 @@ def samples():
     image, kernel, right = images(2, 3, 5, 6, 7), images(4, 5, 3, 2), images(2, 3, 4, 3, 5)
     pixels = last(randn(3, 5, 7, 8)).requires_grad_()
     code = ops.max_pool2d(pixels, *WINDOW, [1, 0], True, True)[1]
+    normed = (last(randn(3, 4, 3, 5)), ops.group_norm(last(randn(3, 4, 3, 5)), 2)[1])
     codes = ops.conv2d_max_pool2d(images(3, 2, 8, 9), images(4, 2, 2, 3), *CONV, None, *WINDOW, [1, 0], True)[1]
     return {
         "linear": (x, w, b, None, True),
@@ -55,6 +56,11 @@ def samples():
         "norm_value": (leaf(3, 7), 1.5),
         "fgsm_step": (leaf(3, 7), randn(3, 7), 0.1, torch.tensor(0.1)),
         "fast_tbp_seed": (randn(3, 7), randn(2, 3, 7), 1.0),
+        "group_norm": (images(3, 4, 3, 5), 2, leaf(4), leaf(4)),
+        "group_norm_vjp": (images(2, 3, 4, 3, 5), *normed, 2, leaf(4)),
+        "group_norm_jvp": (images(2, 3, 4, 3, 5), *normed, 2, leaf(4), images(2, 3, 4, 3, 5)),
+        "group_norm_cross": (images(2, 3, 4, 3, 5), images(2, 3, 4, 3, 5), *normed, 2),
+        "group_norm_curvature": (last(randn(2, 3, 4, 3, 5)), last(randn(2, 3, 4, 3, 5)), *normed, 2, randn(4)),
     }
 
 
@@ -64,6 +70,7 @@ NAMES = (
     "conv2d_max_pool2d", "conv2d_max_pool2d_jvp",
     "relu", "cross_entropy", "hessian_product", "objective", "norm_seed",
     "norm_value", "fgsm_step", "fast_tbp_seed",
+    "group_norm", "group_norm_vjp", "group_norm_jvp", "group_norm_cross", "group_norm_curvature",
 )  # fmt: skip
 
 
@@ -193,7 +200,52 @@ def test_derivatives_of_the_collapsed_seed(norm):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_second_derivatives_of_norms():
+    """Of y, of the sums of a reverse, and of a linear sweep with γ's tangent term."""
+
+    def ours(x, w, b):
+        return (ops.group_norm(x, 2, w, b, 1e-2)[0] ** 3).sum()
+
+    def theirs(x, w, b):
+        return (F.group_norm(x, 2, w, b, 1e-2) ** 3).sum()
+
+    twice(ours, theirs, (last(randn(3, 4, 3, 5)), randn(4), randn(4)))
+    twice(lambda x, w: (ops.group_norm(x, 1, w, None, 1e-2, False)[0] ** 3).sum(),
+          lambda x, w: (F.rms_norm(x, (5,), w, 1e-2) ** 3).sum(), (randn(4, 5), randn(5)))  # fmt: skip
+
+
+def test_derivatives_of_a_norms_sweep():
+    """∇⟨g, γ P(t)/s⟩ and of γ's term, by torch.func forward over reverse."""
+    x, t, w, r, g, h = randn(3, 10), randn(1, 3, 10), randn(10), randn(1, 3, 10), randn(1, 3, 10), randn(10)
+    leaves = [v.requires_grad_() for v in (t, x, w, r)]
+    _, statistics = ops.group_norm(x, 2)
+    out, cross = ops.group_norm_jvp(t, x, statistics, 2, w, r)
+    alone = ops.group_norm_cross(t, r, x, statistics, 2)
+    found = torch.autograd.grad((out * g).sum() + (cross * h).sum(), leaves, retain_graph=True)
+    parts = torch.autograd.grad((alone * h).sum(), (t, x, r))
+
+    def value(t, x, w, r, first=1.0):
+        def norm(v):
+            return F.group_norm(v, 2).double()
+
+        _, back = torch.func.vjp(norm, x)  # Df is symmetric: ⟨g, γ P(t)/s⟩ = ⟨P(γ g)/s, t⟩
+        return (first * back(w * g[0].double())[0] * t[0]).sum() + (back(h.double() * r[0])[0] * t[0]).sum()
+
+    wide = [v.detach().double().requires_grad_() for v in leaves]
+    expected = torch.autograd.grad(value(*wide), wide)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    expected = torch.autograd.grad(value(*wide, 0.0), (wide[0], wide[1], wide[3]))
+    for ours, theirs in zip(parts, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_what_has_no_derivative_says_so():
+    x, statistics = leaf(2, 3), torch.ones(2, 2, 1)
+    with pytest.raises(NotImplementedError, match="sums of a norm"):
+        ops.group_norm_vjp(leaf(1, 2, 3), x, statistics, 1, None, True)[1].sum().backward()
+    with pytest.raises(NotImplementedError, match="curvature"):
+        ops.group_norm_curvature(leaf(1, 2, 3), leaf(1, 2, 3), x, statistics, 1).sum().backward()
     z, t = leaf(2, 3), leaf(2, 3)
     with pytest.raises(NotImplementedError, match="logits"):
         ops.hessian_product(z, t).sum().backward()

@@ -15,6 +15,13 @@ from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import Launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
 from ibp_triton.kernels.norm_seeds import fast_tbp_seed, fgsm_step, norm_seed
+from ibp_triton.kernels.norms import (
+    group_norm,
+    group_norm_cross,
+    group_norm_curvature,
+    group_norm_jvp,
+    group_norm_vjp,
+)
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
 from ibp_triton.kernels.tiles import Config
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
@@ -60,6 +67,11 @@ def everything() -> None:
     norm_seed(image[0])
     fgsm_step(image[0], image[1], 0.1)
     fast_tbp_seed(image[0], image)
+    _, statistics = group_norm(image[0], 2)
+    group_norm_vjp(image, image[0], statistics, 2, sums=True)
+    group_norm_jvp(image, image[0], statistics, 2, right=image)
+    group_norm_cross(image, image, image[0], statistics, 2)
+    group_norm_curvature(image, image, image[0], statistics, 2)
 
 
 def same(first: Launch, second: Launch) -> bool:
@@ -75,7 +87,7 @@ def same(first: Launch, second: Launch) -> bool:
 def test_a_second_call_makes_no_plan_and_launches_the_same(made):
     with recording(execute=False) as first:
         everything()
-    assert len(made) == len(set(made)) + 5  # two linear layers, two weight gradients, and a pool's byte
+    assert len(made) == len(set(made)) + 7  # linear layers, weight gradients, a pool's byte, the sweeps of a norm
     before = len(made)
     with recording(execute=False) as second:
         everything()

@@ -168,10 +168,13 @@ class InstanceNorm(Normalisation):
         eps: float = 1e-5,
     ) -> Tensor:
         """The same shape; running statistics move as in torch."""
+        self._take(input, weight, eps)
+        return F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
+
+    def _take(self, input: Tensor, weight: Tensor | None, eps: float) -> None:
         self.input, self.weight, self.eps, self.shape = input, weight, eps, (input.shape[1],)
         self.inner, self.group = tuple(input.shape), tuple(range(2 - input.dim(), 0))
         self.affine = (input.shape[1], *[1] * (input.dim() - 2))
-        return F.instance_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
 
 
 class _Native(Normalisation):
@@ -265,11 +268,7 @@ class GroupNorm(_Native):
         eps: float = 1e-5,
     ) -> Tensor:
         """The same shape."""
-        self.input, self.weight, self.eps, self.shape = input, weight, eps, (input.shape[1],)
-        split = (num_groups, input.shape[1] // num_groups)
-        self.inner = (input.shape[0], *split, *input.shape[2:])
-        self.group = tuple(range(1 - input.dim(), 0))
-        self.affine = (*split, *[1] * (input.dim() - 2))
+        self._take(input, num_groups, weight, eps)
         self.sizes = (input.shape[0], input.shape[1], product(input.shape[2:]), num_groups)
         weight, bias = self._prepare(weight, bias)
         if not self._native:  # torch.func views the input as if it were contiguous
@@ -280,6 +279,13 @@ class GroupNorm(_Native):
         self.statistics = (mean, rstd)
         self.mean, self.rstd = (x.view((*x.shape, *[1] * (input.dim() - 1))) for x in (mean, rstd))
         return output
+
+    def _take(self, input: Tensor, num_groups: int, weight: Tensor | None, eps: float) -> None:
+        self.input, self.weight, self.eps, self.shape = input, weight, eps, (input.shape[1],)
+        split = (num_groups, input.shape[1] // num_groups)
+        self.inner = (input.shape[0], *split, *input.shape[2:])
+        self.group = tuple(range(1 - input.dim(), 0))
+        self.affine = (*split, *[1] * (input.dim() - 2))
 
     def _backward(self, v: Tensor, weight: Tensor | None, parameters: bool) -> tuple[Tensor, ...]:
         """The kernel reads beyond its memory where the input's derivative is not asked for."""
@@ -299,10 +305,13 @@ class RMSNorm(Normalisation):
         self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
     ) -> Tensor:
         """The same shape; without ``eps`` it is the smallest step above 1 (of float32 in half precision)."""
+        self._take(input, normalized_shape, weight, eps)
+        return F.rms_norm(input, normalized_shape, weight, eps)
+
+    def _take(self, input: Tensor, normalized_shape: Any, weight: Tensor | None, eps: float | None) -> None:
         self.input, self.weight, self.shape = input, weight, tuple(normalized_shape)
         self.eps = torch.finfo(wide(input).dtype).eps if eps is None else eps
         self.inner, self.group, self.affine = tuple(input.shape), tuple(range(-len(self.shape), 0)), self.shape
-        return F.rms_norm(input, normalized_shape, weight, eps)
 
 
 class LayerNorm(_Native):
@@ -319,14 +328,17 @@ class LayerNorm(_Native):
         eps: float = 1e-5,
     ) -> Tensor:
         """The same shape."""
-        self.input, self.weight, self.eps, self.shape = input, weight, eps, tuple(normalized_shape)
-        self.inner, self.group, self.affine = tuple(input.shape), tuple(range(-len(self.shape), 0)), self.shape
+        self._take(input, normalized_shape, weight, eps)
         weight, bias = self._prepare(weight, bias)
         if not self._native:
             return F.layer_norm(input, normalized_shape, weight, bias, eps)
         self.bias = bias
         output, self.mean, self.rstd = torch.native_layer_norm(input, self.shape, weight, bias, eps)
         return output
+
+    def _take(self, input: Tensor, normalized_shape: Any, weight: Tensor | None, eps: float) -> None:
+        self.input, self.weight, self.eps, self.shape = input, weight, eps, tuple(normalized_shape)
+        self.inner, self.group, self.affine = tuple(input.shape), tuple(range(-len(self.shape), 0)), self.shape
 
     def again(self) -> Callable[[], Tensor] | None:
         """The kernel once more."""

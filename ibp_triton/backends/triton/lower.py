@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ibp_triton.backends.torch import dense, pointwise, pooling
+from ibp_triton.backends.torch import dense, normalisation, pointwise, pooling
 from ibp_triton.backends.torch.structural import BatchedMap, Reshape
 from ibp_triton.backends.triton.kernel_rules import (
     ABSORBED,
@@ -35,7 +35,9 @@ from ibp_triton.backends.triton.kernel_rules import (
     pair,
     windows,
 )
+from ibp_triton.backends.triton.norm_rules import TritonGroupNorm, TritonInstanceNorm, TritonLayerNorm, TritonRMSNorm
 from ibp_triton.graph import Graph, Node
+from ibp_triton.kernels.norms import LARGEST as LONGEST
 from ibp_triton.layer import Layer
 
 
@@ -84,9 +86,20 @@ def _replacement(node: Node) -> type[Layer] | None:
         return TritonMaxPool2d if plain and window[0] * window[1] <= 255 else None
     if node.rule is BatchedMap and node.function is F.avg_pool2d and static.get("divisor_override") is None:
         return TritonAvgPool2d
-    return None
+    if node.rule in (normalisation.LayerNorm, normalisation.RMSNorm):
+        whole = math.prod(static.get("normalized_shape", ())) <= LONGEST
+        return _NORMS[node.rule] if whole else None
+    if node.rule is normalisation.InstanceNorm and static.get("running_mean") is not None:
+        return None
+    return _NORMS.get(node.rule or Layer)
 
 
+_NORMS: Mapping[type[Layer], type[Layer]] = {
+    normalisation.LayerNorm: TritonLayerNorm,
+    normalisation.RMSNorm: TritonRMSNorm,
+    normalisation.GroupNorm: TritonGroupNorm,
+    normalisation.InstanceNorm: TritonInstanceNorm,
+}
 LARGEST = 16  # pixels of a max-pool's window that a convolution does as well
 _WINDOW = (("kernel_size", 1), ("stride", None), ("padding", 0), ("ceil_mode", False))
 _POOL = ("input", "kernel_size", "stride", "padding")
@@ -94,6 +107,9 @@ _NAMES: Mapping[type[Layer], tuple[str, ...]] = {
     TritonMaxPool2d: (*_POOL, "dilation", "ceil_mode", "return_indices"),
     dense.Conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     pooling.MaxPool2d: (*_POOL, "dilation", "ceil_mode", "return_indices"),
+    normalisation.LayerNorm: ("input", "normalized_shape"),
+    normalisation.RMSNorm: ("input", "normalized_shape"),
+    normalisation.InstanceNorm: ("input", "running_mean"),
     BatchedMap: (*_POOL, "ceil_mode", "count_include_pad", "divisor_override"),
 }
 

@@ -98,8 +98,7 @@ def compiled_kernel(launch: Launch, name: str) -> Any:
     """The kernel of a recorded launch as Triton's compiler gives it; raises as `compile_launch` does."""
     if not isinstance(launch.kernel, triton.runtime.JITFunction):
         raise RuntimeError("this process interprets kernels (TRITON_INTERPRET=1): compile in another one")
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-    return triton.compile(_source(launch), target=chip_named(name).target, options=options)
+    return triton.compile(_source(launch), target=chip_named(name).target, options=launch.config.options)
 
 
 def described(kernel: Any, launch: Launch, name: str) -> Compiled:
@@ -217,6 +216,10 @@ def _read_amd(kernel: Any) -> tuple[int, int, str, dict[int, int]]:
 
 _POINTER = re.compile(r"ptr addrspace\(1\) (?:nonnull )?(%[\w.]+)")
 _LLVM_LOAD = re.compile(r" = load (?:volatile )?(?:<(\d+) x )?(?:[if]?(\d+)|(\w+))>?, ptr addrspace\(1\)")
+_BUFFER_LOAD = re.compile(  # AMD's, where offsets are known to be small
+    r" = (?:tail )?call (?:<(\d+) x )?(?:i?(\d+)|(\w+))>? "
+    r"@llvm\.amdgcn\.raw\.ptr\.buffer\.load\S*\(ptr addrspace\(8\) (%[\w.]+)"
+)
 _LLVM_BITS = {"float": 32, "bfloat": 16, "half": 16}
 
 
@@ -228,13 +231,15 @@ def _loads_by_pointer(llir: str, arguments: list[str]) -> dict[str, dict[int, in
     sources: dict[str, list[str]] = {}  # the pointers that a pointer is made of
     loads: list[tuple[str, int]] = []
     for line in llir.splitlines():
-        made = re.match(r"\s+(%[\w.]+) = (getelementptr|phi ptr|select|freeze)\b", line)
+        made = re.match(r"\s+(%[\w.]+) = (getelementptr|phi ptr|select|freeze|(?:tail )?call ptr)\b", line)
         pointers = _POINTER.findall(line)
         if made:
             phi = re.findall(r"\[ (%[\w.]+), %", line) if made[2] == "phi ptr" else []
             sources[made[1]] = pointers + phi
         elif widths := _ptx_loads(line):
             loads += [(pointers[-1], bits) for bits in widths]
+        elif load := _BUFFER_LOAD.search(line):
+            loads.append((load[4], int(load[1] or 1) * (int(load[2] or 0) or _LLVM_BITS[load[3]])))
         elif load := _LLVM_LOAD.search(line):
             loads.append((pointers[0], int(load[1] or 1) * (int(load[2] or 0) or _LLVM_BITS[load[3]])))
     found: dict[str, Counter[int]] = {}

@@ -149,4 +149,5 @@ def _is_tile(tile: Config) -> bool:
         and tile.warps in (1, 2, 4, 8, 16)
         and 1 <= tile.stages <= 8
         and 1 <= tile.group <= 8
+        and 0 <= tile.registers <= 255
     )

@@ -16,6 +16,14 @@ from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import Launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
 from ibp_triton.kernels.norm_seeds import fast_tbp_seed, fgsm_step, norm_seed
+from ibp_triton.kernels.norms import (
+    group_norm,
+    group_norm_cross,
+    group_norm_curvature,
+    group_norm_jvp,
+    group_norm_vjp,
+    whole,
+)
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
 from ibp_triton.kernels.pooled_conv import conv_max_pool, conv_max_pool_jvp
 from ibp_triton.kernels.tiles import on_chip
@@ -85,6 +93,25 @@ def other_cases(make: Make) -> None:
     fast_tbp_seed(pixels, make(5, BATCH, 1, 28, 28))
 
 
+def norm_cases(make: Make) -> None:
+    """Layer norms of short, middle and long rows, group norms of images, the last with rows over a tile."""
+    layers = [(make(BATCH * rows, n), 1) for rows, n in ((64, 96), (64, 768), (8, 4096), (8, 8192))]
+    images = [(make(BATCH, 64, 16, 16), 8), (make(BATCH, 128, 64, 64), 8)]
+    for x, groups in layers + images:
+        weight = make(x.shape[1])
+        _, statistics = group_norm(x, groups, weight, weight)
+        for tangents in (1, 5):
+            v = make(tangents, *x.shape)
+            group_norm_vjp(v, x, statistics, groups, weight, sums=tangents == 1)
+            group_norm_jvp(v, x, statistics, groups, weight, right=v if tangents == 1 else None)
+            group_norm_cross(v, v, x, statistics, groups)
+            if whole(x, groups):
+                group_norm_curvature(v, v, x, statistics, groups, weight)
+    x = make(BATCH * 64, 768)
+    _, statistics = group_norm(x, 1, x[0], centred=False)
+    group_norm_jvp(x[None], x, statistics, 1, x[0])
+
+
 def zeros(dtype: torch.dtype) -> Make:
     """Tensors of zeros in a dtype, images with their channels last."""
 
@@ -106,6 +133,7 @@ def launches(family: str, dtype: torch.dtype, tf32: bool = False) -> list[Launch
             merged_cases(make)
         if not tf32 and dtype != torch.float16:  # as in bfloat16: they widen what they load
             other_cases(make)
+            norm_cases(make)
     return record
 
 

@@ -176,6 +176,9 @@ def trips(launch: Launch) -> list[int]:
         return [cdiv(a[size], a["BLOCK"]) for size in ("u_size", "v_size")]
     if launch.name in ("seed", "tangent_seed"):
         return [cdiv(a["features"], a["BLOCK"])]
+    if launch.name in ("normalise", "project", "bend"):
+        parts = launch.grid[0] // a["VIEW"][0]
+        return [cdiv(a["samples"], a["ROWS"] * parts) * a.get("tangents", 1)]
     return [a["tangents"]] if "tangents" in a else []
 
 

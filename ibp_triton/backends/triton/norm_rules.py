@@ -1,0 +1,189 @@
+"""Layer, RMS, group and instance norms on Triton kernels: one launch a sweep, for any number of tangents.
+
+What the kernels do not take (a dtype, a call without numbers, running statistics) is left to torch's rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ibp_triton.backends.torch.normalisation import GroupNorm, InstanceNorm, LayerNorm, Normalisation, RMSNorm
+from ibp_triton.kernels.norms import dense, fits, whole
+from ibp_triton.layer import Names, Tangents, matched, product, wrapped
+from ibp_triton.ops import straight as ops
+
+
+class _OnKernels(Normalisation):
+    """The rules by kernels over x as [N, C, ...] in groups of channels, where ``taken`` says so, else by torch's rule.
+
+    What one launch gives beside what is asked for is kept for the call that asks: γ's and b's gradients of a reverse,
+    the linear sweep behind γ's tangent term.
+    """
+
+    taken = False
+    x: Tensor  # the input as the kernels saw it
+    bias: Tensor | None = None
+
+    def _norm(self, x: Tensor, groups: int, bias: Tensor | None) -> Tensor | None:
+        """The forward pass of x [N, C, ...]; None where the kernels do not take it."""
+        self.taken = fits(x, groups)
+        if not self.taken:
+            return None
+        self.x, self.groups, self.bias = (x if dense(x) and not wrapped(x) else x.contiguous()), groups, bias
+        self.memory, self.swept = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.gain = None if self.weight is None else self.weight.reshape(-1).contiguous()
+        return self._again()
+
+    def _again(self) -> Tensor:
+        shift = None if self.bias is None else self.bias.reshape(-1).contiguous()
+        output, self.statistics = ops.group_norm(self.x, self.groups, self.gain, shift, self.eps, self.centred)
+        return output.view(self.input.shape)  # type: ignore[no-any-return]
+
+    def again(self) -> Callable[[], Tensor] | None:
+        """The kernel once more."""
+        return self._again if self.taken else super().again()
+
+    def _vectors(self, v: Tensor) -> Tensor:
+        """[T, N, C, ...], T = 1 without tangents."""
+        count = v.shape[0] if v.dim() > self.input.dim() else 1
+        return v.reshape((count, *self.x.shape)).to(self.x.dtype)
+
+    def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """P(γ d)/s for x, Σ d x̂ for γ and Σ d for b, all from one launch."""
+        if not self.taken:
+            return super().vjp(d, wanted)
+        batched, names = d.dim() > self.input.dim(), [name for name in wanted if name != "input"]
+        if batched and names:  # one gradient for each
+            parts = [self.vjp(one, wanted) for one in d.unbind(0)]
+            return {name: torch.stack([part[name] for part in parts]) for name in wanted}
+        remembers = not batched and not wrapped(d)
+        known = self.memory.pop(d, {}) if remembers else {}
+        if not all(name in known for name in wanted):
+            sums = bool(names) or (remembers and (self.gain is not None or self.bias is not None))
+            found = ops.group_norm_vjp(self._vectors(d), self.x, self.statistics, self.groups, self.gain, sums)
+            shapes = (d.shape, self.shape, self.shape) if sums else (d.shape,)
+            known = {name: v.reshape(s) for name, v, s in zip(("input", "weight", "bias"), found, shapes, strict=False)}
+        out = {name: known.pop(name) for name in wanted}
+        if remembers:
+            self.memory[d] = known
+        return out
+
+    def jvp(self, t: Tangents) -> Tensor:
+        """γ P(t)/s."""
+        if not self.taken:
+            return super().jvp(t)
+        tangent = t["input"]
+        if not wrapped(tangent):
+            if tangent in self.swept and self.swept[tangent] is not None:
+                return self.swept.pop(tangent)  # type: ignore[no-any-return]
+            self.swept[tangent] = None
+        out, _ = ops.group_norm_jvp(self._vectors(tangent), self.x, self.statistics, self.groups, self.gain)
+        return out.reshape(tangent.shape)  # type: ignore[no-any-return]
+
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """Σ r P(t)/s for γ, with the linear sweep of t where that has not passed yet."""
+        if not self.taken:
+            return super().tangent_param_vjp(t, r, wanted)
+        if "weight" not in wanted:
+            return {}
+        r, t = matched(r, self.input.dim(), t, {"input": self.input})
+        tangent = t["input"]
+        sides = (self._vectors(tangent), self._vectors(r))
+        if wrapped(*sides) or tangent in self.swept:
+            cross = ops.group_norm_cross(*sides, self.x, self.statistics, self.groups)
+        else:
+            out, cross = ops.group_norm_jvp(sides[0], self.x, self.statistics, self.groups, self.gain, sides[1])
+            self.swept[tangent] = out.reshape(tangent.shape)
+        return {"weight": cross.reshape(self.shape)}
+
+    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """In one launch where a row fits a tile, else by the formulas in torch."""
+        if not self.taken or not whole(self.x, self.groups):
+            return super().curvature(d, t, wanted)
+        d, t = matched(d, self.input.dim(), t, {"input": self.input})
+        bent = ops.group_norm_curvature(
+            self._vectors(d), self._vectors(t["input"]), self.x, self.statistics, self.groups, self.gain
+        )
+        return {"input": bent.reshape(self.input.shape)}
+
+    def _push(self, v: Tensor) -> Tensor:
+        return Normalisation._push(self, v) if self.taken else super()._push(v)
+
+
+class TritonLayerNorm(_OnKernels, LayerNorm):
+    """Rows of the last axes as one group of as many channels."""
+
+    def forward(
+        self,
+        input: Tensor,
+        normalized_shape: Any,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """The same shape."""
+        self._take(input, normalized_shape, weight, eps)
+        found = self._norm(_rows(input, self.shape), 1, bias)
+        return super().forward(input, normalized_shape, weight, bias, eps) if found is None else found
+
+
+class TritonRMSNorm(_OnKernels, RMSNorm):
+    """Likewise, without a mean."""
+
+    def forward(
+        self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        """The same shape."""
+        self._take(input, normalized_shape, weight, eps)
+        found = self._norm(_rows(input, self.shape), 1, None)
+        return super().forward(input, normalized_shape, weight, eps) if found is None else found
+
+
+class TritonGroupNorm(_OnKernels, GroupNorm):
+    """Groups of channels, channels last or first as the input is."""
+
+    def forward(
+        self,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """The same shape."""
+        self._take(input, num_groups, weight, eps)
+        found = self._norm(input, num_groups, bias)
+        return super().forward(input, num_groups, weight, bias, eps) if found is None else found
+
+
+class TritonInstanceNorm(_OnKernels, InstanceNorm):
+    """Groups of one channel; running statistics are torch's."""
+
+    def forward(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """The same shape."""
+        self._take(input, weight, eps)
+        plain = running_mean is None and product(input.shape[2:]) > 1  # torch refuses a single number
+        found = self._norm(input, input.shape[1], bias) if plain else None
+        if found is not None:
+            return found
+        return super().forward(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _rows(input: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[..., *shape] as [rows, numbers of a row]."""
+    return input.reshape(product(input.shape[: input.dim() - len(shape)]), product(shape))
