@@ -88,6 +88,7 @@ def _case(arguments: dict[str, Any]) -> str:
     if "VIEW" in arguments:
         groups, channels, pixels = arguments["VIEW"][:3]
         words.append(f"{groups} × {channels}" + (f" × {pixels}" if pixels > 1 else ""))
+        words += [] if arguments["CENTRED"] else ["RMS"]
     for name, word in (
         ("TRANSPOSED", "reverse"),
         ("SIGN", "sign"),

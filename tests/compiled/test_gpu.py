@@ -8,7 +8,16 @@ import torch
 
 import ibp_triton as ibp
 from ibp_triton.kernels.workbench.cases import allowing_tf32
-from tests.kernels import test_conv, test_linear, test_methods, test_pool, test_seeds_and_loss, test_wgrad
+from tests.kernels import (
+    test_conv,
+    test_linear,
+    test_methods,
+    test_norm_rules,
+    test_norms,
+    test_pool,
+    test_seeds_and_loss,
+    test_wgrad,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +64,13 @@ class TestWeightGradient:
 class TestPool:
     test_max_pool = staticmethod(test_pool.test_max_pool)
     test_mean_pool = staticmethod(test_pool.test_mean_pool)
+
+
+class TestNorms:
+    test_forward_sweeps_and_sums = staticmethod(test_norms.test_forward_sweeps_and_sums)
+    test_curvature = staticmethod(test_norms.test_curvature)
+    test_a_large_offset_is_no_worse_than_torchs = staticmethod(test_norms.test_a_large_offset_is_no_worse_than_torchs)
+    test_networks = staticmethod(test_norm_rules.test_networks_have_the_gradients_of_torchs_rules)
 
 
 class TestHead:

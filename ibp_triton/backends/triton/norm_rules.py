@@ -35,6 +35,7 @@ class _OnKernels(Normalisation):
         if not self.taken:
             return None
         self.x, self.groups, self.bias = (x if dense(x) and not wrapped(x) else x.contiguous()), groups, bias
+        self.input = self.x.view(self.input.shape)
         self.memory, self.swept = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
         self.gain = None if self.weight is None else self.weight.reshape(-1).contiguous()
         return self._again()
@@ -43,10 +44,6 @@ class _OnKernels(Normalisation):
         shift = None if self.bias is None else self.bias.reshape(-1).contiguous()
         output, self.statistics = ops.group_norm(self.x, self.groups, self.gain, shift, self.eps, self.centred)
         return output.view(self.input.shape)  # type: ignore[no-any-return]
-
-    def again(self) -> Callable[[], Tensor] | None:
-        """The kernel once more."""
-        return self._again if self.taken else super().again()
 
     def _vectors(self, v: Tensor) -> Tensor:
         """[T, N, C, ...], T = 1 without tangents."""
@@ -91,10 +88,10 @@ class _OnKernels(Normalisation):
             return super().tangent_param_vjp(t, r, wanted)
         if "weight" not in wanted:
             return {}
-        r, t = matched(r, self.input.dim(), t, {"input": self.input})
-        tangent = t["input"]
+        r, pairs = matched(r, self.input.dim(), t, {"input": self.input})
+        tangent = pairs["input"]
         sides = (self._vectors(tangent), self._vectors(r))
-        if wrapped(*sides) or tangent in self.swept:
+        if wrapped(*sides) or tangent is not t["input"] or tangent in self.swept:
             cross = ops.group_norm_cross(*sides, self.x, self.statistics, self.groups)
         else:
             out, cross = ops.group_norm_jvp(sides[0], self.x, self.statistics, self.groups, self.gain, sides[1])
@@ -130,6 +127,10 @@ class TritonLayerNorm(_OnKernels, LayerNorm):
         self._take(input, normalized_shape, weight, eps)
         found = self._norm(_rows(input, self.shape), 1, bias)
         return super().forward(input, normalized_shape, weight, bias, eps) if found is None else found
+
+    def again(self) -> Callable[[], Tensor] | None:
+        """The kernel once more."""
+        return self._again if self.taken else super().again()
 
 
 class TritonRMSNorm(_OnKernels, RMSNorm):
