@@ -89,6 +89,8 @@ def _case(arguments: dict[str, Any]) -> str:
         groups, channels, pixels = arguments["VIEW"][:3]
         words.append(f"{groups} × {channels}" + (f" × {pixels}" if pixels > 1 else ""))
         words += [] if arguments["CENTRED"] else ["RMS"]
+    if "IMAGE" in arguments:
+        words.append(f"{arguments['IMAGE'][0]} channels")
     for name, word in (
         ("TRANSPOSED", "reverse"),
         ("SIGN", "sign"),

@@ -139,6 +139,11 @@ TABLE = (
     TileRow("norm", "any", ("gfx942",), HALF, Config(1024, warps=2),
         "as below; 128-bit loads of 1024 halves feed 128 threads, not 256"),
     TileRow("norm", "any", AMD, FLOATS, Config(1024, warps=4), "as above, for AMD"),
+    TileRow("columns", "sums", NVIDIA, FLOATS, Config(4096, warps=8, registers=128),
+        "two sums and a tangent of 16 numbers a thread, the tangents among them; the limit as for norms"),
+    TileRow("columns", "any", NVIDIA, FLOATS, Config(2048, warps=8, registers=128), "8 numbers a thread; bandwidth"),
+    TileRow("columns", "sums", AMD, FLOATS, Config(4096, warps=8), "as above, for AMD"),
+    TileRow("columns", "any", AMD, FLOATS, Config(2048, warps=4), "as above, for AMD"),
     TileRow("loss", "any", FAMILIES, FLOATS, Config(1024, warps=4), "4096 logits a program would take 201 registers"),
 )  # fmt: skip
 

@@ -4,6 +4,8 @@ from ibp_triton.ops import batching as _batching  # noqa: F401 - registers them
 from ibp_triton.ops import derivatives as _derivatives  # noqa: F401 - registers them
 from ibp_triton.ops import shapes as _shapes  # noqa: F401 - registers them
 from ibp_triton.ops.norm_operators import (
+    batch_norm_cross,
+    batch_norm_project,
     group_norm,
     group_norm_cross,
     group_norm_curvature,
@@ -36,6 +38,8 @@ from ibp_triton.ops.operators import (
 __all__ = [
     "avg_pool2d",
     "avg_pool2d_vjp",
+    "batch_norm_cross",
+    "batch_norm_project",
     "conv2d",
     "conv2d_max_pool2d",
     "conv2d_max_pool2d_jvp",

@@ -23,7 +23,15 @@ EACH = (
     *(ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp, ops.weight_gradient),
     *(ops.conv2d_max_pool2d, ops.conv2d_max_pool2d_jvp),
     *(ops.objective, ops.fgsm_step, ops.relu),
-    *(norms.group_norm, norms.group_norm_vjp, norms.group_norm_jvp, norms.group_norm_cross, norms.group_norm_curvature),
+    *(
+        norms.group_norm,
+        norms.group_norm_vjp,
+        norms.group_norm_jvp,
+        norms.group_norm_cross,
+        norms.group_norm_curvature,
+        norms.batch_norm_project,
+        norms.batch_norm_cross,
+    ),
 )
 # operator → the axis of samples in each tensor that it takes and gives; from the end where tangents may precede it
 JOINED: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {

@@ -1,4 +1,4 @@
-"""Layer, RMS, group and instance norms as operators, with fake implementations and derivatives.
+"""Layer, RMS, group, instance and batch norms as operators, with fake implementations and derivatives.
 
 x [N, C, ...] in groups of channels: 1 for a layer norm of x [rows, C], C for instance norm. ``statistics`` is what
 ``group_norm`` returns beside y; it counts as a part of x, whose derivatives hold its own. Second derivatives are there,
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ibp_triton.kernels import columns as _columns
 from ibp_triton.kernels import norms as _norms
 from ibp_triton.ops.derivatives import keep_sparse, kept
 
@@ -63,6 +64,20 @@ def group_norm_curvature(
     return _norms.group_norm_curvature(like_x(d, x), like_x(t, x), x, statistics, groups, weight)
 
 
+@custom_op("ibp_triton::batch_norm_project", mutates_args=())
+def batch_norm_project(
+    v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """γ P(v)/s over the batch for v [T, N, C, ...], both sweeps of a batch norm, and Σ x̂ v, Σ v: [T, 2, C] float32."""
+    return _columns.batch_norm_project(like_x(v, x), x, mean, rstd, weight)
+
+
+@custom_op("ibp_triton::batch_norm_cross", mutates_args=())
+def batch_norm_cross(v: Tensor, right: Tensor, sums: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Σ r P(v) over the batch and tangents, with the sums of ``batch_norm_project``: [C] float32."""
+    return _columns.batch_norm_cross(like_x(v, x), like_x(right, x), sums, x, mean, rstd)
+
+
 def _or_none(found: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty((0,), dtype=torch.float32) if found is None else found
 
@@ -95,6 +110,13 @@ group_norm_jvp.register_fake(
     )
 )
 group_norm_cross.register_fake(lambda t, right, x, statistics, groups: _sums(x, x.shape[1]))
+batch_norm_project.register_fake(
+    lambda v, x, mean, rstd, weight=None: (
+        torch.empty_like(like_x(v, x)),
+        x.new_empty((v.shape[0], 2, x.shape[1]), dtype=torch.float32),
+    )
+)
+batch_norm_cross.register_fake(lambda v, right, sums, x, mean, rstd: _sums(x, x.shape[1]))
 group_norm_curvature.register_fake(lambda d, t, x, statistics, groups, weight=None: torch.empty_like(x))
 
 
@@ -153,6 +175,26 @@ def _group_norm_curvature(ctx: Any, g: Tensor) -> Any:
     raise NotImplementedError("a norm's curvature has no derivative")
 
 
+def _batch_norm_project(ctx: Any, g: Tensor | None, g_sums: Tensor | None) -> Any:
+    v, x, mean, rstd, weight, _, sums = kept(ctx)
+    if g_sums is not None or any(ctx.needs_input_grad[1:4]):
+        raise NotImplementedError("a batch norm's sweep has derivatives with respect to v and γ alone")
+    if g is None:
+        return (None,) * 5
+    cross = None if weight is None else batch_norm_cross(v, g, sums, x, mean, rstd) * rstd
+    back = batch_norm_project(g, x, mean, rstd, weight)[0]
+    return back, None, None, None, None if cross is None else _for(weight, cross)
+
+
+def _batch_norm_cross(ctx: Any, g: Tensor) -> Any:
+    v, right, _, x, mean, rstd, _ = kept(ctx)
+    if any(ctx.needs_input_grad[2:]):
+        raise NotImplementedError("a batch norm's tangent term has derivatives with respect to its two sides alone")
+    gain = g / rstd
+    sides = (batch_norm_project(side, x, mean, rstd, gain)[0] for side in (right, v))
+    return *sides, None, None, None, None
+
+
 def _bent(ctx: Any, at: int, *arguments: Any) -> Tensor | None:
     return group_norm_curvature(*arguments) if ctx.needs_input_grad[at] else None
 
@@ -165,4 +207,6 @@ group_norm.register_autograd(_group_norm, setup_context=keep_sparse)
 group_norm_vjp.register_autograd(_group_norm_vjp, setup_context=keep_sparse)
 group_norm_jvp.register_autograd(_group_norm_jvp, setup_context=keep_sparse)
 group_norm_cross.register_autograd(_group_norm_cross, setup_context=keep_sparse)
+batch_norm_project.register_autograd(_batch_norm_project, setup_context=keep_sparse)
+batch_norm_cross.register_autograd(_batch_norm_cross, setup_context=keep_sparse)
 group_norm_curvature.register_autograd(_group_norm_curvature, setup_context=keep_sparse)

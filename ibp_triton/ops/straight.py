@@ -38,6 +38,8 @@ def straight(operator: CustomOpDef) -> Callable[..., Any]:
 
 avg_pool2d = straight(operators.avg_pool2d)
 avg_pool2d_vjp = straight(operators.avg_pool2d_vjp)
+batch_norm_cross = straight(norm_operators.batch_norm_cross)
+batch_norm_project = straight(norm_operators.batch_norm_project)
 conv2d = straight(operators.conv2d)
 conv2d_max_pool2d = straight(operators.conv2d_max_pool2d)
 conv2d_max_pool2d_jvp = straight(operators.conv2d_max_pool2d_jvp)

@@ -9,6 +9,7 @@ import torch
 import ibp_triton as ibp
 from ibp_triton.kernels.workbench.cases import allowing_tf32
 from tests.kernels import (
+    test_columns,
     test_conv,
     test_linear,
     test_methods,
@@ -71,6 +72,7 @@ class TestNorms:
     test_curvature = staticmethod(test_norms.test_curvature)
     test_a_large_offset_is_no_worse_than_torchs = staticmethod(test_norms.test_a_large_offset_is_no_worse_than_torchs)
     test_networks = staticmethod(test_norm_rules.test_networks_have_the_gradients_of_torchs_rules)
+    test_sweep_sums_and_tangent_term = staticmethod(test_columns.test_sweep_sums_and_tangent_term)
 
 
 class TestHead:

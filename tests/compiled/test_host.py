@@ -9,6 +9,7 @@ import torch
 import ibp_triton as ibp
 from ibp_triton.harness import host_costs
 from ibp_triton.kernels import (
+    columns,
     contract,
     conv,
     gates,
@@ -77,7 +78,7 @@ def twice(launched, monkeypatch):
         raise AssertionError(f"{plan.kernel.__name__} was compiled in the first step")
 
     with monkeypatch.context() as patch:
-        for module in (contract, conv, gates, loss, norm_seeds, norms, pool, pooled_conv, wgrad):
+        for module in (contract, conv, gates, columns, loss, norm_seeds, norms, pool, pooled_conv, wgrad):
             patch.setattr(module, "launch", both)
         patch.setattr(launcher, "_launch_anew", anew)
         yield found
@@ -116,7 +117,7 @@ def test_every_kernel(launched, monkeypatch):
     assert set(found) == {
         "contract", "combine", "fold", "wgrad", "max_pool", "pool_gather", "pool_scatter", "gate",
         "cross_entropy_head", "softmax_hessian", "weighted_sum", "seed", "tangent_seed", "pooled_conv",
-        "normalise", "project", "bend",
+        "normalise", "project", "bend", "column_sums", "column_sweep",
     }  # fmt: skip
 
 

@@ -25,9 +25,10 @@ def test_loads_are_as_wide_as_they_can_be(family, dtype):
     found = compiled(family, dtype, cases.norm_cases)
     assert len(found) > 30
     for launch, built in found:
-        what = f"{launch.name} {launch.arguments['VIEW']} {launch.config}: {built}"
+        what = f"{launch.name} {aot.signature(launch)[2]} {launch.config}: {built}"
         assert (built.spills, built.fits) == (0, True), what
-        images = [name for name in ("x", "v", "r", "d") if built.by_pointer.get(name)]
+        names = ("v", "r", "d") if launch.arguments.get("LANES", 1) > 1 else ("x", "v", "r", "d")
+        images = [name for name in names if built.by_pointer.get(name)]  # x is the smaller part beside many tangents
         assert all(set(built.by_pointer[name]) == {128} for name in images), what
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_vjp
@@ -64,23 +65,39 @@ def everything():
     norm_seed(pixels, 2, seed_wanted=False)
     fgsm_step(pixels, pixels, 0.1)
     fast_tbp_seed(pixels, torch.stack([pixels, pixels]))
-    for x, groups in ((randn(70, 53), 1), (randn(3, 1300), 1), (pixels, 5), (last(randn(2, 3, 59, 61)), 1)):
+
+
+def norms():
+    pixels = last(randn(2, 5, 9, 10))
+    for x, groups in ((randn(70, 53), 1), (randn(3, 1300), 1), (pixels, 5), (last(randn(1, 3, 53, 59)), 1)):
         weight, v = randn(x.shape[1]), torch.stack([x, x, x])
         _, statistics = group_norm(x, groups, weight, weight)
         group_norm_vjp(v[:1], x, statistics, groups, weight, sums=True)
         group_norm_vjp(v, x, statistics, groups)
         group_norm_jvp(v, x, statistics, groups, weight, right=v)
         group_norm_cross(v, v, x, statistics, groups)
+    for x in (randn(140, 21), pixels, pixels.contiguous()):
+        one, v = torch.ones(x.shape[1]), torch.stack([x, x, x])
+        v = v if x.is_contiguous() else last(v)
+        _, sums = batch_norm_project(v, x, one, one, one)
+        batch_norm_cross(v, v, sums, x, one, one)
     x, weight = randn(7, 53), randn(53)
     _, statistics = group_norm(x, 1, weight, centred=False)
     group_norm_curvature(x[None], x[None], x, statistics, 1, weight)
 
 
-def test_costs_are_what_the_interpreter_counts(instruments):
-    with recording() as launches:
+def test_splits_are_among_them():
+    with recording(execute=False) as launches:
         everything()
-    assert len(launches) == len(instruments) > 30
+    assert len(launches) > 30
     assert sum(launch.arguments.get("splits", 1) > 1 for launch in launches) > 6
+
+
+@pytest.mark.parametrize("call", [everything, norms])
+def test_costs_are_what_the_interpreter_counts(call, instruments):
+    with recording() as launches:
+        call()
+    assert len(launches) == len(instruments) > 20
     for asked, seen in zip(launches, instruments, strict=True):
         assert asked.name == seen.kernel
         assert asked.cost.loaded == seen.total("loaded"), asked

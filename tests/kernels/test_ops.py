@@ -56,6 +56,11 @@ def samples():
         "norm_value": (leaf(3, 7), 1.5),
         "fgsm_step": (leaf(3, 7), randn(3, 7), 0.1, torch.tensor(0.1)),
         "fast_tbp_seed": (randn(3, 7), randn(2, 3, 7), 1.0),
+        "batch_norm_project": (images(2, 3, 4, 3, 5), normed[0], randn(4), randn(4).exp(), leaf(4)),
+        "batch_norm_cross": (
+            *(images(2, 3, 4, 3, 5) for _ in range(2)),
+            *(randn(2, 2, 4), normed[0], randn(4), randn(4).exp()),
+        ),
         "group_norm": (images(3, 4, 3, 5), 2, leaf(4), leaf(4)),
         "group_norm_vjp": (images(2, 3, 4, 3, 5), *normed, 2, leaf(4)),
         "group_norm_jvp": (images(2, 3, 4, 3, 5), *normed, 2, leaf(4), images(2, 3, 4, 3, 5)),
@@ -70,6 +75,7 @@ NAMES = (
     "conv2d_max_pool2d", "conv2d_max_pool2d_jvp",
     "relu", "cross_entropy", "hessian_product", "objective", "norm_seed",
     "norm_value", "fgsm_step", "fast_tbp_seed",
+    "batch_norm_project", "batch_norm_cross",
     "group_norm", "group_norm_vjp", "group_norm_jvp", "group_norm_cross", "group_norm_curvature",
 )  # fmt: skip
 
@@ -240,7 +246,29 @@ def test_derivatives_of_a_norms_sweep():
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_derivatives_of_a_batch_norms_sweep():
+    """⟨g, γ P(v)/s⟩ by v and γ, ⟨h, Σ r P(v)⟩ by both sides, P in plain torch."""
+    x, v, r, w, g, h = randn(7, 4), leaf(2, 7, 4), leaf(2, 7, 4), leaf(4), randn(2, 7, 4), randn(4)
+    mean, rstd = x.mean(0), (x.var(0, correction=0) + 1e-5).rsqrt()
+    unit = (x - mean) * rstd
+    out, sums = ops.batch_norm_project(v, x, mean, rstd, w)
+    cross = ops.batch_norm_cross(v, r, sums.detach(), x, mean, rstd)
+    pushed = v - v.mean(1, keepdim=True) - unit * (unit * v).mean(1, keepdim=True)
+    for found, expected, leaves in (
+        ((out * g).sum(), (w * pushed * rstd * g).sum(), (v, w)),
+        ((cross * h).sum(), (r * pushed * h).sum(), (v, r)),
+    ):
+        ours, theirs = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (found, expected))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_what_has_no_derivative_says_so():
+    one = torch.ones(3)
+    with pytest.raises(NotImplementedError, match="v and γ alone"):
+        ops.batch_norm_project(leaf(1, 2, 3), leaf(2, 3), one, one)[0].sum().backward()
+    with pytest.raises(NotImplementedError, match="two sides alone"):
+        ops.batch_norm_cross(leaf(1, 2, 3), leaf(1, 2, 3), leaf(1, 2, 3), randn(2, 3), one, one).sum().backward()
     x, statistics = leaf(2, 3), torch.ones(2, 2, 1)
     with pytest.raises(NotImplementedError, match="sums of a norm"):
         ops.group_norm_vjp(leaf(1, 2, 3), x, statistics, 1, None, True)[1].sum().backward()

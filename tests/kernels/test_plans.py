@@ -8,6 +8,7 @@ from torch import Tensor
 
 import ibp_triton as ibp
 from ibp_triton.kernels import plans, tiles
+from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_vjp
@@ -67,6 +68,8 @@ def everything() -> None:
     norm_seed(image[0])
     fgsm_step(image[0], image[1], 0.1)
     fast_tbp_seed(image[0], image)
+    one = torch.ones(4)
+    batch_norm_cross(image, image, batch_norm_project(image, image[0], one, one)[1], image[0], one, one)
     _, statistics = group_norm(image[0], 2)
     group_norm_vjp(image, image[0], statistics, 2, sums=True)
     group_norm_jvp(image, image[0], statistics, 2, right=image)
@@ -87,7 +90,7 @@ def same(first: Launch, second: Launch) -> bool:
 def test_a_second_call_makes_no_plan_and_launches_the_same(made):
     with recording(execute=False) as first:
         everything()
-    assert len(made) == len(set(made)) + 7  # linear layers, weight gradients, a pool's byte, the sweeps of a norm
+    assert len(made) == len(set(made)) + 8  # linear layers, weight gradients, a pool's byte, the sweeps of norms
     before = len(made)
     with recording(execute=False) as second:
         everything()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ibp_triton.backends.torch import dense, normalisation, pointwise, pooling
+from ibp_triton.backends.torch import batch_norm, dense, normalisation, pointwise, pooling
 from ibp_triton.backends.torch.structural import BatchedMap, Reshape
 from ibp_triton.backends.triton.kernel_rules import (
     ABSORBED,
@@ -35,7 +35,13 @@ from ibp_triton.backends.triton.kernel_rules import (
     pair,
     windows,
 )
-from ibp_triton.backends.triton.norm_rules import TritonGroupNorm, TritonInstanceNorm, TritonLayerNorm, TritonRMSNorm
+from ibp_triton.backends.triton.norm_rules import (
+    TritonBatchNorm,
+    TritonGroupNorm,
+    TritonInstanceNorm,
+    TritonLayerNorm,
+    TritonRMSNorm,
+)
 from ibp_triton.graph import Graph, Node
 from ibp_triton.kernels.norms import LARGEST as LONGEST
 from ibp_triton.layer import Layer
@@ -95,6 +101,7 @@ def _replacement(node: Node) -> type[Layer] | None:
 
 
 _NORMS: Mapping[type[Layer], type[Layer]] = {
+    batch_norm.BatchNorm: TritonBatchNorm,
     normalisation.LayerNorm: TritonLayerNorm,
     normalisation.RMSNorm: TritonRMSNorm,
     normalisation.GroupNorm: TritonGroupNorm,

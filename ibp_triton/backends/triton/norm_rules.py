@@ -6,12 +6,14 @@ What the kernels do not take (a dtype, a call without numbers, running statistic
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ibp_triton.backends.torch.batch_norm import BatchNorm, Condensed
 from ibp_triton.backends.torch.normalisation import GroupNorm, InstanceNorm, LayerNorm, Normalisation, RMSNorm
 from ibp_triton.kernels.norms import dense, fits, whole
 from ibp_triton.layer import Names, Tangents, matched, product, wrapped
@@ -160,6 +162,74 @@ class TritonGroupNorm(_OnKernels, GroupNorm):
         self._take(input, num_groups, weight, eps)
         found = self._norm(input, num_groups, bias)
         return super().forward(input, num_groups, weight, bias, eps) if found is None else found
+
+
+class TritonBatchNorm(BatchNorm):
+    """Both sweeps of all tangents over the batch's statistics, three launches each; forward and curvature by torch."""
+
+    def _backward(self, v: Tensor, outer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """γ P(v)/s, Σ x̂ v and Σ v."""
+        if not self._covered(v[None]):
+            return super()._backward(v, outer)
+        out, sums = self._project(v[None])
+        return out[0], sums[0, 0], sums[0, 1]
+
+    def _covered(self, v: Tensor) -> bool:
+        return fits(self.input, 1) and dense(self.input) and len(self.input) > 0 and 0 < len(v) <= 64
+
+    def _project(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        mean, rstd = self.save_mean.float(), self.save_rstd.float()
+        return ops.batch_norm_project(v.to(self.input.dtype), self.input, mean, rstd, self.weight)  # type: ignore[no-any-return]
+
+    def _pull_each(self, v: Tensor) -> Tensor:
+        """γ P(v)/s of all tangents at once; their sums stay known."""
+        if v.dim() == self.input.dim() or not self._covered(v):
+            return super()._pull_each(v)
+        out, sums = self._joint(v)
+        self.joint[v] = None, sums
+        return self._project(v)[0] if out is None else out
+
+    def _vectors(self, v: Tensor) -> list[Tensor]:
+        """As of torch's rule; the sums of each, of which curvature wants the most, are known from all together."""
+        fresh = v.dim() > self.input.dim() and v not in self.memory and self._covered(v)
+        vectors = super()._vectors(v)
+        for one, sums in zip(vectors, self._joint(v)[1], strict=True) if fresh else ():
+            self.memory[one] = {"weight": sums[0], "bias": sums[1]}
+        return vectors
+
+    def _joint(self, v: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The sweep of all tangents, None where it was given away, and their sums."""
+        if v not in self.joint:
+            self.joint[v] = self._project(v)
+        return self.joint[v]  # type: ignore[no-any-return]
+
+    @cached_property
+    def joint(self) -> WeakTensorKeyDictionary:
+        """What is known of several tangents together."""
+        return WeakTensorKeyDictionary()
+
+    def _cross(self, r: Tensor, t: Tensor) -> Tensor:
+        if not self._covered(t[None]):
+            return super()._cross(r, t)
+        return self._term(t[None], r[None], torch.stack(self._sums(t))[None])
+
+    def _term(self, t: Tensor, r: Tensor, sums: Tensor) -> Tensor:
+        x, sides = self.input, [side.to(self.input.dtype) for side in (t, r)]
+        return ops.batch_norm_cross(*sides, sums, x, self.save_mean.float(), self.save_rstd.float())  # type: ignore[no-any-return]
+
+    def tangent_param_vjp(self, t: Tangents, r: Tensor, wanted: Names) -> dict[str, Tensor]:
+        """Σ r P(t)/s for γ, all tangents in one launch where both sides have their axis."""
+        tangent, rank = t["input"], self.input.dim() + 1
+        if (
+            "weight" not in wanted
+            or isinstance(r, Condensed)
+            or wrapped(r, tangent, self.input, self.weight)
+            or r.dim() != rank
+            or tangent.dim() != rank
+            or not self._covered(tangent)
+        ):
+            return super().tangent_param_vjp(t, r, wanted)
+        return {"weight": self._term(tangent, r, self._joint(tangent)[1]) * self.save_rstd}
 
 
 class TritonInstanceNorm(_OnKernels, InstanceNorm):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_vjp
@@ -94,7 +95,7 @@ def other_cases(make: Make) -> None:
 
 
 def norm_cases(make: Make) -> None:
-    """Layer norms of short, middle and long rows, group norms of images, the last with rows over a tile."""
+    """Layer norms of short, middle and long rows, group norms, the last with rows over a tile, batch norms."""
     layers = [(make(BATCH * rows, n), 1) for rows, n in ((64, 96), (64, 768), (8, 4096), (8, 8192))]
     images = [(make(BATCH, 64, 16, 16), 8), (make(BATCH, 128, 64, 64), 8)]
     for x, groups in layers + images:
@@ -107,6 +108,11 @@ def norm_cases(make: Make) -> None:
             group_norm_cross(v, v, x, statistics, groups)
             if whole(x, groups):
                 group_norm_curvature(v, v, x, statistics, groups, weight)
+    for x in (make(BATCH, 64, 32, 32), make(BATCH * 64, 256)):
+        one, v = torch.zeros(x.shape[1]), make(1, *x.shape)
+        for some in (v, make(5, *x.shape)):
+            _, sums = batch_norm_project(some, x, one, one, make(x.shape[1]))
+            batch_norm_cross(some, some, sums, x, one, one)
     x = make(BATCH * 64, 768)
     _, statistics = group_norm(x, 1, x[0], centred=False)
     group_norm_jvp(x[None], x, statistics, 1, x[0])

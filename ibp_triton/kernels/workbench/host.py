@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from ibp_triton.kernels import conv, gates, gemm, loss, norm_seeds, norms, plans, pool, pooled_conv, wgrad
+from ibp_triton.kernels import columns, conv, gates, gemm, loss, norm_seeds, norms, plans, pool, pooled_conv, wgrad
 from ibp_triton.kernels.launcher import interpreted
 from ibp_triton.kernels.workbench.aot import chip_named
 
@@ -31,6 +31,7 @@ FUNCTIONS: dict[ModuleType, tuple[str, ...]] = {  # that launch, and allocate wh
     gates: ("relu",),
     loss: ("cross_entropy", "hessian_product", "objective"),
     norm_seeds: ("norm_seed", "fgsm_step", "fast_tbp_seed"),
+    columns: ("batch_norm_project", "batch_norm_cross"),
     norms: ("group_norm", "group_norm_vjp", "group_norm_jvp", "group_norm_cross", "group_norm_curvature"),
 }
 

@@ -179,6 +179,9 @@ def trips(launch: Launch) -> list[int]:
     if launch.name in ("normalise", "project", "bend"):
         parts = launch.grid[0] // a["VIEW"][0]
         return [cdiv(a["samples"], a["ROWS"] * parts) * a.get("tangents", 1)]
+    if launch.name in ("column_sums", "column_sweep"):
+        steps = cdiv(a["samples"] * a["IMAGE"][1], a["BLOCK_P"] * launch.grid[1])
+        return [steps * (1 if launch.name == "column_sums" else a["tangents"])]
     return [a["tangents"]] if "tangents" in a else []
 
 
