@@ -63,7 +63,7 @@ def gradients(
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         numbers = _own_numbers(model, method, x, interface or Interface(), dict(extra or {}))
         function = _pure(model, interface or Interface(), dict(extra or {}))
-        if run in (_seeded, _prediction, _jacobian):
+        if run in (_seeded, _prediction, _jacobian) and not x.is_meta:
             _refuse_false_duals(function, parameters, x)
         target = _Target(method, labels, x)
         value, result = run(function, parameters, method, x, target, tangents if numbers is None else numbers)
