@@ -10,6 +10,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def has_numbers(tensors: Sequence[Tensor]) -> bool:
+    """Whether there is something to try: not of tensors on no device, nor of those that stand for shapes."""
+    return not any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
 
 
 def some(y: Tensor) -> Tensor:

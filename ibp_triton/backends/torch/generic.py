@@ -165,9 +165,9 @@ class Generic(Layer):
 
     def _pushed(self, names: list[str], tangents: Sequence[Tensor]) -> Any:
         """J t by forward mode; under transforms, where that is wrong, by reverse mode twice."""
-        if self.node.pushes is None:
+        if self.node.pushes is None and adjoint.has_numbers(self.inputs):
             self.node.pushes = self._pushes_alone(names) if self.wrapped else self._pushes(names)
-        if self.node.pushes:
+        if self.node.pushes is not False:
             return self._functional.jvp(names, tangents)
         if self.wrapped:
             return self._functional.jvp_by_reverse(names, tangents)
@@ -238,7 +238,7 @@ class Generic(Layer):
 
     def _check(self, outputs: dict[int, Tensor], names: list[str], tangents: Any, pushed: list[Tensor]) -> None:
         """That the second derivative is right: once for a function of torch's, at every step for unseen code."""
-        if self.node.proven and not self.unseen:
+        if (self.node.proven and not self.unseen) or not adjoint.has_numbers(self.inputs):
             return
         if not self._is_adjoint(names, tangents, list(outputs.values()), pushed):
             raise RuntimeError(f"torch has no right second derivative of {self.node.label}")
