@@ -42,9 +42,7 @@ def spared(graph: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
         elif node.target is torch.ops.aten.view.default:
-            node.target = (
-                torch.ops.aten.reshape.default
-            )  # inductor's strides of a map may be other than the recorded ones
+            node.target = torch.ops.aten.reshape.default  # maps may lie otherwise than in the recording
         elif node.target is torch.ops.aten.copy_.default and _same(*node.args[:2]):
             node.replace_all_uses_with(node.args[0])  # what `a[rows] += b` ends with, of a slice to itself
             graph.graph.erase_node(node)

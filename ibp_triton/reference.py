@@ -317,7 +317,7 @@ class _NoGradConstants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.detach_, torch.detach_):
+        if func in (Tensor.detach_, torch.detach_) and torch._C._functorch.maybe_current_level() is not None:
             raise ModelError("the reference cannot judge a model that calls detach_, which forward mode goes through")
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return func(*args, **kwargs).detach()
