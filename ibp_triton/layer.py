@@ -325,6 +325,12 @@ def from_end(axis: int, value: Tensor) -> int:
     return axis if axis < 0 else axis - value.dim()
 
 
+def axes_from_end(axes: Any, value: Tensor) -> list[int]:
+    """An axis, several, or all if none is named, counted from the end and in order."""
+    some = [axes] if isinstance(axes, int) else list(axes or range(value.dim())) or [0]
+    return sorted(from_end(axis, value) for axis in some)
+
+
 def broadcast(t: Tensor, output: Tensor) -> Tensor:
     """The tangent of an output, from one of an operand that may have been broadcast to it in front."""
     return t.expand((*t.shape[: max(0, t.dim() - output.dim())], *output.shape))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ibp_triton as ibp
 from ibp_triton.errors import ModelError
-from tests.library.comparing import error, oracle, ours
+from tests.library.comparing import double_backprop, error, oracle, ours
 
 EXACT = ibp.LossIBP(0.3, 2, "exact")
 METHODS = [
@@ -44,18 +44,6 @@ def batch():
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(3, 4, 6, generator=generator, dtype=torch.float64)
     return x, torch.tensor([0, 4, 1]), torch.randn(2, 3, 4, 6, generator=generator, dtype=torch.float64)
-
-
-def double_backprop(model, x, labels, beta):
-    """Exact Loss IBP at norm 2 as one writes it by hand."""
-    named = dict(model.named_parameters())
-    x = x.clone().requires_grad_()
-    torch.manual_seed(5)
-    loss = F.cross_entropy(model(x), labels, reduction="sum")
-    (d_0,) = torch.autograd.grad(loss, x, create_graph=True)
-    total = (loss + beta * d_0.square().sum() / 2) / len(x)
-    found = torch.autograd.grad(total, list(named.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(named, found, strict=True))
 
 
 def check(model, judged=True, by_hand=True):

@@ -435,15 +435,17 @@ def test_a_group_norm_whose_input_has_no_derivative():
     assert run.returncode == 0, run.stderr
 
 
+class Reentrant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.runs = nn.Linear(6, 5), nn.Linear(5, 3), []
+
+    def forward(self, x):
+        self.runs.append(len(x))
+        return self.last(checkpoint(torch.tanh, self.first(x), use_reentrant=True))
+
+
 def test_methods_take_turns_on_a_model_with_a_reentrant_checkpoint():
-    class Reentrant(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
-
-        def forward(self, x):
-            return self.last(checkpoint(torch.tanh, self.first(x), use_reentrant=True))
-
     model, x, labels = Reentrant().double(), torch.rand(4, 6, dtype=torch.float64), torch.arange(4) % 3
     methods = [ibp.LossIBP(0.1), ibp.LossIBP(0.1, semantics="exact"), ibp.BP(), ibp.AdversarialTraining(0.1)]
     alone = [ours(method, ibp.Network(model), x, labels)[1] for method in methods]
@@ -454,15 +456,6 @@ def test_methods_take_turns_on_a_model_with_a_reentrant_checkpoint():
 
 
 def test_a_model_with_a_reentrant_checkpoint_goes_by_sweeps_from_its_first_step_on():
-    class Reentrant(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.last, self.runs = nn.Linear(6, 5), nn.Linear(5, 3), []
-
-        def forward(self, x):
-            self.runs.append(len(x))
-            return self.last(checkpoint(torch.tanh, self.first(x), use_reentrant=True))
-
     model = Reentrant().double()
     network, x, labels = ibp.Network(model), torch.rand(4, 6, dtype=torch.float64), torch.arange(4) % 3
     for runs in (2, 1):  # the first step begins again

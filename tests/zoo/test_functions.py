@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ibp_triton as ibp
+from tests.library.comparing import double_backprop, ours
 
 NUMBERS, PARTS, SAMPLES = 300, 12, {"constant": 5, "active": 2, "parametric": 2}
 EXACT, TANGENTS = ibp.LossIBP(0.1, 2, "exact"), ibp.TangentBP(0.1, 2)
@@ -81,21 +81,11 @@ def _samples(op: Any, count: int) -> Iterator[Any]:
 
 def _by_hand(model: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor] | None:
     """The gradient, None where torch has none that is finite."""
-    torch.manual_seed(2)
-    leaf, named = x.clone().requires_grad_(), dict(model.named_parameters())
     try:
-        loss = F.cross_entropy(model(leaf), labels)
-        slope = torch.autograd.grad(loss, leaf, create_graph=True)[0]
-        found = torch.autograd.grad(loss + EXACT.beta * slope.square().sum() / 2, [*named.values()], allow_unused=True)
+        parts = double_backprop(model, x, labels, EXACT.beta)
     except (RuntimeError, NotImplementedError):
         return None
-    parts = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
     return parts if all(bool(g.isfinite().all()) for g in parts.values()) else None
-
-
-def _ours(method: ibp.Method, model: nn.Module, x: Tensor, labels: Tensor, tau: Tensor | None = None) -> Any:
-    torch.manual_seed(2)
-    return method.gradients(ibp.Network(model), x, labels, tau)[1]
 
 
 def _off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -117,11 +107,11 @@ def _wrong(op: Any, sample: Any, kind: str) -> str | None:
     if expected is None:
         return None
     try:
-        off = _off(_ours(EXACT, model, x, labels), expected)
+        off = _off(ours(EXACT, ibp.Network(model), x, labels)[1], expected)
         if not off < 1e-7:
             return f"exact Loss IBP is off by {off:.1e}"
-        tau, plain = torch.randn(2, *x.shape, dtype=torch.float64), _ours(ibp.BP(), model, x, labels)
-        first, second, both = (_ours(TANGENTS, model, x, labels, t) for t in (tau[:1], tau[1:], tau))
+        tau, plain = torch.randn(2, *x.shape, dtype=torch.float64), ours(ibp.BP(), ibp.Network(model), x, labels)[1]
+        first, second, both = (ours(TANGENTS, ibp.Network(model), x, labels, t)[1] for t in (tau[:1], tau[1:], tau))
         off = _off(both, {name: first[name] + second[name] - plain[name] for name in both})
         return None if off < 1e-7 else f"two tangents are off by {off:.1e}"
     except (RuntimeError, ValueError) as problem:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibp_triton.backends.torch.pointwise import Pointwise, meeting, times
-from ibp_triton.layer import Layer, Names, Tangents, matched, sum_to, wide, without
+from ibp_triton.layer import Layer, Names, Tangents, from_end, matched, sum_to, wide, without
 
 Formula = Callable[[Tensor, Tensor], Tensor]
 
@@ -285,7 +285,7 @@ class GLU(Layer):
 
     def forward(self, input: Tensor, dim: int = -1) -> Tensor:
         """[..., 2n, ...] → [..., n, ...]."""
-        self.rank, self.axis = input.dim(), dim if dim < 0 else dim - input.dim()
+        self.rank, self.axis = input.dim(), from_end(dim, input)
         self.value, gate = input.chunk(2, self.axis)
         self.gate = torch.sigmoid(gate)
         return self.value * self.gate

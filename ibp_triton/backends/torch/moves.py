@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ibp_triton.layer import Layer, Names, Tangents, from_end, lift, product, sum_to
+from ibp_triton.layer import Layer, Names, Tangents, axes_from_end, from_end, lift, product, sum_to
 
 
 class Move(Layer):
@@ -214,8 +214,8 @@ class Sum(Move):
         given = list(args)
         keep = given.pop() if given and isinstance(given[-1], bool) else kwargs.get("keepdim", kwargs.get("keepdims"))
         axes = kwargs.get("dim", kwargs.get("axis", given[0] if len(given) == 1 else given or None))
-        axes = [axes] if isinstance(axes, int) else list(axes or range(self.rank))
-        self.axes, self.kept = sorted(self._axis(axis) for axis in axes), bool(keep)
+        alone = axes is None and self.rank == 0  # a number's own sum
+        self.axes, self.kept = [] if alone else axes_from_end(axes, input), bool(keep)
         self.count = product([self.shape[axis] for axis in self.axes]) if self.mean else 1
         return self.output  # type: ignore[no-any-return]
 

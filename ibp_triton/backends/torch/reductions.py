@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.backends.torch.moves import Move
-from ibp_triton.layer import Layer, Names, Pieces, Tangents, from_end, matched, product, without
+from ibp_triton.layer import Layer, Names, Pieces, Tangents, axes_from_end, matched, product, without
 
 
 class Variance(Layer):
@@ -35,8 +35,7 @@ class Variance(Layer):
 
     def _reduce(self, input: Tensor, axes: Any, keep: bool, correction: float | None) -> Tensor:
         self.input, self.rank, self.kept = input, input.dim(), keep
-        axes = [axes] if isinstance(axes, int) else list(axes or range(self.rank))
-        self.axes = sorted(from_end(axis, input) for axis in axes)
+        self.axes = axes_from_end(axes, input)
         self.count = product([input.shape[axis] for axis in self.axes]) - correction if correction is not None else 1
         square = self._centre(input).square().sum(self.axes, True) / self.count
         self.value = square.sqrt() if self.rooted else square  # with ones in the axes' place
@@ -152,8 +151,7 @@ class Normalize(Layer):
 
     def forward(self, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: None = None) -> Tensor:
         """The same shape."""
-        axes = [dim] if isinstance(dim, int) else list(dim)
-        self.axes = [from_end(axis, input) for axis in axes]
+        self.axes = axes_from_end(dim, input)
         norm: Tensor = input.square().sum(self.axes, True).sqrt()
         self.size, self.round = norm.clamp_min(eps), (norm >= eps).to(input.dtype)
         self.output = input / self.size
@@ -247,9 +245,8 @@ class Extreme(Move):
 
     def forward(self, input: Tensor, dim: Any = (), keepdim: bool = False) -> Tensor:
         """Without the axes, or with ones in their place."""
-        axes = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim())) or [0]
-        self._call(input, axes, keepdim)
-        self.axes, self.kept = sorted(self._axis(axis) for axis in axes), keepdim
+        self.axes, self.kept = axes_from_end(dim, input), keepdim
+        self._call(input, self.axes, keepdim)
         equal = (input == self._spread(self.output)).to(input.dtype)
         self.shares = equal / equal.sum(self.axes, True)
         return self.output  # type: ignore[no-any-return]
@@ -303,9 +300,7 @@ class LogSumExp(Layer):
     def forward(self, input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
         """Without the axes, or with ones in their place."""
         self.output = torch.logsumexp(input, dim, keepdim)
-        axes = [dim] if isinstance(dim, int) else list(dim) or list(range(input.dim()))
-        self.rank, self.kept = input.dim(), keepdim
-        self.axes = sorted(from_end(axis, input) for axis in axes or [0])
+        self.rank, self.kept, self.axes = input.dim(), keepdim, axes_from_end(dim, input)
         peak = torch.logsumexp(input, self.axes, True)
         self.share = torch.exp(input - peak.masked_fill(peak == -torch.inf, 0))
         return self.output

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ibp_triton.backends.torch.moves import Move
 from ibp_triton.backends.torch.structural import LinearMap
-from ibp_triton.layer import Layer, Names, Pieces, Tangents, lift, memory_format, sum_to, wrapped
+from ibp_triton.layer import Layer, Names, Pieces, Tangents, from_end, lift, memory_format, sum_to, wrapped
 
 
 class IndexSelect(Move):
@@ -146,8 +146,9 @@ class Stack(Layer):
 
     def forward(self, tensors: Any, dim: int = 0) -> Tensor:
         """[..., n, ...]."""
-        self.tensors, self.axis = tensors, dim if dim < 0 else dim - tensors[0].dim() - 1
-        return torch.stack(tuple(tensors), dim)
+        output = torch.stack(tuple(tensors), dim)
+        self.tensors, self.axis = tensors, from_end(dim, output)
+        return output
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """The slice that belongs to each operand."""

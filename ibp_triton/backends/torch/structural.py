@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.layer import Layer, Names, Tangents, broadcast, fold, lift, sum_to, unfold
+from ibp_triton.layer import Layer, Names, Tangents, broadcast, fold, from_end, lift, sum_to, unfold
 
 
 class Add(Layer):
@@ -68,7 +68,7 @@ class Concatenate(Layer):
         """[..., n_0 + n_1 + …, ...]."""
         output = torch.cat(tensors, dim)
         self.tensors, self.rank = tensors, output.dim()
-        self.dim = dim if dim < 0 else dim - self.rank
+        self.dim = from_end(dim, output)
         self.sizes = [0 if self._skipped(x) else x.shape[self.dim] for x in tensors]
         return output
 
