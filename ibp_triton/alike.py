@@ -31,7 +31,7 @@ def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
 
 def rounded(p: Tensor, by: float, generator: torch.Generator) -> Tensor:
     """Every number moved by up to so much of itself, at random: a few last bits tell what rounding does to a step."""
-    return p * (1 + by * (2 * torch.rand(p.shape, generator=generator) - 1).to(p))
+    return p.detach().clone().mul_(1 + by * (2 * torch.rand(p.shape, generator=generator) - 1).to(p))
 
 
 def kind_of(a: Any) -> Any:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ibp_triton.sweeps import Term
 
 
-Earlier = Sequence[tuple[Any, Mapping[str, Tensor]]]  # coefficients, and gradients by name
+Earlier = Sequence[tuple[Any, dict[str, Tensor]]]  # coefficients, and gradients by name
 UNFORESEEN = "a recipe runs other sweeps, or gives other terms, than when it was read for its cost, on one sample"
 
 
@@ -101,12 +101,19 @@ class Tape:
         total: dict[str, Tensor] = {}
         gone: set[str] = set()
         if seeds:
-            whole = [seed.sum(0) if seed.dim() > self.logits.dim() else seed for seed in seeds]
+            flat = [seed.sum(0) if seed.dim() > self.logits.dim() else seed for seed in seeds]
             with self._told(made, earlier, gone):
-                total = self.run(sum(whole[1:], whole[0]), to_input=False)[1]
+                total = self.run(sum(flat[1:], flat[0]), to_input=False)[1]
         self._runs = 0
-        names = dict.fromkeys([*total, *(name for _, parts in earlier for name in parts)])
-        return {name: _more(total.get(name), name, earlier) for name in names if name not in gone}
+        whole: dict[str, Tensor] = {}
+        for name in dict.fromkeys([*total, *(name for _, parts in earlier for name in parts)]):
+            if name not in gone:
+                whole[name] = _more(total.pop(name, None), name, earlier)
+            for _, parts in earlier:  # each is let go of once it is added: they are as large as the model
+                parts.pop(name, None)
+        for term in terms:
+            term.right.parts = None
+        return whole
 
     @contextmanager
     def _told(self, made: Callable[[str, Tensor], None] | None, earlier: Earlier, gone: set[str]) -> Iterator[None]:
@@ -234,10 +241,10 @@ def _plus(total: Tensor | None, coefficient: Any, d: Tensor) -> Tensor:
     return _times(coefficient, d) if total is None else plus(total, d, coefficient)
 
 
-def added(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The sums by name."""
+def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The sums by name; what is added is taken out of the parts."""
     total: dict[str, Tensor] = {}
     for part in parts:
-        for name, d in part.items():
-            total[name] = total[name] + d if name in total else d
+        for name in list(part):
+            total[name] = total[name] + part.pop(name) if name in total else part.pop(name)
     return total

@@ -1,4 +1,4 @@
-"""What a step of Loss IBP holds at its peak, beside BP's, and what sweeps let go of and make anew."""
+"""What steps of Loss IBP and Adversarial Training hold at their peak, and what sweeps let go of and make anew."""
 
 import pytest
 import torch
@@ -19,6 +19,13 @@ def test_the_peak_of_loss_ibp_is_at_most_1_6_of_bps(name):
     case = candidates.Case(name, 16, "fp32")
     ours, plain = candidates.ours(case, "loss_ibp"), by_hand.autograd(case, "bp")
     assert measure.peak_memory(ours) < PEAKS[name] * measure.peak_memory(plain)
+
+
+@pytest.mark.parametrize(("name", "times"), [("mlp", 1.25), ("resnet18", 1.0)])
+def test_adversarial_training_holds_two_gradients_and_no_third(name, times):
+    case = candidates.Case(name, 16, "fp32")
+    ours, plain = candidates.ours(case, "at"), by_hand.autograd(case, "at")
+    assert measure.peak_memory(ours) < times * measure.peak_memory(plain)
 
 
 class Block(nn.Module):

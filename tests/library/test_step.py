@@ -1,6 +1,7 @@
 """Eager, compiled and captured steps train alike, whatever changes between two of them."""
 
 import copy
+import itertools
 import shutil
 import warnings
 
@@ -261,6 +262,41 @@ def test_a_loss_that_is_off_is_not_used_however_rough_the_gradient_is(monkeypatc
     model, x, y = at_a_kink()
     with pytest.warns(UserWarning, match="its forward pass is off by 0.01"):
         assert not ibp.CompiledStep(model, ibp.BP(), sgd(model)).prepare(x, y)
+
+
+@pytest.mark.parametrize("fades", [True, False])
+def test_where_rounding_turns_relus_the_means_of_some_steps_count(fades, monkeypatch):
+    signs = itertools.cycle([1, -1] if fades else [1])
+
+    def off(graph):
+        def run(*batch):
+            parts, gradients = graph(*batch)
+            return parts, {n: (1 + 0.7 * sign) * g for sign in [next(signs)] for n, g in gradients.items()}
+
+        return run
+
+    monkeypatch.setattr(compiled_step, "compiled", off)
+    model, x, y = at_a_kink()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert ibp.CompiledStep(model, ibp.LossIBP(0.3), sgd(model)).prepare(x, y) is fades
+    assert bool(said) is not fades
+
+
+def test_a_loss_that_is_off_is_seen_beside_running_statistics(monkeypatch):
+    def wrong(graph):
+        def run(*batch):
+            (loss, data_loss, *rest), gradients = graph(*batch)
+            return (loss, 1.001 * data_loss, *rest), gradients
+
+        return run
+
+    monkeypatch.setattr(compiled_step, "compiled", wrong)
+    model, x, y = at_a_kink()
+    model.append(nn.BatchNorm1d(2))
+    with pytest.warns(UserWarning, match="its forward pass is off by 0.001"):
+        assert not ibp.CompiledStep(model, ibp.BP(), sgd(model)).prepare(x, y)
+    assert model[-1].num_batches_tracked == 0
 
 
 def test_preparing_trains_nothing(recorded):
