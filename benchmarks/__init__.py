@@ -1,1 +1,1 @@
-"""Benchmarks: `pytest benchmarks`, `python -m benchmarks.ratios`, `python -m benchmarks.scaling`."""
+"""Benchmarks: `pytest benchmarks`, `python -m benchmarks.against`, `python -m benchmarks.scaling` and others."""

@@ -24,7 +24,7 @@ from ibp_triton.harness.threads import keep_freed_memory
 
 
 def bench(
-    config: Annotated[Path, typer.Argument(help="YAML file, or a suite's name: ratios, modern, modern_full")],
+    config: Annotated[Path, typer.Argument(help="YAML file, or a suite's name: modern, ratios, compiled …")],
     override: Annotated[list[str] | None, typer.Option("--set", help="key.path=value, over the YAML")] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="a word of the cells to measure: resnet18, bf16, 256 …")

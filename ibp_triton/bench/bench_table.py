@@ -12,10 +12,10 @@ from ibp_triton.outcomes import csv_cell
 
 Cells = list[dict[str, Any]]  # the JSON of each cell
 COLUMNS = (
-    "network", "family", "batch", "precision", "layout", "backend", "device", "candidate", "method", "step", "clock",
-    "median", "q1", "q3", "wall_median", "peak_memory", "parity", "predicted_ratio",
+    "network", "family", "batch", "precision", "layout", "backend", "device", "tangents", "candidate", "method", "step",
+    "clock", "median", "q1", "q3", "wall_median", "peak_memory", "parity", "predicted_ratio", "making_seconds",
 )  # fmt: skip
-_FACTS = ("network", "batch", "precision", "layout", "backend", "device")
+_FACTS = ("network", "batch", "precision", "layout", "backend", "device", "tangents")
 
 
 def markdown(suite: Suite, cells: Cells) -> str:
@@ -37,7 +37,7 @@ def _plain(text: str) -> str:
 def _heads(infos: list[dict[str, Any]]) -> list[str]:
     """The network, and of the other facts those in which cells differ."""
     told = [key for key in _FACTS if key == "network" or len({str(info[key]) for info in infos}) > 1]
-    return [" ".join(str(info[key]) for key in told) for info in infos]
+    return [" ".join(_word(info, key) for key in told) for info in infos]
 
 
 def _names(suite: Suite, cells: Cells) -> list[str]:
@@ -74,7 +74,12 @@ def figure(over: dict[str, float]) -> float:
 
 def words(cell: dict[str, Any]) -> set[str]:
     """What targets may ask of a measured cell."""
-    return {str(cell["benchmarks"][0]["extra_info"][key]) for key in (*_FACTS, "family")}
+    info = cell["benchmarks"][0]["extra_info"]
+    return {_word(info, key) for key in (*_FACTS, "family")}
+
+
+def _word(info: dict[str, Any], key: str) -> str:
+    return f"T={info[key]}" if key == "tangents" else str(info[key])
 
 
 def _refusals(cells: Cells) -> list[str]:

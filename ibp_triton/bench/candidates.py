@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class Entry:
     family: str
     flat: bool = False  # linear but for ReLU and max-pooling: the paper's gradient is what autograd finds
     classes: int = 10
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)  # that `build` has, for who reads the results
 
 
 def _paper(make: Callable[..., nn.Module], shape: tuple[int, ...]) -> Entry:
@@ -63,6 +65,7 @@ NETWORKS: dict[str, Entry] = {
     "mixer": Entry(modern.mixer, IMAGE, "transformer"),
     "text_transformer": Entry(modern.text_transformer, (64, 128), "transformer"),
     "mlp": Entry(modern.mlp, (1, 28, 28), "mlp", flat=True),
+    "stack": Entry(modern.stack, (1, 28, 28), "convnet", flat=True),
 }
 
 
@@ -77,6 +80,7 @@ class Case:
     device: str = "cpu"
     backend: str = "torch"
     own: Entry | None = None  # a network that ``NETWORKS`` does not hold
+    tangents: int = TANGENTS
 
     @property
     def entry(self) -> Entry:
@@ -102,7 +106,8 @@ class Case:
     def name(self) -> str:
         """Unlike that of any other case of a suite."""
         layout = "channels_last" if self.channels_last else "contiguous"
-        return "-".join([self.network, str(self.batch), self.precision, layout, self.backend, self.device])
+        parts = [self.network, str(self.batch), self.precision, layout, self.backend, self.device]
+        return "-".join(parts if self.tangents == TANGENTS else [*parts, f"T={self.tangents}"])
 
     def model(self) -> nn.Module:
         """The network, always the same weights, float32, in train mode."""
@@ -112,7 +117,7 @@ class Case:
         return model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
 
     def data(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch [N, ...] in [0, 1], labels [N], tangents [5, N, ...]: Lie's of images, else random directions."""
+        """A batch [N, ...] in [0, 1], labels [N], tangents [T, N, ...]: five, over and over, Lie's of images."""
         generator = torch.Generator().manual_seed(1)
         x = torch.rand(self.shape, generator=generator)
         images = x.dim() == 4
@@ -120,9 +125,11 @@ class Case:
             x = nn.functional.avg_pool2d(x, 3, 1, 1).to(self.device).contiguous(memory_format=self.layout)
         labels = torch.randint(0, self.entry.classes, (self.batch,), generator=generator).to(self.device)
         if images:
-            return x, labels, ibp.lie_tangents(x)
-        tangents = 0.1 * torch.randn([TANGENTS, *self.shape], generator=generator)
-        return x.to(self.device), labels, tangents.to(self.device)
+            five = ibp.lie_tangents(x)
+        else:
+            five = 0.1 * torch.randn([TANGENTS, *self.shape], generator=generator).to(self.device)
+        chosen = five if self.tangents == TANGENTS else five[torch.arange(self.tangents) % TANGENTS]
+        return x.to(self.device), labels, chosen
 
     def info(self) -> dict[str, object]:
         """What a row of results says of itself."""
@@ -131,7 +138,8 @@ class Case:
             "shape": self.shape,
             "precision": self.precision,
             "layout": "channels_last" if self.channels_last else "contiguous",
-            "tangents": TANGENTS,
+            "tangents": self.tangents,
+            "options": dict(self.entry.options),
         }
 
 
@@ -153,4 +161,4 @@ def ours(case: Case, method: str | ibp.Method, model: nn.Module | None = None) -
 
 def predicted(case: Case, method: ibp.Method) -> float:
     """Multiply-adds of the method's step over those of BP."""
-    return method.predicted_ratio(ibp.Network(case.model(), backend="torch"), case.shape, TANGENTS)
+    return method.predicted_ratio(ibp.Network(case.model(), backend="torch"), case.shape, case.tangents)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import ibp_triton as ibp
+from ibp_triton.alike import in_short
 from ibp_triton.bench import bench_json, by_hand, candidates, measure, parity, whole_steps
-from ibp_triton.bench.candidates import TANGENTS, Case
+from ibp_triton.bench.candidates import Case
 from ibp_triton.bench.suite import Suite
 from ibp_triton.errors import IBPError
 from ibp_triton.harness import store
@@ -32,9 +33,11 @@ class Candidate:
 
     label: str
     run: Callable[[], Any]
-    kind: str  # gradient, eager, compiled or captured step; baseline
+    kind: str  # gradient; eager, compiled or captured step
     method: str
+    ours: bool = True
     off: float | None = None  # parity
+    making: float | None = None  # CPU seconds that a step took to compile or capture, with its first calls
 
 
 @dataclass
@@ -46,12 +49,12 @@ class Cell:
     members: dict[str, Candidate] = field(default_factory=dict)
     refused: list[dict[str, str]] = field(default_factory=list)
 
-    def add(self, label: str, make: Callable[[], Any], kind: str, method: str, off: float | None = None) -> None:
-        """One candidate; one that can't be made is refused."""
+    def add(self, label: str, make: Callable[[], Any], method: str, ours: bool, off: float | None = None) -> None:
+        """A gradient; one that can't be made is refused."""
         try:
-            self.members[label] = Candidate(label, make(), kind, method, off)
+            self.members[label] = Candidate(label, make(), "gradient", method, ours, off)
         except (IBPError, RuntimeError) as error:
-            self.refuse(label, f"{type(error).__name__}: {error}", fault=kind != "baseline")
+            self.refuse(label, f"{type(error).__name__}: {error}", fault=ours)
 
     def refuse(self, label: str, reason: str, fault: bool = True) -> None:
         """A candidate that is not timed; a fault is one of ours."""
@@ -64,9 +67,9 @@ def prepare(suite: Suite, case: Case, say: Say) -> Cell:
     """All candidates of a cell whose gradient has been found right."""
     cell = Cell(case, suite)
     if "eager_bp" in suite.baselines:
-        cell.add("eager_bp", lambda: by_hand.autograd(case, ibp.BP()), "baseline", "bp")
+        cell.add("eager_bp", lambda: by_hand.autograd(case, ibp.BP()), "bp", ours=False)
     if "eager_bp_nchw" in suite.baselines:
-        cell.add("eager_bp_nchw", lambda: by_hand.eager_bp_nchw(case), "baseline", "bp")
+        cell.add("eager_bp_nchw", lambda: by_hand.eager_bp_nchw(case), "bp", ours=False)
     for label in suite.methods:
         if not suite.skips(case, label):
             say(f"parity of {label}")
@@ -84,32 +87,41 @@ def _add_method(cell: Cell, label: str) -> None:
     if verdict.ours is not None:
         cell.refuse(label, verdict.ours)
         return
-    wanted = "by_hand" in cell.suite.baselines and not cell.suite.skips(case, label, "by_hand")
+    hand = by_hand.applies(case, method) and not cell.suite.skips(case, label, "by_hand")
+    wanted = {name for name in ("by_hand", "by_hand_step") if hand and name in cell.suite.baselines}
     if wanted and verdict.by_hand is not None:
         cell.refuse(f"{label} by_hand", verdict.by_hand, fault=False)
-    elif wanted and by_hand.applies(case, method) and method.key != "bp":
-        cell.add(f"{label} by_hand", lambda: by_hand.autograd(case, method), "baseline", label)
+        wanted.clear()
+    if "by_hand" in wanted and method.key != "bp":
+        cell.add(f"{label} by_hand", lambda: by_hand.autograd(case, method), label, ours=False)
     for kind in cell.suite.step:
         if kind == "gradient":
-            cell.add(label, lambda: candidates.ours(case, method), kind, label, verdict.off)
+            cell.add(label, lambda: candidates.ours(case, method), label, ours=True, off=verdict.off)
         elif not cell.suite.skips(case, label, kind):
-            _add_step(cell, label, method, kind)
+            if "by_hand_step" in wanted and kind in whole_steps.BY_HAND:
+                _add_step(cell, label, method, kind, ours=False)
+            _add_step(cell, label, method, kind, ours=True)
 
 
-def _add_step(cell: Cell, label: str, method: ibp.Method, kind: str) -> None:
+def _add_step(cell: Cell, label: str, method: ibp.Method, kind: str, ours: bool) -> None:
     """A whole step, after a few of them beside eager ones."""
-    case, off = cell.case, 0.0
-    if kind != "eager":
-        try:
-            pair = [whole_steps.ours(case, method, one, TWIN_RATE) for one in (kind, "eager")]
-        except (IBPError, RuntimeError) as error:
-            cell.refuse(f"{label} {kind} step", f"{type(error).__name__}: {error}", fault=False)
-            return
-        off = whole_steps.off_twin(*pair)
-        if off > parity.LARGEST[case.precision] and off > (allowed := parity.NOISE * _rounding(case, method)):
-            cell.refuse(f"{label} {kind} step", f"off its eager twin by {off:.2g}, more than {allowed:.2g}")
-            return
-    cell.add(f"{label} {kind} step", lambda: whole_steps.ours(case, method, kind, TWIN_RATE).step, kind, label, off)
+    case, make = cell.case, whole_steps.ours if ours else whole_steps.by_hand_step
+    name, off, begin = f"{label} {kind} step" if ours else f"{label} by_hand {kind} step", 0.0, measure.cpu_seconds()
+    try:
+        step = make(case, method, kind, TWIN_RATE)
+        step.step()
+        making = measure.cpu_seconds() - begin
+        if kind != "eager":
+            twin = make(case, method, "eager", TWIN_RATE)
+            twin.step()
+            off = whole_steps.off_twin(step, twin)
+    except Exception as error:  # whatever a compiler raises
+        cell.refuse(name, in_short(error), fault=False)
+        return
+    if off > parity.LARGEST[case.precision] and off > (allowed := parity.NOISE * _rounding(case, method)):
+        cell.refuse(name, f"off its eager twin by {off:.2g}, more than {allowed:.2g}", fault=ours)
+        return
+    cell.members[name] = Candidate(name, step.step, kind, label, ours, off, making)
 
 
 def _rounding(case: Case, method: ibp.Method) -> float:
@@ -161,14 +173,17 @@ def _facts(cell: Cell, one: Candidate, times: dict[str, measure.Times], memory: 
     found = case.info() | {
         "batch": case.batch, "backend": case.backend, "device": case.device, "family": case.entry.family,
         "candidate": one.label, "method": one.method, "step": one.kind, "baseline": one.label == "eager_bp",
+        "ours": one.ours,
         "clock": "device" if mine.device else "cpu", "cpu_seconds": mine.cpu, "wall_seconds": mine.wall,
         "wall_median": statistics.median(mine.wall), "parity": one.off,
     }  # fmt: skip
     if one.label in memory:
         found["peak_memory"] = memory[one.label]
-    if one.kind != "baseline":
+    if one.making is not None:
+        found["making_seconds"] = one.making
+    if one.ours:
         found["predicted_ratio"] = _predicted(case, cell.suite.method(one.method))
-    if one.kind == "baseline" and one.label.endswith("by_hand"):
+    elif "by_hand" in one.label:
         found["by_hand"] = by_hand.title(cell.suite.method(one.method))
     ratios = dict(_ratios(cell, one, times, memory))
     found["ratios"], over_bp = ratios, ratios.get(f"{one.label} / bp")
@@ -179,10 +194,11 @@ def _ratios(
     cell: Cell, one: Candidate, times: dict[str, measure.Times], memory: dict[str, int]
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """This candidate over others, by the names that targets use."""
-    if one.kind == "baseline":
-        return
     step = one.kind != "gradient"
-    others = {"eager step": f"{one.method} eager step"} if step else {"by_hand": f"{one.method} by_hand"}
+    if not (one.ours or step):
+        return
+    steps = ("eager step", "by_hand eager step", "by_hand compiled step") if one.ours else ("by_hand eager step",)
+    others = {name: f"{one.method} {name}" for name in (steps if step else ("by_hand",))}
     if not step:
         others |= {name: name for name in ("bp", "eager_bp", "eager_bp_nchw")}
     for name, label in others.items():
@@ -204,7 +220,7 @@ def _ratios(
 def floor(case: Case) -> float:
     """Seconds of BP's multiply-adds at the machine's best rate."""
     work = ibp.Network(case.model(), backend="torch").multiply_adds(case.shape)
-    return ibp.BP().multiply_adds(work, TANGENTS) / _best_rate(case.dtype or torch.float32)
+    return ibp.BP().multiply_adds(work, case.tangents) / _best_rate(case.dtype or torch.float32)
 
 
 _best_rate = cache(measure.best_rate)
@@ -239,7 +255,7 @@ def signature(suite: Suite, case: Case) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-_AXES = ("batch", "precision", "layout", "backend", "device")
+_AXES = ("batch", "precision", "layout", "backend", "device", "tangents")
 
 
 @cache

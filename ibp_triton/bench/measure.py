@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -72,6 +73,11 @@ def _timed(run: Callable[[], Any], cuda: bool) -> tuple[float, ...]:
     stop.record()
     torch.cuda.synchronize()
     return time.process_time() - cpu, time.perf_counter() - wall, start.elapsed_time(stop) / 1e3
+
+
+def cpu_seconds() -> float:
+    """Of this process so far, and of the compilers that it ran and that have ended."""
+    return sum(os.times()[:4])
 
 
 def ratio(a: Times, b: Times) -> float:

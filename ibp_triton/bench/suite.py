@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 import ibp_triton as ibp
-from ibp_triton.bench.candidates import METHODS, MORE, NETWORKS, Case, Entry
+from ibp_triton.bench.candidates import METHODS, MORE, NETWORKS, TANGENTS, Case, Entry
 from ibp_triton.errors import ConfigError
 from ibp_triton.harness import loading, models
 from ibp_triton.harness.config import Precision
@@ -21,7 +22,7 @@ from ibp_triton.harness.schedule import Count, Positive, Strict
 
 Layout = Literal["channels_last", "contiguous"]
 StepKind = Literal["gradient", "eager", "compiled", "captured"]
-Baseline = Literal["eager_bp", "eager_bp_nchw", "by_hand", "floor"]
+Baseline = Literal["eager_bp", "eager_bp_nchw", "by_hand", "by_hand_step", "floor"]
 Family = Literal["convnet", "transformer", "mlp", "paper", "own"]
 
 
@@ -48,14 +49,14 @@ class NetworkRow(Strict):
         if self.network is not None:
             known = NETWORKS[self.network]
             build = functools.partial(known.build, **self.options)
-            return Entry(build, known.shape, known.family, known.flat, known.classes)
+            return replace(known, build=build, options=self.options)
         shape, target = tuple(self.input_shape), self.target or ""
         build = functools.partial(models.imported, target, shape, self.classes, self.options)  # type: ignore[arg-type]
-        return Entry(build, shape, self.family, classes=self.classes)
+        return Entry(build, shape, self.family, classes=self.classes, options=self.options)
 
 
 class Suite(Strict):
-    """A whole YAML file: every network at every batch, precision, layout, backend and device is a cell.
+    """A whole YAML file: every network at every batch, precision, layout, backend, device and `tangents` is a cell.
 
     In a cell all methods (as gradients or as whole steps: `step`) and all `baselines` run in turn, `rounds` times after
     `warmup`. A key of `targets` names a ratio; its value is an upper bound, or bounds by the words that a cell must
@@ -71,6 +72,7 @@ class Suite(Strict):
     layout: list[Layout] = Field(default=["channels_last"], min_length=1)
     backend: list[Literal["auto", "torch", "triton"]] = Field(default=["torch"], min_length=1)
     device: list[str] = Field(default=["cpu"], min_length=1)
+    tangents: list[Count] = Field(default=[TANGENTS], min_length=1)
     step: list[StepKind] = Field(default=["gradient"], min_length=1)
     baselines: list[Baseline] = Field(default=["eager_bp", "by_hand"])
     memory: bool = True
@@ -99,7 +101,7 @@ class Suite(Strict):
             return given
         return {label: _method_row(label, row) for label, row in given.items()}
 
-    @field_validator("batch", "precision", "layout", "backend", "device", "step", "baselines")
+    @field_validator("batch", "precision", "layout", "backend", "device", "tangents", "step", "baselines")
     @classmethod
     def _each_once(cls, given: list[Any]) -> list[Any]:
         return list(once(given))
@@ -123,10 +125,11 @@ class Suite(Strict):
 
     def cases(self) -> list[Case]:
         """Every cell."""
-        axes = itertools.product(self.networks, self.batch, self.precision, self.layout, self.backend, self.device)
+        axes = (self.networks, self.batch, self.precision, self.layout, self.backend, self.device, self.tangents)
+        entries = {label: row.entry() for label, row in self.networks.items()}
         return [
-            Case(network, batch, precision, layout == "channels_last", device, backend, self.networks[network].entry())
-            for network, batch, precision, layout, backend, device in axes
+            Case(network, batch, precision, layout == "channels_last", device, backend, entries[network], tangents)
+            for network, batch, precision, layout, backend, device, tangents in itertools.product(*axes)
         ]
 
     def method(self, label: str) -> ibp.Method:
@@ -149,7 +152,8 @@ class Suite(Strict):
 def case_words(case: Case) -> set[str]:
     """What targets and `skip` may ask of a cell."""
     layout = "channels_last" if case.channels_last else "contiguous"
-    return {case.network, case.entry.family, str(case.batch), case.precision, layout, case.backend, case.device}
+    own = {case.network, case.entry.family, str(case.batch), case.precision, layout, case.backend, case.device}
+    return own | {f"T={case.tangents}"}
 
 
 def _network_row(label: str, row: Any) -> Any:

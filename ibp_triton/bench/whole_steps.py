@@ -6,16 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 from torch import Tensor
 
 import ibp_triton as ibp
 from ibp_triton.alike import rounded
+from ibp_triton.bench.by_hand import autograd
 from ibp_triton.bench.candidates import METHODS, Case, network_of
 from ibp_triton.bench.parity import apart
 from ibp_triton.errors import BenchError
 
 CHECKED = 4  # steps
 State = dict[str, Tensor]
+BY_HAND = ("eager", "compiled")
 STEPS: dict[str, type[ibp.EagerStep]] = {
     "eager": ibp.EagerStep,
     "compiled": ibp.CompiledStep,
@@ -61,6 +65,37 @@ def ours(case: Case, method: str | ibp.Method, kind: str, rate: float = 0.1, mov
     if isinstance(step, ibp.CompiledStep) and not step.prepare(*batch):
         raise BenchError(f"{case.name}: the compiled step of {chosen} is not used; its warning says why")
     return Trainee(lambda: step(*batch).loss, dict(model.named_parameters()), momenta(model, optimizer))
+
+
+def by_hand_step(case: Case, method: str | ibp.Method, kind: str, rate: float = 0.1) -> Trainee:
+    """The same step as one would write it, of a kind of ``BY_HAND``; compiled as one function without a graph break.
+
+    Compiled, it switches torch's ``trace_autograd_ops`` on and its threads of compilers off, for this whole process.
+    """
+    model = case.model()
+    optimizer, gradients = optimizer_of(model, rate), autograd(case, method, model)
+    parameters: State = dict(model.named_parameters())
+    buffers = momenta(model, optimizer)
+
+    def eager() -> Tensor:
+        value, found = gradients()
+        for name, parameter in parameters.items():
+            parameter.grad = found[name]
+        optimizer.step()
+        return value
+
+    def whole() -> Tensor:
+        value, found = gradients()
+        with torch.no_grad():
+            for name, parameter in parameters.items():  # the product stands alone: inductor would lose an alpha
+                parameter.sub_(rate * buffers[name].mul_(0.9).add_(found[name] * (1 - 0.9)))
+        return value
+
+    if kind == "eager":
+        return Trainee(eager, parameters, buffers)
+    torch._dynamo.config.trace_autograd_ops = True  # asked anew at every call
+    torch._inductor.config.compile_threads = 1  # children of this process, so that their time counts
+    return Trainee(torch.compile(whole, fullgraph=True, dynamic=False), parameters, buffers)
 
 
 def _move(model: torch.nn.Module, by: float, seed: int) -> None:

@@ -15,7 +15,8 @@ import yaml
 from typer.testing import CliRunner
 
 import ibp_triton as ibp
-from ibp_triton.bench import bench_json, bench_table, by_hand, candidates, cells, parity, suite
+from benchmarks import scaling
+from ibp_triton.bench import bench_json, bench_table, by_hand, candidates, cells, parity, suite, whole_steps
 from ibp_triton.bench.candidates import METHODS, MORE, NETWORKS, Case
 from ibp_triton.errors import ConfigError
 from ibp_triton.harness import shipped
@@ -196,6 +197,49 @@ def test_whole_steps_and_the_floor(tmp_path: Path) -> None:
     assert "bp captured step / eager step" in found[2]["extra_info"]["ratios"]
 
 
+def test_whole_steps_by_hand_beside_ours(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"methods": ["bp", "loss_ibp"], "baselines": ["by_hand_step"], "targets": {}}
+    assert bench(written(tmp_path, step=["eager"], **given)).exit_code == 0
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())["benchmarks"]
+    by_name = {row["name"]: row["extra_info"] for row in found}
+    assert list(by_name) == [f"{m}{w} eager step" for m in ("bp", "loss_ibp") for w in (" by_hand", "")]
+    assert by_name["loss_ibp eager step"]["ratios"].keys() >= {"loss_ibp eager step / by_hand eager step"}
+    assert not by_name["loss_ibp by_hand eager step"]["ratios"]
+    assert all("making_seconds" in info for info in by_name.values())
+
+
+@pytest.mark.parametrize("key", ["bp", "at", "loss_ibp", "tbp"])
+def test_a_step_by_hand_trains_as_ours(key: str) -> None:
+    case = Case("mlp", 3, "fp32", own=suite.NetworkRow(network="mlp", options={"hidden": 8}).entry())
+    found, expected = whole_steps.by_hand_step(case, key, "eager"), whole_steps.ours(case, key, "eager")
+    assert whole_steps.off_twin(found, expected) < 1e-5
+
+
+def test_tangents_are_an_axis(tmp_path: Path) -> None:
+    plan = suite.load(written(tmp_path, tangents=[2, 5, 7], skip=["T=7 at"]))
+    cases = plan.cases()
+    assert [case.name.rpartition("-")[2] for case in cases] == ["T=2", "cpu", "T=7"]
+    assert [len(case.data()[2]) for case in cases] == [2, 5, 7]
+    assert cases[2].data()[2][5].equal(cases[1].data()[2][0])
+    assert [plan.skips(case, "at") for case in cases] == [False, False, True]
+    ratios = [candidates.predicted(case, ibp.TangentBP(0.1)) for case in cases]
+    assert ratios[0] < ratios[1] < ratios[2]
+
+
+def test_growth_is_fitted_along_the_axis_that_cells_differ_in() -> None:
+    def entry(name: str, width: int, seconds: float) -> dict[str, Any]:
+        info = {"batch": 32, "tangents": 5, "options": {"width": width}}
+        return {"name": name, "extra_info": info, "stats": {"median": seconds}}
+
+    entries = [entry(name, w, w**power) for w in (8, 2, 4) for name, power in (("bp", 2), ("tbp", 3))]
+    axis, found = scaling.curves({"suite": {"name": "own"}, "benchmarks": entries})
+    assert axis == "width"
+    assert list(found["tbp"].items()) == [(2, 8000), (4, 64000), (8, 512000)]
+    assert "| bp | 2.00 (2.00) |\n| tbp | 3.00 (3.00) |" in scaling.table({axis: found})
+    with pytest.raises(SystemExit, match="own: cells must differ in one of batch, width"):
+        scaling.curves({"suite": {"name": "own"}, "benchmarks": entries[:1]})
+
+
 def test_labels_are_data_in_every_output(tmp_path: Path) -> None:
     rows = {
         "networks": {"a|[/x]": {"network": "mlp", "options": {"hidden": 8}}},
@@ -260,7 +304,7 @@ def test_names_of_suites_and_cells(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(app, ["bench", "moderm"])
     assert "modern_full, ratios" in str(wrong.exception)
     none = bench(written(tmp_path), "--only", "bf16")
-    assert "no cell has all these words; there are: 4, channels_last" in str(none.exception)
+    assert "no cell has all these words; there are: 4, T=5, channels_last" in str(none.exception)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -298,6 +342,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mobilenet_v2": {"width": 0.25}, "densenet_bc": {"depth": 10, "growth": 4},
     "convnext": {"widths": [8, 8], "depths": [1, 1]}, "vit": {"dim": 12, "depth": 1, "patch": 8},
     "mixer": {"dim": 16, "depth": 1, "patch": 8}, "text_transformer": {"depth": 1}, "mlp": {},
+    "stack": {"width": 4, "depth": 1},
 }  # fmt: skip
 
 
