@@ -22,13 +22,7 @@ from ibp_triton.backends.torch.activations import (
     PReLU,
     ReLU6,
 )
-from ibp_triton.backends.torch.attention import (
-    LogSoftmax,
-    ScaledDotProductAttention,
-    Softmax,
-    TorchLogSoftmax,
-    TorchSoftmax,
-)
+from ibp_triton.backends.torch.attention import ScaledDotProductAttention
 from ibp_triton.backends.torch.batch_norm import BatchNorm, BatchNormEval, InstanceNormEval
 from ibp_triton.backends.torch.binary import (
     Divide,
@@ -93,6 +87,7 @@ from ibp_triton.backends.torch.reductions import (
     VectorNorm,
 )
 from ibp_triton.backends.torch.selection import Gather, IndexSelect, Item, MaskedFill, Split, Stack, Triangle, Unbind
+from ibp_triton.backends.torch.softmax import LogSoftmax, Softmax, TorchLogSoftmax, TorchSoftmax
 from ibp_triton.backends.torch.structural import (
     Add,
     BatchedMap,
