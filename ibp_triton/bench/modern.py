@@ -288,6 +288,9 @@ def mlp(inputs: int = 784, hidden: int = 512, depth: int = 3, classes: int = CLA
 
 def stack(width: int = 32, depth: int = 4, classes: int = CLASSES) -> nn.Module:
     """28×28 images → `width` channels of 7×7 → `depth` 3×3 convolutions with ReLU → logits: linear in its depth."""
-    hidden = [part for _ in range(depth) for part in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())]
-    first = [nn.Conv2d(1, width, 4, 4), nn.ReLU()]
-    return nn.Sequential(*first, *hidden, nn.Flatten(), nn.Linear(49 * width, classes))
+    layers: list[nn.Module] = [nn.Conv2d(1, width, 4, 4), nn.ReLU()]
+    for _ in range(depth):
+        convolution = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")  # torch's own would let 32 of them fade
+        layers += [convolution, nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(49 * width, classes))

@@ -11,6 +11,7 @@ import torch
 import ibp_triton as ibp
 from ibp_triton.bench import by_hand, candidates
 from ibp_triton.bench.candidates import METHODS, Case
+from ibp_triton.errors import BenchError
 
 Gradients = dict[str, torch.Tensor]
 # float32 differs by rounding; bfloat16 keeps 8 bits, and a sign of d_0 or t_K near zero may flip
@@ -120,6 +121,8 @@ def _strong(method: ibp.Method, expected: Gradient) -> tuple[Any, Gradients]:
     """The method at the strength that makes its penalty as large as the loss, and the loss's gradient."""
     plain = expected(ibp.BP())
     unit = largest(minus(expected(method.at(beta=1.0)), plain))
+    if unit == 0:
+        raise BenchError(f"the gradient of {method}'s penalty is lost beside the loss's: it can't be compared")
     return method.at(beta=largest(plain) / unit), plain
 
 

@@ -18,7 +18,7 @@ import ibp_triton as ibp
 from benchmarks import scaling
 from ibp_triton.bench import bench_json, bench_table, by_hand, candidates, cells, parity, suite, whole_steps
 from ibp_triton.bench.candidates import METHODS, MORE, NETWORKS, Case
-from ibp_triton.errors import ConfigError
+from ibp_triton.errors import BenchError, ConfigError
 from ibp_triton.harness import shipped
 from ibp_triton.harness.cli import app
 
@@ -186,6 +186,11 @@ def test_a_baseline_of_another_gradient_is_not_timed() -> None:
 def test_bfloat16_of_a_network_that_magnifies_rounding(method: ibp.Method) -> None:
     case = Case("resnet18", 4, "bf16", own=suite.NetworkRow(network="resnet18", options={"width": 8}).entry())
     assert parity.check(case, method) == parity.Verdict(parity.check(case, method).off)
+
+
+def test_a_penalty_that_is_lost_beside_the_loss_is_named() -> None:
+    with pytest.raises(BenchError, match=r"the gradient of LossIBP.*'s penalty is lost"):
+        parity._strong(ibp.LossIBP(0.1), lambda _: {"weight": torch.ones(2)})
 
 
 def test_whole_steps_and_the_floor(tmp_path: Path) -> None:
