@@ -95,18 +95,22 @@ class PeakMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}  # with some that are gone
+        self.size = self.peak = 0  # of all of these; of those alive at once
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {id_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and id_of(tensor) not in given:
                 storage = tensor.untyped_storage()
+                _, before = self.alive.get(storage._cdata, (None, 0))
                 self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+                self.size += storage.nbytes() - before
+        if self.size > self.peak:  # else those alive are no more than that either
+            self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+            self.size = sum(size for _, size in self.alive.values())
+            self.peak = max(self.peak, self.size)
         return result
 
 
