@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv
 from ibp_triton.kernels.plans import Layout
+from ibp_triton.kernels.replicas import Replicas
 from ibp_triton.kernels.tiles import select
 
+ALONE = Replicas(1, False, (0, 0))
 MANY = 64  # parts from which a program takes few numbers and many parts at a time
 
 
-@triton.jit(do_not_specialize=["tangents", "splits"])
+@triton.jit(do_not_specialize=["tangents", "splits", "bias_r", "mask_r"])
 def combine(
     partial,
     bias,
@@ -27,6 +29,9 @@ def combine(
     extra_size,
     columns,
     splits,
+    bias_r,
+    mask_r,
+    REPLICATED: tl.constexpr,
     BIAS: tl.constexpr,
     RELU: tl.constexpr,
     MASK: tl.constexpr,
@@ -34,7 +39,7 @@ def combine(
     ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[t, i] = epilogue(scale * sum_s partial[s, t, i]); grid (blocks of i).
+    """out[t, i] = epilogue(scale * sum_s partial[s, t, i]); grid (blocks of i, replicas).
 
     Pointers:
         partial: [splits, tangents, size + extra_size] float32.
@@ -43,11 +48,19 @@ def combine(
         out: [tangents, size], any float type.
         extra: [extra_size], the elements beyond `size` (a bias gradient); written when EXTRA, tangents = 1.
 
+    If REPLICATED each replica has all of these, without gaps but for the steps bias_r and mask_r.
     The loads of ROUND parts are under way together.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     width = size + extra_size
     ok = i < width
+    if REPLICATED:
+        replica = tl.program_id(1).to(tl.int64)
+        partial += replica * (splits * tangents * width)
+        bias += replica * bias_r
+        mask += replica * mask_r
+        out += replica * (tangents * size)
+        extra += replica * extra_size
     if BIAS:
         shift = tl.load(bias + i % columns, mask=ok, other=0.0).to(tl.float32)
     if MASK:
@@ -75,6 +88,7 @@ def combination(
     partial: Layout,
     out: Layout,
     *,
+    replicas: Replicas = ALONE,
     tangents: int = 1,
     extra: Layout | None = None,
     bias: Tensor | None = None,
@@ -82,6 +96,8 @@ def combination(
     mask: Tensor | None = None,
 ) -> LaunchPlan:
     """Sum `partial` [S, tangents, size + extra] over S into `out` (size · tangents elements, dense) and `extra`.
+
+    These are one replica's; `replicas` has the strides of bias and mask.
 
     On the device of `like`. What changes are partial, bias, mask, out, extra and the scale; `out` stands for those that
     are not there.
@@ -93,15 +109,20 @@ def combination(
     optional = [t for t in (bias, mask) if t is not None]
     # the bias is loaded once for each element, not once for each column
     shared = sum((size if t is bias else t.numel()) * t.element_size() for t in optional)
+    cost = Cost(loaded=partial.bytes + shared, stored=out.bytes + (0 if extra is None else extra.bytes))
+    bias_r, mask_r = replicas.strides
     return LaunchPlan(
         combine,
-        (cdiv(size + extra_size, config.block_m), 1, 1),
+        (cdiv(size + extra_size, config.block_m), replicas.count, 1),
         {
             "tangents": tangents,
             "size": size,
             "extra_size": extra_size,
             "columns": 1 if bias is None else bias.numel(),
             "splits": partial.shape[0],
+            "bias_r": bias_r,
+            "mask_r": mask_r,
+            "REPLICATED": replicas.several,
             "BIAS": bias is not None,
             "RELU": relu,
             "MASK": mask is not None,
@@ -110,5 +131,6 @@ def combination(
             "BLOCK": config.block_m,
         },
         config,
-        Cost(loaded=partial.bytes + shared, stored=out.bytes + (0 if extra is None else extra.bytes)),
+        cost.times(replicas.count),
+        replicas.count,
     )

@@ -20,11 +20,12 @@ from torch import Tensor
 from ibp_triton.kernels.combine import combination
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import Layout
+from ibp_triton.kernels.replicas import Replicas
 from ibp_triton.kernels.tiles import precision, select, splits
 
 
 # What a batch's size changes is no constant, so that an epoch's last batch finds the kernels of the others.
-@triton.jit(do_not_specialize=["samples", "tangents", "steps", "splits", "x_t"])
+@triton.jit(do_not_specialize=["samples", "tangents", "steps", "splits", "x_r", "x_t", "mask_r"])
 def contract(
     x,
     w,
@@ -35,19 +36,24 @@ def contract(
     tangents,
     steps,
     splits,
+    x_r,
     x_t,
+    mask_r,
     x_n: tl.constexpr,
     x_h: tl.constexpr,
     x_w: tl.constexpr,
     x_c: tl.constexpr,
+    w_r: tl.constexpr,
     w_j: tl.constexpr,
     w_c: tl.constexpr,
     w_h: tl.constexpr,
     w_w: tl.constexpr,
+    bias_r: tl.constexpr,
     C: tl.constexpr,
     J: tl.constexpr,
     UNIT: tl.constexpr,
     GEOMETRY: tl.constexpr,
+    REPLICATED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     SIGN: tl.constexpr,
     BIAS: tl.constexpr,
@@ -61,7 +67,7 @@ def contract(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Contract channels and taps of x with w; grid (row tiles, column tiles, splits * tangent groups).
+    """Contract channels and taps of x with w; grid (row tiles, column tiles, splits * tangent groups * replicas).
 
     Pointers:
         x: [T, samples, C, H, W] by the strides x_t * UNIT, x_n, x_c, x_h, x_w; any float type.
@@ -71,8 +77,11 @@ def contract(
         out: [T, rows, J], contiguous, rows = samples * OH * OW; if SPLIT a float32 [splits, T, rows, J]
             workspace of partial sums, and BIAS, RELU and MASK are left to `combine`.
 
-    All strides but that of tangents are constants, and that one has the constant factor UNIT: so the compiler knows
-    their alignment at any number of channels and samples.
+    If REPLICATED all of these lie in front of those of the next replica, or are its own too: by x_r * UNIT, w_r, bias_r
+    and mask_r * J, without gaps in out.
+
+    All strides but those of tangents and replicas are constants, and those have a constant factor: so the compiler
+    knows their alignment at any number of channels and samples.
     `steps` is the length of the loop over the depth, for one split; not a constant, or compilers unroll it and spill.
     GEOMETRY is (H, W, OH, OW, KH, KW, stride h, w, padding h, w, dilation h, w): H, W the extent of x, OH, OW that of
     out. SIGN replaces x by its sign on the fly (the norm-1 seed).
@@ -91,9 +100,21 @@ def contract(
 
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2) % splits
-    first = tl.program_id(2) // splits * GROUP  # tangent of the first accumulator
+    program = tl.program_id(2)
     rows = samples * OH * OW
+    if REPLICATED:
+        programs = splits * tl.cdiv(tangents, GROUP)
+        replica = (program // programs).to(tl.int64)
+        program = program % programs
+        x += replica * x_r * UNIT
+        w += replica * w_r
+        out += replica * (splits * tangents * rows * J)  # without SPLIT there is one
+        if BIAS:
+            bias += replica * bias_r
+        if MASK:
+            mask += replica * mask_r * J
+    split = program % splits
+    first = program // splits * GROUP  # tangent of the first accumulator
     row_ok = row < rows
     col_ok = col < J
     if TAPPED:
@@ -185,9 +206,17 @@ def contract(
             tl.store(out + (first + t) * rows * J + at, y, mask=keep & (first + t < tangents))
 
 
+def run(bias: Tensor | None) -> Tensor | None:
+    """A bias whose elements lie one behind the other."""
+    return bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
+
+
 @dataclass(frozen=True)
 class Contraction:
-    """A contraction planned for operands of one layout: a launch, and where it is split a second one for the sum."""
+    """A contraction planned for operands of one layout: a launch, and where it is split a second one for the sum.
+
+    Tensors and layouts have the replicas in front, if there is such an axis.
+    """
 
     out: Layout
     first: LaunchPlan
@@ -216,6 +245,7 @@ def contraction(
     channels: int,
     columns: int,
     inside: int,
+    replicas: Replicas,
     transposed: bool = False,
     sign: bool = False,
     bias: Tensor | None = None,
@@ -224,12 +254,15 @@ def contraction(
 ) -> Contraction:
     """Choose tiles and splits of `contract` and, where it is split, of `combine`.
 
+    Shapes and strides are those of one replica.
+
     Args:
         x: [T, samples, ...] with `channels` channels; `x_strides` are those of (t, n, h, w, c).
         out: [T, samples, ...] of columns · OH · OW elements a sample, the columns contiguous.
         w_strides: those of the weight's (column, channel, tap row, tap column).
         geometry: GEOMETRY of the kernel.
         inside: pairs of a position of `out` and a tap that meet a pixel of `x` (for the cost).
+        replicas: with the strides of x, weight, bias and mask.
         bias: [columns], without gaps.
         mask: dense [samples, ...] like one tangent of `out`.
 
@@ -241,17 +274,21 @@ def contraction(
     for name, tensor, expected in (("bias", bias, columns), ("mask", mask, rows * columns)):
         if tensor is not None and tensor.numel() != expected:
             raise ValueError(f"the {name} {tuple(tensor.shape)} does not have {expected} elements, as the result asks")
+    x_r, w_r, bias_r, mask_r = replicas.strides
+    if mask_r % max(columns, 1):
+        raise ValueError(f"the masks of replicas lie {mask_r} elements apart, not rows of {columns}")
     one = columns == 1
     shape = _shape_class(tangents, rows, columns, depth, w_strides[0] == 1)
     config = select("contract", shape, x, (tangents, rows, columns, depth))
     group = min(tangents, config.group)
     tiles = (cdiv(rows, config.block_m), cdiv(columns, config.block_n), cdiv(tangents, max(group, 1)))
     steps = cdiv(depth, config.block_k)
-    parts = splits(x, tiles[0] * tiles[1] * tiles[2], steps)
+    parts = splits(x, replicas.count * math.prod(tiles), steps)
     parts = cdiv(steps, cdiv(steps, parts))  # no part is empty
     target = out if parts == 1 else Layout.dense((parts, tangents, rows * columns), torch.float32)
     size, biased, masked = x.element_size(), bias is not None and parts == 1, mask is not None and parts == 1
-    unit = math.gcd(*x_strides[:2], 16) if tangents > 1 else 16  # 16 is what Triton looks for
+    x_t = x_strides[0] if tangents > 1 else 0
+    unit = math.gcd(x_r, x_t, x_strides[1], 16) if x_r or x_t else 16  # 16 is what Triton looks for
     pointers = {
         "x": size * tangents * tiles[1] * samples * inside * channels,
         "w": size * tiles[0] * tiles[2] * depth * columns,
@@ -279,13 +316,18 @@ def contraction(
         "tangents": tangents,
         "steps": cdiv(steps, parts),
         "splits": parts,
-        "x_t": x_strides[0] // unit if tangents > 1 else 0,
+        "x_r": x_r // unit,
+        "x_t": x_t // unit,
+        "mask_r": mask_r // max(columns, 1),
         **dict(zip(("x_n", "x_h", "x_w", "x_c"), x_strides[1:], strict=True)),
+        "w_r": w_r,
         **dict(zip(("w_j", "w_c", "w_h", "w_w"), w_strides, strict=True)),
+        "bias_r": bias_r,
         "C": channels,
         "J": columns,
         "UNIT": unit,
         "GEOMETRY": geometry,
+        "REPLICATED": replicas.several,
         "TRANSPOSED": transposed,
         "SIGN": sign,
         "BIAS": biased,
@@ -299,11 +341,14 @@ def contraction(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-    first = LaunchPlan(contract, (tiles[0], tiles[1], tiles[2] * parts), constants, config, cost)
+    grid = (tiles[0], tiles[1], tiles[2] * parts * replicas.count)
+    first = LaunchPlan(contract, grid, constants, config, cost.times(replicas.count), replicas.count)
+    whole = replicas.layout(out)
     if parts == 1:
-        return Contraction(out, first)
-    second = combination(x, target, out, tangents=tangents, bias=bias, relu=relu, mask=mask)
-    return Contraction(out, first, target, second)
+        return Contraction(whole, first)
+    own = replicas.only(bias_r, mask_r)
+    second = combination(x, target, out, replicas=own, tangents=tangents, bias=bias, relu=relu, mask=mask)
+    return Contraction(whole, first, replicas.layout(target), second)
 
 
 def _shape_class(tangents: int, rows: int, columns: int, depth: int, by_columns: bool) -> str:

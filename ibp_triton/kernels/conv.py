@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ibp_triton.kernels.contract import Contraction, contraction
+from ibp_triton.kernels.contract import Contraction, contraction, run
 from ibp_triton.kernels.fold import folding
 from ibp_triton.kernels.gates import is_dense
 from ibp_triton.kernels.geometry import ONE, Geometry, sample_stride
 from ibp_triton.kernels.launcher import SPAN, LaunchPlan, launch
 from ibp_triton.kernels.plans import Layout, planned
+from ibp_triton.kernels.replicas import Replicas, taken_apart
 
 
 def conv2d(
@@ -25,6 +26,8 @@ def conv2d(
 ) -> Tensor:
     """y[t] = φ(ψ(x[t]) ∗ W + b), φ a ReLU, a mask, or nothing; ψ = sign if `sign`.
 
+    With an axis of replicas in front of all tensors, of stride 0 where they share one, R such layers in one launch.
+
     Args:
         x: [T, N, C, H, W], any strides (channels-last ones load 128 bits at a time); float32, bfloat16 or float16.
         weight: [O, C, KH, KW], any strides, of x's dtype.
@@ -37,12 +40,14 @@ def conv2d(
     Returns: [T, N, O, OH, OW], channels last, of x's dtype.
     Raises: ValueError for a shape or dtype other than these.
     """
-    bias = None if bias is None else bias.contiguous()
+    bias = run(bias)
     return planned(_forward, (geometry, relu, sign), x, weight, bias, mask)(x, weight, bias, mask)
 
 
 def conv2d_vjp(d: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None = None) -> Tensor:
     """e[t] = (Wᵀ ∗ d[t]) ⊙ [mask > 0]: the reverse of `conv2d`, through the ReLU before it if its output is the mask.
+
+    With an axis of replicas in front of all tensors as `conv2d`.
 
     Args:
         d: [T, N, O, OH, OW], any strides (channels-last ones load 128 bits at a time).
@@ -66,28 +71,31 @@ def _forward(
     bias: Tensor | None,
     mask: Tensor | None,
 ) -> Contraction:
+    replicas, (x, weight, bias, mask) = taken_apart(weight.dim() == 5, x, weight, bias, mask)
     tangents, samples, channels = x.shape[:3]
     outputs = weight.shape[0]
     _check(x, weight, (channels, *x.shape[3:]), (weight.shape[1], *geometry.size), mask)
     return contraction(
         x, Layout.channels_last((tangents, samples, outputs, *geometry.out), x.dtype), geometry.constants,
         x_strides=_strides(x), w_strides=weight.stride(),
-        channels=channels, columns=outputs, inside=geometry.inside, sign=sign, bias=bias, relu=relu, mask=mask,
+        channels=channels, columns=outputs, inside=geometry.inside, replicas=replicas,
+        sign=sign, bias=bias, relu=relu, mask=mask,
     )  # fmt: skip
 
 
 def _reverse(geometry: Geometry, many: int, d: Tensor, weight: Tensor, mask: Tensor | None) -> "Contraction | _ByTaps":
+    replicas, (d, weight, _, mask) = taken_apart(weight.dim() == 5, d, weight, None, mask)
     tangents, samples, outputs = d.shape[:3]
     channels = weight.shape[1]
     _check(d, weight, (outputs, *d.shape[3:]), (weight.shape[0], *geometry.out), mask)
     out = Layout.channels_last((tangents, samples, channels, *geometry.size), d.dtype)
-    if _few_channels(d, weight, many):
-        return _by_taps(out, d, weight, geometry, mask)
+    if _few_channels(d, weight, many // replicas.count):
+        return _by_taps(out, d, weight, geometry, replicas, mask)
     by_output, by_channel, *by_tap = weight.stride()
     return contraction(
         d, out, geometry.reversed,
         x_strides=_strides(d), w_strides=(by_channel, by_output, *by_tap),
-        channels=outputs, columns=channels, inside=geometry.inside, transposed=True, mask=mask,
+        channels=outputs, columns=channels, inside=geometry.inside, replicas=replicas, transposed=True, mask=mask,
     )  # fmt: skip
 
 
@@ -117,16 +125,20 @@ class _ByTaps:
         return out
 
 
-def _by_taps(out: Layout, d: Tensor, weight: Tensor, geometry: Geometry, mask: Tensor | None) -> _ByTaps:
+def _by_taps(
+    out: Layout, d: Tensor, weight: Tensor, geometry: Geometry, replicas: Replicas, mask: Tensor | None
+) -> _ByTaps:
     outputs, columns = weight.shape[0], weight[0].numel()
     rows = d.numel() // max(outputs, 1)
+    d_r, w_r, _, mask_r = replicas.strides
     product = contraction(
         d.movedim(2, -1).reshape(1, rows, outputs),
         Layout.dense((1, rows, columns), torch.float32), ONE.constants,
         x_strides=(0, outputs, 0, 0, 1), w_strides=(1, columns, 0, 0),
-        channels=outputs, columns=columns, inside=1,
+        channels=outputs, columns=columns, inside=1, replicas=replicas.only(d_r, w_r, 0, 0),
     )  # fmt: skip
-    return _ByTaps(out, product, folding(d, out, geometry, weight.stride()[1:], mask))
+    total = folding(d, out, geometry, weight.stride()[1:], replicas.only(mask_r), mask)
+    return _ByTaps(replicas.layout(out), product, total)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from ibp_triton.kernels.contract import Contraction, contraction
+from ibp_triton.kernels.contract import Contraction, contraction, run
 from ibp_triton.kernels.geometry import ONE, sample_stride
 from ibp_triton.kernels.plans import Layout, planned
+from ibp_triton.kernels.replicas import taken_apart
 
 
 def linear(
@@ -19,6 +20,8 @@ def linear(
 ) -> Tensor:
     """y[t] = φ(ψ(x[t]) Wᵀ + b), φ a ReLU, a mask, or nothing; ψ = sign if `sign`.
 
+    With an axis of replicas in front of all tensors, of stride 0 where they share one, R such layers in one launch.
+
     Args:
         x: [T, N, I], the last axis contiguous; float32, bfloat16 or float16.
         weight: [O, I], contiguous, of x's dtype.
@@ -30,12 +33,14 @@ def linear(
     Returns: [T, N, O], contiguous, of x's dtype.
     Raises: ValueError for a shape, dtype or stride other than these.
     """
-    bias = None if bias is None else bias.contiguous()
+    bias = run(bias)
     return planned(_forward, (relu, sign), x, weight, bias, mask)(x, weight, bias, mask)
 
 
 def linear_vjp(d: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     """e[t] = (d[t] W) ⊙ [mask > 0]: the reverse of `linear`, through the ReLU before it if its output is the mask.
+
+    With an axis of replicas in front of all tensors as `linear`.
 
     Args:
         d: [T, N, O], the last axis contiguous.
@@ -51,22 +56,24 @@ def linear_vjp(d: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
 def _forward(
     relu: bool, sign: bool, x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> Contraction:
+    replicas, (x, weight, bias, mask) = taken_apart(weight.dim() == 3, x, weight, bias, mask)
     _check(x, weight, x.shape[2], weight.shape[1], mask)
     outputs, inputs = weight.shape
     return contraction(
         x, Layout.dense((*x.shape[:2], outputs), x.dtype), ONE.constants,
         x_strides=(x.stride(0), sample_stride(x, 1), 0, 0, 1), w_strides=(inputs, 1, 0, 0),
-        channels=inputs, columns=outputs, inside=1, sign=sign, bias=bias, relu=relu, mask=mask,
+        channels=inputs, columns=outputs, inside=1, replicas=replicas, sign=sign, bias=bias, relu=relu, mask=mask,
     )  # fmt: skip
 
 
 def _reverse(d: Tensor, weight: Tensor, mask: Tensor | None) -> Contraction:
+    replicas, (d, weight, _, mask) = taken_apart(weight.dim() == 3, d, weight, None, mask)
     _check(d, weight, d.shape[2], weight.shape[0], mask)
     outputs, inputs = weight.shape
     return contraction(
         d, Layout.dense((*d.shape[:2], inputs), d.dtype), ONE.constants,
         x_strides=(d.stride(0), sample_stride(d, 1), 0, 0, 1), w_strides=(1, inputs, 0, 0),
-        channels=outputs, columns=inputs, inside=1, mask=mask,
+        channels=outputs, columns=inputs, inside=1, replicas=replicas, mask=mask,
     )  # fmt: skip
 
 

@@ -11,8 +11,9 @@ called straight.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import reduce
+from math import prod
 from operator import or_
 from typing import Any
 
@@ -37,6 +38,12 @@ class Cost:
     padded_flops: int = 0  # with the padding of the tiles
     pointers: dict[str, int] = field(default_factory=dict)  # bytes loaded through some of the pointers
 
+    def times(self, replicas: int) -> "Cost":
+        """That of so many in one launch."""
+        pointers = {name: replicas * moved for name, moved in self.pointers.items()}
+        counts = {f.name: replicas * getattr(self, f.name) for f in fields(self) if f.name != "pointers"}
+        return Cost(**counts, pointers=pointers)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -60,7 +67,7 @@ class Launch:
         An upper bound: a kernel may leave a part of a tensor alone.
         """
         tensors = {(v.data_ptr(), v.numel()): v for v in self.arguments.values() if isinstance(v, Tensor)}
-        return sum(v.numel() * v.element_size() for v in tensors.values())
+        return sum(_distinct(v) * v.element_size() for v in tensors.values())
 
 
 class LaunchPlan:
@@ -72,12 +79,20 @@ class LaunchPlan:
         constants: the other arguments by name.
         config: the tile, which holds the launch options.
         cost: of one launch.
+        replicas: how many there are along the first axis of all tensors; if several, offsets need not reach from one to
+            the next.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int, int], constants: dict[str, Any], config: Config, cost: Cost
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        constants: dict[str, Any],
+        config: Config,
+        cost: Cost,
+        replicas: int = 1,
     ) -> None:
-        self.kernel, self.grid, self.config, self.cost = kernel, grid, config, cost
+        self.kernel, self.grid, self.config, self.cost, self.replicas = kernel, grid, config, cost, replicas
         names = kernel.arg_names
         self.constants = tuple(constants[name] for name in names[len(names) - len(constants) :])
         self.ready: dict[tuple[bool, ...], Callable[..., None]] = {}  # compiled, by which addresses are aligned
@@ -135,7 +150,8 @@ def _launch_anew(plan: LaunchPlan, changing: tuple[Any, ...], aligned: tuple[boo
         return
     kernel, arguments = plan.kernel, plan.arguments(changing)
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    for name, tensor in tensors.items():
+    for name, whole in tensors.items():
+        tensor = whole[0] if plan.replicas > 1 else whole
         if tensor.numel() > SPAN or span(tensor) > SPAN:
             raise ValueError(
                 f"{kernel.__name__}: {name} {tuple(tensor.shape)} by {tensor.stride()} spans more than {SPAN} "
@@ -172,6 +188,11 @@ def span(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _distinct(tensor: Tensor) -> int:
+    """Elements, those along an axis of stride 0 once."""
+    return min(tensor.numel(), prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride))
 
 
 def interpreted() -> bool:

@@ -1,7 +1,7 @@
 """The operators under torch.func.vmap: over replicas, each with weights of its own, or over anything else.
 
 What has no weights acts on each sample alone, so that the samples of all are one batch and one launch. Where
-weights, strengths or sums are in it there is a launch for each, until a kernel has an axis for them.
+weights are in it the kernels have an axis of replicas, and where one has none yet there is a launch for each.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ibp_triton.layer import stacked_like_first
+from ibp_triton.layer import stacked_like_first, wrapped
 from ibp_triton.ops import norm_operators as norms
 from ibp_triton.ops import operators as ops
 
 Rule = Callable[..., tuple[Any, Any]]
 
+# whose own functions take an axis of replicas in front of all tensors, of stride 0 where they share one
+REPLICATED = (ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp)
 EACH = (
-    *(ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp, ops.weight_gradient),
+    ops.weight_gradient,
     *(ops.conv2d_max_pool2d, ops.conv2d_max_pool2d_jvp),
     *(ops.objective, ops.fgsm_step, ops.relu),
     *(
@@ -53,7 +56,20 @@ def each(operator: Any) -> Rule:
 
     def rule(info: Any, axes: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         found = [operator(*_own(args, axes, r), **kwargs) for r in range(info.batch_size)]
-        out = tree_map(lambda *parts: stacked_like_first(parts), *found)
+        out = tree_map(lambda *parts: _stacked(parts), *found)
+        return out, tree_map(lambda _: 0, out)
+
+    return rule
+
+
+def replicated(operator: Any) -> Rule:
+    """One call of the operator's function on an axis of replicas; one for each where torch must see operators."""
+    one_by_one = each(operator)
+
+    def rule(info: Any, axes: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if _seen([a for a in tree_leaves(args) if isinstance(a, Tensor)]):
+            return one_by_one(info, axes, *args, **kwargs)
+        out = operator._init_fn(*_in_front(args, axes, info.batch_size), **kwargs)
         return out, tree_map(lambda _: 0, out)
 
     return rule
@@ -82,6 +98,32 @@ def _own(args: Any, axes: Any, r: int) -> list[Any]:
     ]
 
 
+def _in_front(args: Any, axes: Any, count: int) -> list[Any]:
+    """All replicas' arguments, the axis in front of every tensor."""
+    return [
+        _in_front(a, axis, count) if isinstance(a, (list, tuple)) and any(isinstance(one, Tensor) for one in a)
+        else a if not isinstance(a, Tensor)
+        else a.expand(count, *a.shape) if axis is None else a.movedim(axis, 0)
+        for a, axis in zip(args, axes, strict=True)
+    ]  # fmt: skip
+
+
+def _seen(tensors: list[Tensor]) -> bool:
+    """Whether autograd, an outer transform, a tracer or a mode is to follow what becomes of tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or wrapped(*tensors)
+        or any(type(a) not in (Tensor, Parameter) for a in tensors)
+        or (torch.is_grad_enabled() and any(a.requires_grad for a in tensors))
+    )
+
+
+def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
+    """[R, ...]; where autograd follows, which does not into views, without heed of the memory format."""
+    return torch.stack(parts) if parts[0].requires_grad else stacked_like_first(parts)
+
+
 def _folded(a: Tensor, axis: int | None, samples: int, count: int) -> Tensor:
     """The axis of replicas in front of that of samples, and both as one."""
     at = samples % (a.dim() - (axis is not None))
@@ -91,5 +133,7 @@ def _folded(a: Tensor, axis: int | None, samples: int, count: int) -> Tensor:
 
 for _operator in EACH:
     torch.library.register_vmap(_operator, each(_operator))
+for _operator in REPLICATED:
+    torch.library.register_vmap(_operator, replicated(_operator))
 for _operator, (_given, _gives) in JOINED.items():
     torch.library.register_vmap(_operator, joined(_operator, _given, _gives))

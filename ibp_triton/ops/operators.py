@@ -107,7 +107,7 @@ def conv2d(
     sign: bool = False,
 ) -> Tensor:
     """φ(ψ(x) ∗ W + b): x [T, N, C, H, W], weight [O, C, KH, KW], mask [N, O, OH, OW] → [T, N, O, OH, OW]."""
-    geometry = _once(conv_geometry, x.shape[3:], weight.shape[2:], stride, padding, dilation)
+    geometry = _once(conv_geometry, x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
     return _conv.conv2d(x, weight, geometry, bias, relu=relu, mask=mask, sign=sign)
 
 
@@ -122,7 +122,7 @@ def conv2d_vjp(
     mask: Tensor | None = None,
 ) -> Tensor:
     """(Wᵀ ∗ d) ⊙ [mask > 0]: d [T, N, O, OH, OW], mask [N, C, H, W] → [T, N, C, H, W], (H, W) = ``size``."""
-    return _conv.conv2d_vjp(d, weight, _once(conv_geometry, size, weight.shape[2:], stride, padding, dilation), mask)
+    return _conv.conv2d_vjp(d, weight, _once(conv_geometry, size, weight.shape[-2:], stride, padding, dilation), mask)
 
 
 @custom_op("ibp_triton::weight_gradient", mutates_args=())

@@ -7,6 +7,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import ibp_triton as ibp
 from ibp_triton import ops, replicated_step
+from ibp_triton.kernels.launcher import recording
+from ibp_triton.ops.batching import EACH
+from tests.kernels.support import randn
 from tests.kernels.test_ops import NAMES, samples
 
 CASES = [(name, None) for name in NAMES] + [(name, 1) for name in ("linear", "conv2d", "max_pool2d_jvp")]
@@ -26,10 +29,27 @@ def test_an_operator_under_vmap_is_a_loop(name, most):
             whole[i] = a
         return operator(*tree_unflatten(whole, tree))
 
-    found = tree_leaves(torch.func.vmap(call)(*stacks))
+    with recording() as together:
+        found = tree_leaves(torch.func.vmap(call)(*stacks))
     for r in range(3):
-        expected = tree_leaves(call(*(a[r] for a in stacks)))
+        with recording() as one:
+            expected = tree_leaves(call(*(a[r] for a in stacks)))
         assert all(torch.equal(a[r], b) for a, b in zip(found, expected, strict=True))
+    assert len(together) == len(one) * (3 if operator in EACH else 1)
+
+
+def test_what_follows_operators_outside_vmap_sees_them():
+    """Autograd of a vmapped operator, and another vmap around it."""
+    x, w = randn(2, 1, 3, 5), randn(2, 4, 5).requires_grad_()
+
+    def loss(x, w):
+        return (ops.linear(x, w) ** 2).sum()
+
+    expected = 2 * torch.einsum("rtno,rtni->roi", x @ w.mT[:, None], x)
+    (found,) = torch.autograd.grad(torch.func.vmap(loss)(x, w).sum(), w)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    both = torch.func.vmap(lambda x: torch.func.vmap(lambda w: ops.linear(x, w))(w.detach()))(x)
+    torch.testing.assert_close(both, torch.einsum("stni,roi->srtno", x, w))
 
 
 def network():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ibp_triton.kernels import conv
 from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
@@ -24,6 +25,7 @@ from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import last, randn
 
 GEOMETRY = Geometry.conv((9, 7), (3, 2), (2, 1), (1, 0), (1, 2))
+SQUARE = Geometry.conv((9, 9), (4, 4), (1, 1), (0, 0), (1, 1))
 POOL = Geometry.pool((9, 10), (3, 3), (2, 2), (1, 1), True)
 
 
@@ -86,6 +88,24 @@ def norms():
     group_norm_curvature(x[None], x[None], x, statistics, 1, weight)
 
 
+def replicas():
+    """Shared and own tensors, split products, the sum by taps."""
+    for tangents, inputs in [(1, 53), (3, 37), (1, 700)]:
+        x, w, d = randn(3, tangents, 5, inputs), randn(3, 19, inputs), randn(3, tangents, 5, 19)
+        linear(x, w, randn(3, 19))
+        linear(x[:1].expand_as(x), w, mask=randn(3, 5, 19))
+        linear_vjp(d, w, randn(5, inputs).expand(3, 5, inputs))
+        linear(x, w[:, :1], randn(3, 1))
+    image, kernel = last(randn(2, 3, 2, 5, 9, 7)), last(randn(2, 11, 5, 3, 2))
+    d = last(randn(2, 3, 2, 11, *GEOMETRY.out))
+    conv2d(image, kernel, GEOMETRY, randn(11).expand(2, 11))
+    conv2d_vjp(d, kernel, GEOMETRY, last(randn(2, 2, 5, 9, 7)))
+    conv2d_vjp(d, kernel[:, :, :1], GEOMETRY, last(randn(2, 2, 1, 9, 7)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv, "MANY", 1)
+        conv2d_vjp(last(randn(2, 3, 2, 4, 6, 6)), randn(2, 4, 1, 4, 4), SQUARE, last(randn(2, 2, 1, 9, 9)))
+
+
 def test_splits_are_among_them():
     with recording(execute=False) as launches:
         everything()
@@ -93,11 +113,11 @@ def test_splits_are_among_them():
     assert sum(launch.arguments.get("splits", 1) > 1 for launch in launches) > 6
 
 
-@pytest.mark.parametrize("call", [everything, norms])
+@pytest.mark.parametrize("call", [everything, norms, replicas])
 def test_costs_are_what_the_interpreter_counts(call, instruments):
     with recording() as launches:
         call()
-    assert len(launches) == len(instruments) > 20
+    assert len(launches) == len(instruments) > 14
     for asked, seen in zip(launches, instruments, strict=True):
         assert asked.name == seen.kernel
         assert asked.cost.loaded == seen.total("loaded"), asked

@@ -140,7 +140,7 @@ def wide_operands(launch: Launch) -> dict[str, bool]:
             weight = [channels * height * width, across]
         else:
             weight = [channels if along == 1 else 1, across, by_row, by_tap]
-        runs = {"x": [*image, a["x_t"] * a["UNIT"]], "w": weight}
+        runs = {"x": [*image, a["x_r"] * a["UNIT"], a["x_t"] * a["UNIT"]], "w": [*weight, a["w_r"]]}
         if a["MASK"]:
             runs["mask"] = [columns]
     return {

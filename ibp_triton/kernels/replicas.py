@@ -1,0 +1,48 @@
+"""The axis of replicas: networks side by side in one launch, each on weights of its own.
+
+A kernel finds its replica by its place in the grid and moves its pointers there, by 64-bit offsets; all that follows is
+as for one. Of one replica nothing is compiled that was not there before: `REPLICATED` is a constant.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ibp_triton.kernels.plans import Layout
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many calls are one launch, and where the tensors of each lie."""
+
+    count: int  # R
+    axis: bool  # whether tensors are [R, ...]; without it R = 1
+    strides: tuple[int, ...]  # of each tensor from one replica to the next; 0 where they share it or there is none
+
+    @property
+    def several(self) -> bool:
+        """REPLICATED of the kernels."""
+        return self.count > 1
+
+    def layout(self, one: Layout) -> Layout:
+        """Of all replicas' results, each laid out like `one`, one behind the other."""
+        return Layout((self.count, *one.shape), (one.numel, *one.strides), one.dtype) if self.axis else one
+
+    def only(self, *kept: int) -> "Replicas":
+        """With these strides in place of all."""
+        return Replicas(self.count, self.axis, kept)
+
+
+def taken_apart(axis: bool, *tensors: Tensor | None) -> tuple[Replicas, list[Any]]:
+    """The replicas of a call, and the tensors of the first of them; `axis`: whether [R, ...] lies in front of each.
+
+    Raises ValueError for tensors of different R.
+    """
+    if not axis:
+        return Replicas(1, False, (0,) * len(tensors)), list(tensors)
+    count = {len(t) for t in tensors if t is not None}
+    if len(count) != 1:
+        raise ValueError(f"the axes of replicas in front of tensors must have one length, not {sorted(count)}")
+    strides = tuple(0 if t is None or len(t) == 1 else t.stride(0) for t in tensors)
+    return Replicas(count.pop(), True, strides), [None if t is None else t[0] for t in tensors]
