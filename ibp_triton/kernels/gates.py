@@ -14,10 +14,10 @@ from ibp_triton.kernels.tiles import select
 
 
 @triton.jit
-def number(c, READ: tl.constexpr):
-    """c, or what it points to: a strength that a captured step must be able to change lies on the device."""
+def number(c, at, READ: tl.constexpr):
+    """c, or what lies `at` places behind it: a strength that captured steps may change is on the device."""
     if READ:  # noqa: SIM108 - Triton chooses between statements at compile time, not between expressions
-        value = tl.load(c)
+        value = tl.load(c + at)
     else:
         value = c
     return value

@@ -82,8 +82,8 @@ def weighted_sum(
         out: [] float32.
         a if bit 0 of READ is set, b if bit 1 is: the number, float32.
     """
-    first = scale * number(a, READ % 2)
-    second = scale * number(b, READ // 2 % 2)
+    first = scale * number(a, 0, READ % 2)
+    second = scale * number(b, 0, READ // 2 % 2)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, u_size, BLOCK):
         i = start + tl.arange(0, BLOCK)

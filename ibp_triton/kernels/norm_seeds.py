@@ -47,7 +47,7 @@ def seed(u, x, out, value, epsilon, features, norm, ONE: tl.constexpr, TWO: tl.c
             psi = sign * tl.exp2((norm - 1.0) * tl.log2(safe))
             total += psi * v
         if STEP:
-            psi = tl.load(x + row + i, mask=ok, other=0.0).to(tl.float32) + number(epsilon, READ) * sign
+            psi = tl.load(x + row + i, mask=ok, other=0.0).to(tl.float32) + number(epsilon, 0, READ) * sign
         if STEP or SEED:
             tl.store(out + row + i, psi, mask=ok)
     if not STEP:

@@ -7,6 +7,7 @@ as for one. Of one replica nothing is compiled that was not there before: `REPLI
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ibp_triton.kernels.plans import Layout
@@ -32,6 +33,14 @@ class Replicas:
     def only(self, *kept: int) -> "Replicas":
         """With these strides in place of all."""
         return Replicas(self.count, self.axis, kept)
+
+
+def side_by_side(tensor: Tensor) -> Tensor:
+    """[R, ...] that is shared or whose replicas lie one behind the other without a gap; a copy of any other."""
+    if len(tensor) == 1 or tensor.stride(0) in (0, tensor.numel() // len(tensor)):
+        return tensor
+    one = Layout.of(torch.empty_like(tensor[0], device="meta"))
+    return Replicas(len(tensor), True, ()).layout(one).empty(tensor).copy_(tensor)
 
 
 def taken_apart(axis: bool, *tensors: Tensor | None) -> tuple[Replicas, list[Any]]:

@@ -10,7 +10,7 @@ whatever its dtype. In float32 (not tf32) a left side may be a + βt, formed on 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ibp_triton.kernels.combine import combination
-from ibp_triton.kernels.gates import number, place, scalar
+from ibp_triton.kernels.gates import number, scalar
 from ibp_triton.kernels.geometry import Geometry, sample_stride
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import Layout, planned
+from ibp_triton.kernels.replicas import side_by_side, taken_apart
 from ibp_triton.kernels.tiles import precision, select, splits
 
 MAX_SEGMENTS = 4
@@ -72,13 +73,15 @@ def wgrad(
     SIGN: tl.constexpr,
     BIAS: tl.constexpr,
     READ: tl.constexpr,
+    REPLICATED: tl.constexpr,
+    OWN: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """G[j, k] = scale * sum_i c_i sum_r d_i[r, j] patch(x_i)[r, k]; grid (tiles of j, tiles of k, splits).
+    """G[j, k] = scale * sum_i c_i sum_r d_i[r, j] patch(x_i)[r, k]; grid (tiles of j, of k, splits * replicas).
 
     Pointers, for the segments i < SEGMENTS (rows r = n_i samples times OH * OW positions):
         x_i: [n_i, C, H, W] by the strides x_n, x_c, x_h, x_w; any float type.
@@ -90,6 +93,8 @@ def wgrad(
 
     Bit i of READ: c_i, and with bit 4 beta, is a pointer to the float32 number.
     Bit i of SIGN: x_i (where bit i of AXPY is set, y_i instead) is read as its sign.
+    If REPLICATED each replica has its own out and bias, one behind the other, and so those x_i, y_i, d_i and c_i, with
+    bit 4 beta, whose bits are set in the four numbers of OWN; the others are shared.
     """
     H: tl.constexpr = GEOMETRY[0]
     W: tl.constexpr = GEOMETRY[1]
@@ -102,13 +107,23 @@ def wgrad(
     xs = (x0, x1, x2, x3)
     ys = (y0, y1, y2, y3)
     ds = (d0, d1, d2, d3)
-    cs = (number(c0, READ % 2), number(c1, READ // 2 % 2), number(c2, READ // 4 % 2), number(c3, READ // 8 % 2))
-    pushed = number(beta, READ // 16 % 2)
     ns = (n0, n1, n2, n3)
+    split = tl.program_id(2)
+    replica = 0
+    if REPLICATED:
+        replica = (split // splits).to(tl.int64)
+        split = split % splits
+        bias += replica * J
+    cs = (
+        number(c0, replica * (OWN[3] % 2), READ % 2),
+        number(c1, replica * (OWN[3] // 2 % 2), READ // 2 % 2),
+        number(c2, replica * (OWN[3] // 4 % 2), READ // 4 % 2),
+        number(c3, replica * (OWN[3] // 8 % 2), READ // 8 % 2),
+    )
+    pushed = number(beta, replica * (OWN[3] // 16 % 2), READ // 16 % 2)
 
     j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
     j_ok = j < J
     k_ok = k < K
     c = k % C
@@ -124,6 +139,9 @@ def wgrad(
         part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         rows = ns[i] * OH * OW
         steps = tl.cdiv(rows, BLOCK_K * splits)
+        x = xs[i] + replica * (ns[i] * x_n) * ((OWN[0] >> i) % 2)
+        y = ys[i] + replica * (ns[i] * x_n) * ((OWN[1] >> i) % 2)
+        d = ds[i] + replica * (rows * J) * ((OWN[2] >> i) % 2)
         for step in range(steps):
             r = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
             r_ok = r < rows
@@ -135,11 +153,11 @@ def wgrad(
                 at = (r // (OH * OW))[:, None] * x_n + h * x_h + v * x_w + (c * x_c)[None, :]
             else:
                 at = r[:, None] * x_n + (k * x_c)[None, :]
-            left = tl.load(xs[i] + at, mask=ok, other=0.0)
+            left = tl.load(x + at, mask=ok, other=0.0)
             # as [j, r]: tl.trans of a tile [r, j] is transposed while it is copied, in tf32 by 32-bit copies
-            right = tl.load(ds[i] + j[:, None] + (r * J)[None, :], mask=j_ok[:, None] & r_ok[None, :], other=0.0)
+            right = tl.load(d + j[:, None] + (r * J)[None, :], mask=j_ok[:, None] & r_ok[None, :], other=0.0)
             if (AXPY >> i) % 2 == 1:
-                push = tl.load(ys[i] + at, mask=ok, other=0.0)
+                push = tl.load(y + at, mask=ok, other=0.0)
                 if (SIGN >> i) % 2 == 1:
                     push = (push > 0).to(tl.float32) - (push < 0).to(tl.float32)
                 left = left + pushed * push
@@ -154,12 +172,12 @@ def wgrad(
     ok = j_ok[:, None] & k_ok[None, :]
     own = j_ok & (tl.program_id(1) == 0)
     if SPLIT:
-        place = out + split * (size + (J if BIAS > 0 else 0))
+        place = out + (replica * splits + split) * (size + (J if BIAS > 0 else 0))
         tl.store(place + at, total, mask=ok)
         if BIAS > 0:
             tl.store(place + size + j, shift, mask=own)
     else:
-        tl.store(out + at, total * scale, mask=ok)
+        tl.store(out + replica * size + at, total * scale, mask=ok)
         if BIAS > 0:
             tl.store(bias + j, shift * scale, mask=own)
 
@@ -168,7 +186,7 @@ def wgrad(
 class Segment:
     """coefficient · g(ψ(left), right), or coefficient · g(left + β ψ(push), right) where there is a push.
 
-    coefficient: a number, or a 0-d tensor of one on the device.
+    coefficient: a number, or a 0-d tensor of one on the device ([R] where there is an axis of replicas).
     left: [n, C, H, W], or [n, I] of a linear layer. right: [n, J, OH, OW] channels last, or [n, J]; of left's dtype.
     push: like left. sign: ψ is the sign (of `push` if there is one), else the identity. bias: right counts in the
     bias gradient.
@@ -193,6 +211,8 @@ def weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """G = scale · Σ_i coefficient_i · g(left_i, right_i), and the bias gradient of the segments that ask for it.
 
+    With an axis of replicas in front of all tensors, of stride 0 where they share one, R such gradients in one launch.
+
     Args:
         segments: one to four; the left sides have the same strides, the right sides are dense, channels last.
         weight: the weight whose gradient it is; shape, dtype and order of axes of the result, which has no gaps.
@@ -207,10 +227,15 @@ def weight_gradient(
     """
     if not 1 <= len(segments) <= MAX_SEGMENTS:
         raise ValueError(f"{len(segments)} segments: one launch takes 1 to {MAX_SEGMENTS}")
-    flags = tuple((s.bias, s.sign, place(s.coefficient)) for s in segments)
-    sides = [side for s in segments for side in (s.left, s.right, s.push)]
-    plan = planned(_plan, (geometry, dtype, place(beta), flags), weight, *sides)
-    padded = [*segments, *[segments[0]] * (MAX_SEGMENTS - len(segments))]  # pointers that are never read
+    if weight.dim() % 2:
+        segments, beta = [_side_by_side(s) for s in segments], _in_place(beta)
+    flags = tuple((s.bias, s.sign) for s in segments)
+    numbers = [scalar(s.coefficient) for s in segments]
+    pushed = scalar(beta)
+    sides = [side for s, c in zip(segments, numbers, strict=True) for side in (s.left, s.right, s.push, _there(c))]
+    plan = planned(_plan, (geometry, dtype, flags), weight, _there(pushed), *sides)
+    unused = MAX_SEGMENTS - len(segments)  # pointers that are never read
+    padded, numbers = [*segments, *[segments[0]] * unused], [*numbers, *[numbers[0]] * unused]
     gradient = plan.gradient.empty(weight)
     bias = None if plan.bias is None else plan.bias.empty(weight)
     target = gradient if plan.parts is None else plan.parts.empty(weight)
@@ -221,8 +246,8 @@ def weight_gradient(
         *[s.right for s in padded],
         target,
         gradient if bias is None else bias,
-        *[scalar(s.coefficient) for s in padded],
-        scalar(beta),
+        *numbers,
+        pushed,
         float(scale),
     )
     if plan.second is not None:
@@ -242,13 +267,12 @@ class _Gradient:
 def _plan(
     geometry: Geometry,
     dtype: torch.dtype | None,
-    beta: torch.device | None,
-    flags: tuple[tuple[bool, bool, torch.device | None], ...],
-    weight: Tensor,
-    *sides: Any,
+    flags: tuple[tuple[bool, bool], ...],
+    *tensors: Any,
 ) -> _Gradient:
-    """`flags`: of each segment bias, sign and the `place` of its coefficient; `sides`: its left, right, push."""
-    lefts, rights, pushes = sides[::3], sides[1::3], sides[2::3]
+    """`flags`: bias and sign of each segment; `tensors`: weight, beta, each one's left, right, push and coefficient."""
+    replicas, (weight, beta, *sides) = taken_apart(tensors[0].dim() % 2 == 1, *tensors)
+    lefts, rights, pushes, numbers = (sides[i::4] for i in range(4))
     _check(lefts, rights, pushes, weight)
     first = lefts[0]
     outputs, channels = weight.shape[:2]
@@ -261,11 +285,18 @@ def _plan(
     config = select("wgrad", "narrow" if min(outputs, depth) <= 32 else "any", first, (outputs, depth, *rows))
     tiles = (cdiv(outputs, config.block_m), cdiv(depth, config.block_n))
     blocks = [cdiv(r, config.block_k) for r in rows]
-    parts = splits(first, tiles[0] * tiles[1], sum(blocks))
+    parts = splits(first, replicas.count * tiles[0] * tiles[1], sum(blocks))
     parts = max(1, min(parts, max(blocks)))
-    biased, signs, places = zip(*flags, strict=True)
+    biased, signs = zip(*flags, strict=True)
     gradient = Layout.of(torch.empty_like(weight, dtype=dtype or weight.dtype, device="meta"))
     bias = Layout.dense((outputs,), gradient.dtype) if any(biased) else None
+    _, beta_r, *steps = replicas.strides
+    for step, n in zip((*steps[0::4], *steps[2::4]), samples * 2, strict=True):
+        if step not in (0, n * sn):
+            raise ValueError("the left sides of replicas must be dense, one behind the other")
+    unused = [None] * (MAX_SEGMENTS - len(samples))
+    own = (*(_bits(steps[i::4]) for i in (0, 2, 1)), _bits([*steps[3::4], *unused, beta_r]))
+    read = [n is not None for n in (*numbers, *unused, beta)]
     width = weight.numel() + (0 if bias is None else outputs)
     target = gradient if parts == 1 else Layout.dense((parts, 1, width), torch.float32)
     constants = {
@@ -281,7 +312,9 @@ def _plan(
         "AXPY": _bits([push is not None for push in pushes]),
         "SIGN": _bits(signs),
         "BIAS": _bits(biased),
-        "READ": _bits([p is not None for p in (*places, *places[:1] * (MAX_SEGMENTS - len(places)), beta)]),
+        "READ": _bits(read),
+        "REPLICATED": replicas.several,
+        "OWN": own,
         "SPLIT": parts > 1,
         "PRECISION": precision(first),
         "BLOCK_M": config.block_m,
@@ -293,19 +326,40 @@ def _plan(
     read_right = sum(right.numel() for right in rights)
     padded_rows = sum(cdiv(r, config.block_k * parts) * parts * config.block_k for r in rows)
     cost = Cost(
-        loaded=first.element_size() * (tiles[0] * read_left + tiles[1] * read_right),
+        loaded=first.element_size() * (tiles[0] * read_left + tiles[1] * read_right)
+        + 4 * sum(read) * math.prod(tiles) * parts,
         stored=target.bytes + (0 if bias is None or parts > 1 else bias.bytes),
         flops=2 * sum(patches) * outputs,
         padded_flops=2 * math.prod(tiles) * config.block_m * config.block_n * padded_rows,
     )
-    launched = LaunchPlan(wgrad, (*tiles, parts), constants, config, cost)
+    grid = (*tiles, parts * replicas.count)
+    launched = LaunchPlan(wgrad, grid, constants, config, cost.times(replicas.count), replicas.count)
+    whole = _Gradient(replicas.layout(gradient), None if bias is None else replicas.layout(bias), launched)
     if parts == 1:
-        return _Gradient(gradient, bias, launched)
-    return _Gradient(gradient, bias, launched, target, combination(first, target, gradient, extra=bias))
+        return whole
+    second = combination(first, target, gradient, replicas=replicas.only(0, 0), extra=bias)
+    return replace(whole, parts=replicas.layout(target), second=second)
 
 
-def _bits(flags: Sequence[bool]) -> int:
-    return sum(flag << i for i, flag in enumerate(flags))
+def _bits(flags: Sequence[Any]) -> int:
+    return sum(bool(flag) << i for i, flag in enumerate(flags))
+
+
+def _there(number: float | Tensor) -> Tensor | None:
+    """The tensor that a number is read from."""
+    return number if isinstance(number, Tensor) else None
+
+
+def _in_place(number: float | Tensor) -> float | Tensor:
+    """A number for all replicas, or theirs one behind the other."""
+    return side_by_side(number) if isinstance(number, Tensor) else number
+
+
+def _side_by_side(s: Segment) -> Segment:
+    """Replicas' sides one behind the other, as the kernel finds them."""
+    push = None if s.push is None else side_by_side(s.push)
+    left, right = side_by_side(s.left), side_by_side(s.right)
+    return replace(s, coefficient=_in_place(s.coefficient), left=left, right=right, push=push)
 
 
 def _same_strides(x: Tensor, y: Tensor) -> bool:

@@ -161,8 +161,8 @@ def weight_gradient(
     Returns: the gradient, and the bias gradient [O], [0] when no term has one.
     """
     geometry = ONE
-    if lefts[0].dim() == 4:
-        geometry = _once(conv_geometry, lefts[0].shape[2:], weight.shape[2:], stride, padding, dilation)
+    if weight.dim() > 3:
+        geometry = _once(conv_geometry, lefts[0].shape[-2:], weight.shape[-2:], stride, padding, dilation)
     *coefficients, beta = numbers([*coefficients, beta], on_device)
     segments = [
         _wgrad.Segment(c, left, right, bias, push if i == 0 else None, sign)
@@ -170,7 +170,7 @@ def weight_gradient(
     ]
     dtype = torch.float32 if wide else weight.dtype
     gradient, bias = _wgrad.weight_gradient(segments, weight, geometry, beta=beta, scale=scale, dtype=dtype)
-    return gradient, gradient.new_empty((0,)) if bias is None else bias
+    return gradient, gradient.new_empty((*weight.shape[: weight.dim() % 2], 0)) if bias is None else bias
 
 
 @custom_op("ibp_triton::max_pool2d", mutates_args=())

@@ -101,6 +101,10 @@ def replicas():
     conv2d(image, kernel, GEOMETRY, randn(11).expand(2, 11))
     conv2d_vjp(d, kernel, GEOMETRY, last(randn(2, 2, 5, 9, 7)))
     conv2d_vjp(d, kernel[:, :, :1], GEOMETRY, last(randn(2, 2, 1, 9, 7)))
+    terms = [Segment(1.0, image[:, 0], d[:, 0], bias=True), Segment(1.0, image[:1, 1].expand(2, 2, 5, 9, 7), d[:, 0])]
+    weight_gradient(terms, kernel, GEOMETRY)
+    a, t, right = randn(2, 600, 7), randn(2, 600, 7), randn(600, 5).expand(2, 600, 5)
+    weight_gradient([Segment(torch.rand(2), a, right, bias=True, push=t)], randn(2, 5, 7), ONE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv, "MANY", 1)
         conv2d_vjp(last(randn(2, 3, 2, 4, 6, 6)), randn(2, 4, 1, 4, 4), SQUARE, last(randn(2, 2, 1, 9, 9)))

@@ -1,13 +1,17 @@
 """Kernels with an axis of replicas: what a loop over them gives, in as many launches as one takes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from ibp_triton import ops
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gemm import linear, linear_vjp
-from ibp_triton.kernels.geometry import Geometry
+from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import recording
+from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import DTYPES, assert_close, last, randn
 
 GEOMETRY = Geometry.conv((6, 5), (3, 2), (2, 1), (1, 0), (1, 1))
@@ -57,9 +61,11 @@ def test_linear_layers_of_replicas(replicas, tangents, sharing):
     held(linear_vjp, {"d": d, "weight": w, "mask": some("mask", 5, 37)}, replicas)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sharing", SHARING)
-@pytest.mark.parametrize(("replicas", "tangents", "geometry"), [(2, 1, GEOMETRY), (3, 5, SAME)])
+@pytest.mark.parametrize(
+    ("replicas", "tangents", "geometry", "dtype"),
+    [(1, 1, SAME, DTYPES[0]), (2, 1, GEOMETRY, DTYPES[1]), (2, 2, SAME, DTYPES[2]), (3, 5, GEOMETRY, DTYPES[0])],
+)
 def test_convolutions_of_replicas(replicas, tangents, geometry, sharing, dtype):
     shared = SHARING[sharing]
 
@@ -73,3 +79,63 @@ def test_convolutions_of_replicas(replicas, tangents, geometry, sharing, dtype):
     held(conv2d, {"x": x, "weight": w, "mask": mask}, replicas, dtype, geometry=geometry, sign=True)
     d, mask = some("x", tangents, 2, 7, *geometry.out), some("mask", 2, 4, 6, 5)
     held(conv2d_vjp, {"d": d, "weight": w, "mask": mask}, replicas, dtype, geometry=geometry)
+
+
+@pytest.mark.parametrize(("replicas", "dtype"), [(1, DTYPES[0]), (3, DTYPES[0]), (2, DTYPES[1]), (2, DTYPES[2])])
+def test_weight_gradients_of_replicas(replicas, dtype):
+    """Sides, strengths and β shared or own, a sign, sums of another length, split ones among them."""
+
+    def some(shared, *shape):
+        return own(replicas, shared, last if len(shape) > 3 else torch.Tensor.contiguous, *shape, dtype=dtype)
+
+    strengths = torch.rand(replicas)
+    for rows in (5, 350):
+        sides = [(some(True, rows, 7), some(False, rows, 6)), (some(False, 2 * rows, 7), some(True, 2 * rows, 6))]
+        gradients(replicas, sides, strengths, some(False, 6, 7), ONE, dtype)
+    images = [(some(shared, 3, 4, 6, 5), some(False, 3, 7, *GEOMETRY.out)) for shared in (True, False)]
+    gradients(replicas, images, 0.5, some(False, 7, 4, 3, 2), GEOMETRY, dtype)
+
+
+def gradients(replicas, sides, strength, weight, geometry, dtype):
+    """A gradient of two terms, the second times the strength, is what a loop gives, and so is one of a + βt."""
+
+    def segments(r=slice(None)):
+        first, second = (Segment(1.0, x[r], d[r]) for x, d in sides)
+        number = strength if isinstance(strength, float) else strength[r]
+        return [replace(first, bias=True), replace(second, coefficient=number, sign=True)], number
+
+    def push(r=slice(None)):
+        (x, d), number = sides[0], segments(r)[1]
+        return [Segment(2.0, x[r], d[r], push=sides[1][0][r, : x.shape[1]])], number
+
+    for terms in (segments, push) if dtype == torch.float32 else (segments,):
+        some, beta = terms()
+        with recording() as launches:
+            found = weight_gradient(some, weight, geometry, beta=beta, scale=0.5, dtype=torch.float32)
+        for r in range(replicas):
+            some, beta = terms(r)
+            expected = weight_gradient(some, weight[r], geometry, beta=beta, scale=0.5, dtype=torch.float32)
+            assert_close(found[0][r], expected[0], torch.float32)
+            assert found[0][r].stride() == expected[0].stride()
+            if terms is segments:
+                assert_close(found[1][r], expected[1], torch.float32)
+        assert [launch.name for launch in launches] in (["wgrad"], ["wgrad", "combine"])
+
+
+def test_replicas_that_lie_apart_in_memory():
+    """Their axis is the last but one: read where it is, or copied where kernels want it in front."""
+    x, d, weight, bias, strengths = randn(2, 5, 3, 7), randn(5, 3, 6), randn(3, 6, 7), randn(6, 3), torch.rand(3, 2)
+
+    def gradient(x, d, w, strength):
+        rest = ([1.0], [True], [False], [strength, None], w, [1, 1], [0, 0], [1, 1])
+        return ops.weight_gradient([x], [d], *rest)
+
+    with torch.no_grad(), recording() as launches:
+        y = torch.func.vmap(ops.linear, (2, 0, 1))(x, weight, bias)
+        found, shift = torch.func.vmap(gradient, (1, 1, 0, 0))(x[0], d, weight, strengths[:, 1])
+    assert [launch.name for launch in launches] == ["contract", "wgrad"]
+    assert launches[0].arguments["x"].data_ptr() == x.data_ptr()
+    assert_close(y, torch.einsum("tnri,roi->rtno", x.double(), weight.double()) + bias.T[:, None, None], x.dtype)
+    expected = torch.einsum("r,nro,nri->roi", strengths[:, 1].double(), d.double(), x[0].double())
+    assert_close(found, expected, x.dtype)
+    assert_close(shift, strengths[:, 1:].double() * d.double().sum(0), x.dtype)
