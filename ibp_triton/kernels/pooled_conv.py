@@ -12,16 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ibp_triton.kernels.contract import run
 from ibp_triton.kernels.geometry import Geometry, sample_stride
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import CodedResult, Layout, planned
+from ibp_triton.kernels.replicas import taken_apart
 from ibp_triton.kernels.tiles import select
 
 MOST = 160  # multiplications for an element of the result, which the kernel's code holds one by one
 FEW = 1 << 13  # windows up to which it beats matrix units that read halves
 
 
-@triton.jit(do_not_specialize=["samples", "x_t"])
+@triton.jit(do_not_specialize=["samples", "tangents", "x_r", "x_t", "code_r"])
 def pooled_conv(
     x,
     w,
@@ -29,7 +31,10 @@ def pooled_conv(
     code,
     out,
     samples,
+    tangents,
+    x_r,
     x_t,
+    code_r,
     o_t,
     o_n,
     o_h,
@@ -39,15 +44,18 @@ def pooled_conv(
     x_h: tl.constexpr,
     x_w: tl.constexpr,
     x_c: tl.constexpr,
+    w_r: tl.constexpr,
     w_j: tl.constexpr,
     w_c: tl.constexpr,
     w_h: tl.constexpr,
     w_w: tl.constexpr,
+    bias_r: tl.constexpr,
     C: tl.constexpr,
     J: tl.constexpr,
     CONV: tl.constexpr,
     POOL: tl.constexpr,
     PATCH: tl.constexpr,
+    REPLICATED: tl.constexpr,
     SIGN: tl.constexpr,
     BIAS: tl.constexpr,
     RELU: tl.constexpr,
@@ -55,7 +63,7 @@ def pooled_conv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out = max over the window of x * w + bias, or x[t] * w at the chosen position; grid (windows, columns, tangents).
+    """out = max over the window of x * w + bias, or x[t] * w where chosen; grid (windows, columns, tangents * R).
 
     Pointers:
         x: [T, samples, C, H, W] by the strides x_*; any float type.
@@ -64,6 +72,8 @@ def pooled_conv(
         code: [samples, PH, PW, J] uint8, dense: the offset in the window, row by row, or 255 where RELU clips; read
             when CHOSEN (the linear sweep, shared by the tangents), else written.
         out: [T, samples, J, PH, PW] by the strides o_*.
+    If REPLICATED these lie in front of the next replica's, or are its own too: by x_r, w_r, bias_r and code_r * J,
+    without gaps in out.
 
     CONV and POOL are the GEOMETRY of the convolution and of the pool; PATCH (height, width) is what a window sees of
     the image. The first of equal maxima counts and a NaN wins, as in torch. SIGN replaces x by its sign.
@@ -94,7 +104,16 @@ def pooled_conv(
     left = ow * POOL[7] - POOL[9]
     h_patch = top * STEP_H - CONV[8]
     w_patch = left * STEP_W - CONV[9]
-    own = x + tl.program_id(2) * x_t + n * x_n
+    tangent = tl.program_id(2)
+    if REPLICATED:
+        replica = (tangent // tangents).to(tl.int64)
+        tangent = tangent % tangents
+        x += replica * x_r
+        w += replica * w_r
+        bias += replica * bias_r
+        code += replica * code_r * J
+        out += replica * (tangents * samples * (PH * PW * J))
+    own = x + tangent * x_t + n * x_n
     patch = ()
     for c in tl.static_range(C):
         for ph in tl.static_range(UP):
@@ -146,19 +165,20 @@ def pooled_conv(
         best = tl.where(best <= 0, 0.0, best)
     if not CHOSEN:
         tl.store(code + place, where.to(tl.uint8), mask=keep)
-    result = out + tl.program_id(2) * o_t + (n * o_n + oh * o_h + ow * o_w)[:, None] + (col * o_c)[None, :]
+    result = out + tangent * o_t + (n * o_n + oh * o_h + ow * o_w)[:, None] + (col * o_c)[None, :]
     tl.store(result, best, mask=keep)
 
 
 def worth_it(x: Tensor, conv: Geometry, pool: Geometry) -> bool:
-    """Whether one launch is to take a convolution of x [T, N, C, H, W] and the max-pool behind it.
+    """Whether one launch is to take a convolution of x [T, N, C, H, W], or [R, …], and the max-pool behind it.
 
     Predicted on an H100 for the paper's MNIST network, in µs, low end, two launches before and one now, the forward
     pass and the linear sweep: at batch 32 5.3 → 3.3 and 5.1 → 2.9 in float32, 4.0 → 3.6 and 3.8 → 3.3 in bfloat16; at
     1024 98 → 66 and 91 → 56 in float32, but 50 → 74 and 45 → 66 in bfloat16.
     """
-    few = x.dtype == torch.float32 or x.shape[1] * pool.positions <= FEW
-    return x.shape[2] * conv.taps * pool.taps <= MOST and few
+    samples = x.shape[-4] * (len(x) if x.dim() == 6 else 1)
+    few = x.dtype == torch.float32 or samples * pool.positions <= FEW
+    return x.shape[-3] * conv.taps * pool.taps <= MOST and few
 
 
 def conv_max_pool(
@@ -173,6 +193,8 @@ def conv_max_pool(
 ) -> tuple[Tensor, Tensor]:
     """y = max over windows of x ∗ W + b (then a ReLU if `relu`), and the byte per element that says which position.
 
+    With an axis of replicas in front of all tensors, of stride 0 where they share one, R such layers in one launch.
+
     Args:
         x: [N, C, H, W], any strides; float32, bfloat16 or float16.
         weight: [O, C, KH, KW], any strides, of x's dtype.
@@ -184,10 +206,10 @@ def conv_max_pool(
         where torch's settings allow tf32.
     Raises: ValueError for a shape or dtype other than these.
     """
-    bias = None if bias is None else bias.contiguous()
+    bias = run(bias)
     settings = (conv, pool, relu, False, channels_first)
-    plan = planned(_plan, settings, x[None], weight, bias, None)
-    out, code = plan.out.empty(x)[0], plan.code.empty(x)
+    plan = planned(_plan, settings, x.unsqueeze(-5), weight, bias, None)
+    out, code = plan.out.empty(x).squeeze(-5), plan.code.empty(x)
     launch(plan.plan, x, weight, x if bias is None else bias, code, out)
     return out, code
 
@@ -218,13 +240,15 @@ def _plan(
     conv: Geometry, pool: Geometry, relu: bool, sign: bool, channels_first: bool,
     x: Tensor, weight: Tensor, bias: Tensor | None, code: Tensor | None,
 ) -> CodedResult:  # fmt: skip
+    replicas, (x, weight, bias, code) = taken_apart(weight.dim() == 5, x, weight, bias, code)
+    x_r, w_r, bias_r, code_r = replicas.strides
     tangents, samples, channels = x.shape[:3]
     outputs = weight.shape[0]
     _check(x, weight, conv, pool, bias)
     shape = (tangents, samples, outputs, *pool.out)
     out = Layout.dense(shape, x.dtype) if channels_first else Layout.channels_last(shape, x.dtype)
     picked = Layout.dense((samples, *pool.out, outputs), torch.uint8)
-    if code is not None and Layout.of(code) != picked:
+    if code is not None and (Layout.of(code) != picked or code_r % max(outputs, 1)):
         raise ValueError(f"the code {tuple(code.shape)} {code.dtype} is not {picked.shape} uint8, dense")
     patch = tuple(
         (window - 1) * s + (k - 1) * d + 1
@@ -244,16 +268,22 @@ def _plan(
     }
     constants = {
         "samples": samples,
+        "tangents": tangents,
+        "x_r": x_r,
         "x_t": x.stride(0),
+        "code_r": rows if code is None else code_r // max(outputs, 1),
         **dict(zip(("o_t", "o_n", "o_c", "o_h", "o_w"), out.strides, strict=True)),
         "x_n": sample_stride(x, 1),
         **dict(zip(("x_c", "x_h", "x_w"), x.stride()[2:], strict=True)),
+        "w_r": w_r,
         **dict(zip(("w_j", "w_c", "w_h", "w_w"), weight.stride(), strict=True)),
+        "bias_r": bias_r,
         "C": channels,
         "J": outputs,
         "CONV": conv.constants,
         "POOL": pool.constants,
         "PATCH": patch,
+        "REPLICATED": replicas.several,
         "SIGN": sign,
         "BIAS": bias is not None,
         "RELU": relu,
@@ -266,7 +296,9 @@ def _plan(
         stored=out.bytes + (picked.bytes if code is None else 0),
         pointers=pointers,
     )
-    return CodedResult(out, LaunchPlan(pooled_conv, (*tiles, tangents), constants, config, cost), picked)
+    grid = (*tiles, tangents * replicas.count)
+    plan = LaunchPlan(pooled_conv, grid, constants, config, cost.times(replicas.count), replicas.count)
+    return CodedResult(replicas.layout(out), plan, replicas.layout(picked))
 
 
 def _check(x: Tensor, weight: Tensor, conv: Geometry, pool: Geometry, bias: Tensor | None) -> None:

@@ -21,9 +21,11 @@ from ibp_triton.ops import operators as ops
 Rule = Callable[..., tuple[Any, Any]]
 
 # whose own functions take an axis of replicas in front of all tensors, of stride 0 where they share one
-REPLICATED = (ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp, ops.weight_gradient)
-EACH = (
+REPLICATED = (
+    *(ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp, ops.weight_gradient),
     *(ops.conv2d_max_pool2d, ops.conv2d_max_pool2d_jvp),
+)
+EACH = (
     *(ops.objective, ops.fgsm_step, ops.relu),
     *(
         norms.group_norm,

@@ -243,12 +243,15 @@ def conv2d_max_pool2d(
 
     Returns: what ``max_pool2d`` does, [N, O, PH, PW] and the offsets [N, PH, PW, O] uint8.
     """
-    conv = _once(conv_geometry, x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    conv = _once(conv_geometry, x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
     pool = _once(pool_geometry, conv.out, kernel, pool_stride, pool_padding, ceil, margin)
-    if _pooled_conv.worth_it(x[None], conv, pool):
+    if _pooled_conv.worth_it(x.unsqueeze(-5), conv, pool):
         return _pooled_conv.conv_max_pool(x, weight, conv, pool, bias, relu=relu, channels_first=channels_first)
-    y = _conv.conv2d(x[None], weight, conv, bias)[0]
-    return _pool.max_pool2d(y, pool, relu=relu, channels_first=channels_first)
+    y = _conv.conv2d(x.unsqueeze(-5), weight, conv, bias).squeeze(-5)
+    if x.dim() == 4:
+        return _pool.max_pool2d(y, pool, relu=relu, channels_first=channels_first)
+    y, code = _pool.max_pool2d(y.flatten(0, 1), pool, relu=relu, channels_first=channels_first)
+    return y.unflatten(0, x.shape[:2]), code.unflatten(0, x.shape[:2])
 
 
 @custom_op("ibp_triton::conv2d_max_pool2d_jvp", mutates_args=())
@@ -268,12 +271,16 @@ def conv2d_max_pool2d_jvp(
     channels_first: bool = False,
 ) -> Tensor:
     """ψ(t) ∗ W at the offsets of ``conv2d_max_pool2d``, t [T, N, C, H, W] → [T, N, O, PH, PW]; ψ: sign or none."""
-    conv = _once(conv_geometry, t.shape[3:], weight.shape[2:], stride, padding, dilation)
+    conv = _once(conv_geometry, t.shape[-2:], weight.shape[-2:], stride, padding, dilation)
     pool = _once(pool_geometry, conv.out, kernel, pool_stride, pool_padding, ceil, margin)
     if _pooled_conv.worth_it(t, conv, pool):
         return _pooled_conv.conv_max_pool_jvp(t, weight, code, conv, pool, sign=sign, channels_first=channels_first)
     y = _conv.conv2d(t, weight, conv, sign=sign)
-    return _pool.pool2d_jvp(y, code, pool, channels_first=channels_first)
+    if t.dim() == 5:
+        return _pool.pool2d_jvp(y, code, pool, channels_first=channels_first)
+    every = y.movedim(0, 1).flatten(1, 2)
+    out: Tensor = _pool.pool2d_jvp(every, code.flatten(0, 1), pool, channels_first=channels_first)
+    return torch.unflatten(out, 1, (len(t), -1)).movedim(1, 0)
 
 
 @custom_op("ibp_triton::avg_pool2d", mutates_args=())

@@ -27,6 +27,10 @@ from tests.kernels.support import last, randn
 GEOMETRY = Geometry.conv((9, 7), (3, 2), (2, 1), (1, 0), (1, 2))
 SQUARE = Geometry.conv((9, 9), (4, 4), (1, 1), (0, 0), (1, 1))
 POOL = Geometry.pool((9, 10), (3, 3), (2, 2), (1, 1), True)
+POOLED = (
+    Geometry.conv((9, 10), (2, 3), (1, 2), (1, 0), (1, 1)),
+    Geometry.pool((10, 4), (3, 2), (2, 1), (1, 0), True),
+)
 
 
 def everything():
@@ -49,14 +53,10 @@ def everything():
     for codes in (code, None):
         pool2d_jvp(last(randn(3, 2, 5, 9, 10)), codes, POOL)
         pool2d_vjp(last(randn(3, 2, 5, *POOL.out)), codes, POOL)
-    conv, window = (
-        Geometry.conv((9, 10), (2, 3), (1, 2), (1, 0), (1, 1)),
-        Geometry.pool((10, 4), (3, 2), (2, 1), (1, 0), True),
-    )
     x, w = randn(3, 2, 2, 9, 10), randn(33, 2, 2, 3)
-    _, code = conv_max_pool(x[0], w, conv, window, randn(33) + 50, relu=True)
-    conv_max_pool(x[0], w, conv, window)
-    conv_max_pool_jvp(x, w, code, conv, window)
+    _, code = conv_max_pool(x[0], w, *POOLED, randn(33) + 50, relu=True)
+    conv_max_pool(x[0], w, *POOLED)
+    conv_max_pool_jvp(x, w, code, *POOLED)
     relu(pixels)
     relu(randn(3, 4, 5), randn(4, 5))
     z = randn(5, 10)
@@ -105,6 +105,9 @@ def replicas():
     weight_gradient(terms, kernel, GEOMETRY)
     a, t, right = randn(2, 600, 7), randn(2, 600, 7), randn(600, 5).expand(2, 600, 5)
     weight_gradient([Segment(torch.rand(2), a, right, bias=True, push=t)], randn(2, 5, 7), ONE)
+    pixels, small = randn(1, 1, 1, 9, 10), randn(2, 33, 1, 2, 3)
+    _, code = conv_max_pool(pixels.expand(2, 1, 1, 9, 10), small, *POOLED, randn(2, 33) + 50, relu=True)
+    conv_max_pool_jvp(randn(2, 2, 1, 1, 9, 10), small, code, *POOLED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv, "MANY", 1)
         conv2d_vjp(last(randn(2, 3, 2, 4, 6, 6)), randn(2, 4, 1, 4, 4), SQUARE, last(randn(2, 2, 1, 9, 9)))

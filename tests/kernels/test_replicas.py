@@ -14,6 +14,7 @@ from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import DTYPES, assert_close, last, randn
 
+CONV = ([1, 1], [1, 0], [1, 1])
 GEOMETRY = Geometry.conv((6, 5), (3, 2), (2, 1), (1, 0), (1, 1))
 SAME = Geometry.conv((6, 5), (3, 3), (1, 1), (1, 1), (1, 1))
 
@@ -120,6 +121,35 @@ def gradients(replicas, sides, strength, weight, geometry, dtype):
             if terms is segments:
                 assert_close(found[1][r], expected[1], torch.float32)
         assert [launch.name for launch in launches] in (["wgrad"], ["wgrad", "combine"])
+
+
+@pytest.mark.parametrize("sharing", ["own", "x", "weight"])
+@pytest.mark.parametrize(
+    ("replicas", "tangents", "dtype"),
+    [(1, 1, DTYPES[0]), (2, 5, DTYPES[1]), (3, 1, DTYPES[2]), (3, 2, DTYPES[0])],
+)
+def test_convolutions_with_their_pools_of_replicas(replicas, tangents, sharing, dtype):
+    """As one kernel, and where there is too much to compute anew as two."""
+    shared = SHARING[sharing]
+    for channels, names in ((1, ["pooled_conv"]), (6, ["contract", "max_pool"])):
+        w, b = (own(replicas, "weight" in shared, torch.clone, *s, dtype=dtype) for s in ((5, channels, 3, 2), (5,)))
+        x = own(replicas, "x" in shared, last, 2, channels, 8, 7, dtype=dtype)
+        t = own(replicas, "x" in shared, last, tangents, 2, channels, 8, 7, dtype=dtype)
+        window = ([3, 3], [2, 2], [1, 1], [0, 0], False)
+        axes = tuple(None if a.stride(0) == 0 else 0 for a in (x, w, b, t))
+        parts = [a[0] if axis is None else a for a, axis in zip((x, w, b, t), axes, strict=True)]
+
+        def both(x, w, b, t, window=window):
+            y, code = ops.conv2d_max_pool2d(x, w, *CONV, b, *window, True, channels_first=True)
+            return y, code, ops.conv2d_max_pool2d_jvp(t, w, code, *CONV, *window, sign=True)
+
+        with torch.no_grad(), recording() as launches:
+            found = torch.func.vmap(both, axes)(*parts)
+        assert [launch.name for launch in launches][: len(names)] == names
+        assert len(launches) == 2 * len(names)
+        for r in range(replicas):
+            for a, e in zip(found, both(x[r], w[r], b[r], t[r]), strict=True):
+                assert torch.equal(a[r], e)
 
 
 def test_replicas_that_lie_apart_in_memory():
