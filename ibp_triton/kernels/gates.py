@@ -3,13 +3,13 @@
 # Device code under @triton.jit has no Python types:
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import Layout, Result, planned
+from ibp_triton.kernels.replicas import side_by_side, taken_apart
 from ibp_triton.kernels.tiles import select
 
 
@@ -23,15 +23,21 @@ def number(c, at, READ: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["tangents"])
-def gate(x, mask, out, size, tangents, MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = x[t] where mask > 0, else 0 (MASK), or max(x[t], 0); grid (blocks of elements).
+@triton.jit(do_not_specialize=["tangents", "x_r", "mask_r"])
+def gate(x, mask, out, size, tangents, x_r, mask_r, REPLICATED: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = x[t] where mask > 0, else 0 (MASK), or max(x[t], 0); grid (blocks of elements, replicas).
 
     Pointers:
         x: [tangents, size], any float type.
         mask: [size], read once for all tangents; read when MASK.
         out: [tangents, size].
+    If REPLICATED these lie x_r times and mask_r times `size` in front of the next replica's, without gaps in out.
     """
+    if REPLICATED:
+        replica = tl.program_id(1).to(tl.int64)
+        x += replica * x_r * size
+        mask += replica * mask_r * size
+        out += replica * tangents * size
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < size
     if MASK:
@@ -50,28 +56,32 @@ def scalar(value: float | Tensor) -> float | Tensor:
     return value.float() if isinstance(value, Tensor) else float(value)
 
 
-def place(value: float | Tensor) -> torch.device | None:
-    """Where a number lies that the kernel reads itself; None for one that is passed to it."""
-    return value.device if isinstance(value, Tensor) else None
+def there(number: float | Tensor) -> Tensor | None:
+    """The tensor of a number that the kernel reads itself; None for one that is passed to it."""
+    return number if isinstance(number, Tensor) else None
 
 
-def relu(x: Tensor, mask: Tensor | None = None) -> Tensor:
+def relu(x: Tensor, mask: Tensor | None = None, *, replicated: bool = False) -> Tensor:
     """max(x, 0), or with a mask the ReLU's Jacobian on x: x ⊙ [mask > 0], shared by a leading axis of tangents.
 
     Args:
         x: [*S], or [T, *S] with a mask of shape S; dense in any order of axes.
         mask: [*S], with x's order of axes; the first pass's activation, before the ReLU or behind it.
+        replicated: both have an axis of replicas in front, of stride 0 where these share one.
 
     Returns: a tensor like x.
     Raises: ValueError for a mask whose shape or order of axes is not that of x, or for x with gaps.
     """
-    gated = planned(_gate, (), x, mask)
+    if replicated:
+        x, mask = side_by_side(x), None if mask is None else side_by_side(mask)
+    gated = planned(_gate, (replicated,), x, mask)
     out = gated.out.empty(x)
     launch(gated.plan, x, x if mask is None else mask, out)
     return out
 
 
-def _gate(x: Tensor, mask: Tensor | None) -> Result:
+def _gate(replicated: bool, x: Tensor, mask: Tensor | None) -> Result:
+    replicas, (x, mask) = taken_apart(replicated, x, mask)
     tangents = x.shape[0] if mask is not None and x.dim() > mask.dim() else 1
     size = x.numel() // max(tangents, 1)
     one = x[0] if mask is not None and x.dim() > mask.dim() and tangents else x
@@ -82,14 +92,20 @@ def _gate(x: Tensor, mask: Tensor | None) -> Result:
             f"{None if mask is None else (tuple(mask.shape), mask.stride())} must be dense, in one order of axes"
         )
     config = select("pointwise", "any", x)
+    x_r, mask_r = (step // max(size, 1) for step in replicas.strides)
+    cost = Cost((x.numel() + (0 if mask is None else size)) * x.element_size(), x.numel() * x.element_size())
     plan = LaunchPlan(
         gate,
-        (cdiv(size, config.block_m), 1, 1),
-        {"size": size, "tangents": tangents, "MASK": mask is not None, "BLOCK": config.block_m},
+        (cdiv(size, config.block_m), replicas.count, 1),
+        {
+            "size": size, "tangents": tangents, "x_r": x_r, "mask_r": mask_r,
+            "REPLICATED": replicas.several, "MASK": mask is not None, "BLOCK": config.block_m,
+        },
         config,
-        Cost((x.numel() + (0 if mask is None else size)) * x.element_size(), x.numel() * x.element_size()),
-    )
-    return Result(Layout.of(x), plan)
+        cost.times(replicas.count),
+        replicas.count,
+    )  # fmt: skip
+    return Result(replicas.layout(Layout.of(x)), plan)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.gates import is_dense, number, place, scalar
+from ibp_triton.kernels.gates import is_dense, number, scalar, there
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import planned
+from ibp_triton.kernels.replicas import in_place, side_by_side, taken_apart
 from ibp_triton.kernels.tiles import Config, select
 
 MAX_CLASSES = 8192  # one row of logits must fit a program
@@ -71,19 +72,27 @@ def softmax_hessian(z, t, out, samples, tangents, z_n, M: tl.constexpr, WIDE: tl
         tl.store(out + at, p * (u - tl.sum(p * u, 1)[:, None]), mask=full)
 
 
-@triton.jit(do_not_specialize=["u_size"])
+@triton.jit(do_not_specialize=["u_size", "u_r", "v_r", "a_r", "b_r"])
 def weighted_sum(
-    u, v, out, a, b, scale, u_size, v_size, ABSOLUTE: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out = scale * (a * sum u + b * sum v (of |v| if ABSOLUTE)), in a fixed order; one program.
+    u, v, out, a, b, scale, u_size, v_size, u_r, v_r, a_r, b_r,
+    REPLICATED: tl.constexpr, ABSOLUTE: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = scale * (a * sum u + b * sum v (of |v| if ABSOLUTE)), in a fixed order; grid (replicas).
 
     Pointers:
         u: [u_size], v: [v_size], any float type.
         out: [] float32.
         a if bit 0 of READ is set, b if bit 1 is: the number, float32.
+    If REPLICATED these lie u_r, v_r, 1, a_r and b_r elements in front of the next replica's.
     """
-    first = scale * number(a, 0, READ % 2)
-    second = scale * number(b, 0, READ // 2 % 2)
+    replica = 0
+    if REPLICATED:
+        replica = tl.program_id(0).to(tl.int64)
+        u += replica * u_r
+        v += replica * v_r
+        out += replica
+    first = scale * number(a, replica * a_r, READ % 2)
+    second = scale * number(b, replica * b_r, READ // 2 % 2)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, u_size, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -105,16 +114,21 @@ def objective(
     *,
     scale: float = 1.0,
     absolute: bool = False,
+    replicated: bool = False,
 ) -> Tensor:
     """scale · (a Σ u + b Σ v), 0-d float32: the objective's value from per-sample losses and penalties, in one launch.
 
     a and b are numbers, or 0-d tensors of one on the device.
     With `absolute` Σ |v|: the penalty of norm 1 straight from d_0, for tensors that one program walks in no time.
+    If `replicated` all tensors have an axis of replicas in front, of stride 0 where these share one; the result has it.
     Raises: ValueError where u or v has gaps.
     """
-    plan = planned(_objective, (absolute, place(a), place(b)), u, v)
-    out = u.new_empty((), dtype=torch.float32)
-    launch(plan, u, v, out, scalar(a), scalar(b), float(scale))
+    if replicated:
+        u, v, a, b = side_by_side(u), side_by_side(v), in_place(a), in_place(b)
+    a, b = scalar(a), scalar(b)
+    plan = planned(_objective, (absolute, replicated), u, v, there(a), there(b))
+    out = u.new_empty(u.shape[: int(replicated)], dtype=torch.float32)
+    launch(plan, u, v, out, a, b, float(scale))
     return out
 
 
@@ -153,19 +167,26 @@ def hessian_product(z: Tensor, t: Tensor) -> Tensor:
     return out
 
 
-def _objective(absolute: bool, a: torch.device | None, b: torch.device | None, u: Tensor, v: Tensor) -> LaunchPlan:
+def _objective(
+    absolute: bool, replicated: bool, u: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None
+) -> LaunchPlan:
+    replicas, (u, v, a, b) = taken_apart(replicated, u, v, a, b)
+    read = (a is not None, b is not None)
+    cost = Cost(u.numel() * u.element_size() + v.numel() * v.element_size() + 4 * sum(read), 4)
     if not (is_dense(u) and is_dense(v)):
         raise ValueError("losses and penalties must be dense")
     config = select("objective", "any", u)
     return LaunchPlan(
         weighted_sum,
-        (1, 1, 1),
+        (replicas.count, 1, 1),
         {
             "u_size": u.numel(), "v_size": v.numel(),
-            "ABSOLUTE": absolute, "READ": (a is not None) + 2 * (b is not None), "BLOCK": config.block_m,
+            **dict(zip(("u_r", "v_r", "a_r", "b_r"), replicas.strides, strict=True)), "REPLICATED": replicas.several,
+            "ABSOLUTE": absolute, "READ": read[0] + 2 * read[1], "BLOCK": config.block_m,
         },
         config,
-        Cost(u.numel() * u.element_size() + v.numel() * v.element_size(), 4),
+        cost.times(replicas.count),
+        replicas.count,
     )  # fmt: skip
 
 

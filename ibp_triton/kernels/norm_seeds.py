@@ -8,16 +8,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.gates import is_dense, number, place, same_layout, scalar
+from ibp_triton.kernels.gates import is_dense, number, same_layout, scalar, there
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, launch
-from ibp_triton.kernels.plans import planned
+from ibp_triton.kernels.plans import Layout, Result, planned
+from ibp_triton.kernels.replicas import Replicas, in_place, side_by_side, taken_apart
 from ibp_triton.kernels.tiles import select
 
+ALONE = Replicas(1, False, (0, 0, 0))
 
-@triton.jit
-def seed(u, x, out, value, epsilon, features, norm, ONE: tl.constexpr, TWO: tl.constexpr, STEP: tl.constexpr,
-         SEED: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """out = ψ(u) = sign(u)|u|^(r-1), or x + epsilon * sign(u) if STEP; value = sum |u|^r / r; grid (samples).
+
+@triton.jit(do_not_specialize=["u_r", "x_r", "epsilon_r"])
+def seed(u, x, out, value, epsilon, features, u_r, x_r, epsilon_r, norm, REPLICATED: tl.constexpr,
+         ONE: tl.constexpr, TWO: tl.constexpr, STEP: tl.constexpr, SEED: tl.constexpr, READ: tl.constexpr,
+         BLOCK: tl.constexpr):  # fmt: skip
+    """out = ψ(u) = sign(u)|u|^(r-1), or x + epsilon * sign(u) if STEP; value = sum |u|^r / r; grid (samples, R).
 
     Pointers:
         u: [samples, features], any float type.
@@ -26,9 +30,18 @@ def seed(u, x, out, value, epsilon, features, norm, ONE: tl.constexpr, TWO: tl.c
         value: [samples] float32; written unless STEP.
         epsilon: if READ, the number, float32.
 
-    ONE and TWO say that r = `norm` is 1 or 2.
+    ONE and TWO say that r = `norm` is 1 or 2. If REPLICATED, which STEP may be, u and x lie u_r and x_r times
+    `features` and epsilon epsilon_r elements in front of the next replica's, without gaps in out.
     """
     row = tl.program_id(0) * features
+    replica = 0
+    if REPLICATED:
+        replica = tl.program_id(1).to(tl.int64)
+        u += replica * u_r * features
+        x += replica * x_r * features
+        out += replica * tl.num_programs(0) * features
+    if STEP:
+        size_of_step = number(epsilon, replica * epsilon_r, READ)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, features, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -47,7 +60,7 @@ def seed(u, x, out, value, epsilon, features, norm, ONE: tl.constexpr, TWO: tl.c
             psi = sign * tl.exp2((norm - 1.0) * tl.log2(safe))
             total += psi * v
         if STEP:
-            psi = tl.load(x + row + i, mask=ok, other=0.0).to(tl.float32) + number(epsilon, 0, READ) * sign
+            psi = tl.load(x + row + i, mask=ok, other=0.0).to(tl.float32) + size_of_step * sign
         if STEP or SEED:
             tl.store(out + row + i, psi, mask=ok)
     if not STEP:
@@ -103,21 +116,25 @@ def norm_seed(u: Tensor, norm: float = 1.0, *, seed_wanted: bool = True) -> tupl
     Returns: ψ(u) like u, or None; and the values [N], float32.
     Raises: ValueError for r < 1 or for u with gaps.
     """
-    plan = planned(_seed, (float(norm), False, seed_wanted, None), u)
+    plan = planned(_seed, (float(norm), False, seed_wanted), u)
     out = torch.empty_like(u) if seed_wanted else None
     value = u.new_empty((u.shape[0],), dtype=torch.float32)
     launch(plan, u, u, u if out is None else out, value, 0.0)
     return out, value
 
 
-def fgsm_step(x: Tensor, d: Tensor, epsilon: float | Tensor) -> Tensor:
+def fgsm_step(x: Tensor, d: Tensor, epsilon: float | Tensor, *, replicated: bool = False) -> Tensor:
     """x + ε sign(d), for x and d [N, ...] of one shape, dtype and order of axes; raises ValueError otherwise.
 
-    ε is a number, or a 0-d tensor of one on the device.
+    ε is a number, or a 0-d tensor of one on the device. If `replicated` all tensors have an axis of replicas in front,
+    of stride 0 where these share one.
     """
-    plan = planned(_step, (place(epsilon),), x, d)
-    out = torch.empty_like(x)
-    launch(plan, d, x, out, d, scalar(epsilon))
+    if replicated:
+        x, d, epsilon = side_by_side(x), side_by_side(d), in_place(epsilon)
+    epsilon = scalar(epsilon)
+    step = planned(_step, (replicated,), x, d, there(epsilon))
+    out = step.out.empty(x)
+    launch(step.plan, d, x, out, d, epsilon)
     return out
 
 
@@ -138,29 +155,39 @@ def fast_tbp_seed(d: Tensor, tangents: Tensor, norm: float = 1.0) -> tuple[Tenso
     return out, value
 
 
-def _seed(norm: float, step: bool, wanted: bool, epsilon: torch.device | None, u: Tensor) -> LaunchPlan:
+def _seed(
+    norm: float, step: bool, wanted: bool, u: Tensor, epsilon: Tensor | None = None, replicas: Replicas = ALONE
+) -> LaunchPlan:
+    """`u` and `epsilon` are one replica's; the strides are those of u, x and epsilon."""
     if norm < 1:
         raise ValueError(f"norm must be at least 1, not {norm:g}")
-    config, size = select("sample", "any", u), u.element_size()
+    config, size, features = select("sample", "any", u), u.element_size(), _features(u)
+    u_r, x_r, epsilon_r = replicas.strides
+    cost = Cost(
+        loaded=u.numel() * size * (2 if step else 1) + (0 if epsilon is None else 4 * len(u)),
+        stored=(u.numel() * size if step or wanted else 0) + (0 if step else 4 * len(u)),
+    )
     return LaunchPlan(
         seed,
-        (u.shape[0], 1, 1),
+        (u.shape[0], replicas.count, 1),
         {
-            "features": _features(u), "norm": norm, "ONE": norm == 1, "TWO": norm == 2, "STEP": step, "SEED": wanted,
+            "features": features, "u_r": u_r // max(features, 1), "x_r": x_r // max(features, 1),
+            "epsilon_r": epsilon_r, "norm": norm, "REPLICATED": replicas.several,
+            "ONE": norm == 1, "TWO": norm == 2, "STEP": step, "SEED": wanted,
             "READ": epsilon is not None, "BLOCK": config.block_m,
         },
         config,
-        Cost(
-            loaded=u.numel() * size * (2 if step else 1),
-            stored=(u.numel() * size if step or wanted else 0) + (0 if step else 4 * len(u)),
-        ),
+        cost.times(replicas.count),
+        replicas.count,
     )  # fmt: skip
 
 
-def _step(epsilon: torch.device | None, x: Tensor, d: Tensor) -> LaunchPlan:
+def _step(replicated: bool, x: Tensor, d: Tensor, epsilon: Tensor | None) -> Result:
+    replicas, (d, x, epsilon) = taken_apart(replicated, d, x, epsilon)
     if not same_layout(x, d) or x.dtype != d.dtype:
         raise ValueError(f"x {tuple(x.shape)} by {x.stride()} and d {tuple(d.shape)} by {d.stride()} must match")
-    return _seed(1.0, True, False, epsilon, d)
+    out = replicas.layout(Layout.of(torch.empty_like(x, device="meta")))
+    return Result(out, _seed(1.0, True, False, d, epsilon, replicas))
 
 
 def _tangent_seed(norm: float, d: Tensor, tangents: Tensor) -> LaunchPlan:

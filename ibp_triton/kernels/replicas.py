@@ -43,6 +43,11 @@ def side_by_side(tensor: Tensor) -> Tensor:
     return Replicas(len(tensor), True, ()).layout(one).empty(tensor).copy_(tensor)
 
 
+def in_place(number: float | Tensor) -> float | Tensor:
+    """A number for all replicas, or [R] of them one behind the other."""
+    return side_by_side(number) if isinstance(number, Tensor) else number
+
+
 def taken_apart(axis: bool, *tensors: Tensor | None) -> tuple[Replicas, list[Any]]:
     """The replicas of a call, and the tensors of the first of them; `axis`: whether [R, ...] lies in front of each.
 

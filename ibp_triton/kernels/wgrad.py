@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ibp_triton.kernels.combine import combination
-from ibp_triton.kernels.gates import number, scalar
+from ibp_triton.kernels.gates import number, scalar, there
 from ibp_triton.kernels.geometry import Geometry, sample_stride
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import Layout, planned
-from ibp_triton.kernels.replicas import side_by_side, taken_apart
+from ibp_triton.kernels.replicas import in_place, side_by_side, taken_apart
 from ibp_triton.kernels.tiles import precision, select, splits
 
 MAX_SEGMENTS = 4
@@ -228,12 +228,12 @@ def weight_gradient(
     if not 1 <= len(segments) <= MAX_SEGMENTS:
         raise ValueError(f"{len(segments)} segments: one launch takes 1 to {MAX_SEGMENTS}")
     if weight.dim() % 2:
-        segments, beta = [_side_by_side(s) for s in segments], _in_place(beta)
+        segments, beta = [_side_by_side(s) for s in segments], in_place(beta)
     flags = tuple((s.bias, s.sign) for s in segments)
     numbers = [scalar(s.coefficient) for s in segments]
     pushed = scalar(beta)
-    sides = [side for s, c in zip(segments, numbers, strict=True) for side in (s.left, s.right, s.push, _there(c))]
-    plan = planned(_plan, (geometry, dtype, flags), weight, _there(pushed), *sides)
+    sides = [side for s, c in zip(segments, numbers, strict=True) for side in (s.left, s.right, s.push, there(c))]
+    plan = planned(_plan, (geometry, dtype, flags), weight, there(pushed), *sides)
     unused = MAX_SEGMENTS - len(segments)  # pointers that are never read
     padded, numbers = [*segments, *[segments[0]] * unused], [*numbers, *[numbers[0]] * unused]
     gradient = plan.gradient.empty(weight)
@@ -345,21 +345,11 @@ def _bits(flags: Sequence[Any]) -> int:
     return sum(bool(flag) << i for i, flag in enumerate(flags))
 
 
-def _there(number: float | Tensor) -> Tensor | None:
-    """The tensor that a number is read from."""
-    return number if isinstance(number, Tensor) else None
-
-
-def _in_place(number: float | Tensor) -> float | Tensor:
-    """A number for all replicas, or theirs one behind the other."""
-    return side_by_side(number) if isinstance(number, Tensor) else number
-
-
 def _side_by_side(s: Segment) -> Segment:
     """Replicas' sides one behind the other, as the kernel finds them."""
     push = None if s.push is None else side_by_side(s.push)
     left, right = side_by_side(s.left), side_by_side(s.right)
-    return replace(s, coefficient=_in_place(s.coefficient), left=left, right=right, push=push)
+    return replace(s, coefficient=in_place(s.coefficient), left=left, right=right, push=push)
 
 
 def _same_strides(x: Tensor, y: Tensor) -> bool:

@@ -7,6 +7,7 @@ weights are in it the kernels have an axis of replicas, and where one has none y
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,39 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ibp_triton.kernels import gates, loss, norm_seeds
 from ibp_triton.layer import stacked_like_first, wrapped
 from ibp_triton.ops import norm_operators as norms
 from ibp_triton.ops import operators as ops
 
 Rule = Callable[..., tuple[Any, Any]]
 
-# whose own functions take an axis of replicas in front of all tensors, of stride 0 where they share one
-REPLICATED = (
-    *(ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp, ops.weight_gradient),
-    *(ops.conv2d_max_pool2d, ops.conv2d_max_pool2d_jvp),
-)
+
+def _objective(
+    losses: Tensor, penalties: Tensor, a: Any, b: Any, on_device: Any, scale: float = 1.0, absolute: bool = False
+) -> Tensor:
+    a, b = ops.numbers([a, b], on_device)
+    return loss.objective(losses, penalties, a, b, scale=scale, absolute=absolute, replicated=True)
+
+
+def _fgsm_step(x: Tensor, d: Tensor, epsilon: float, on_device: Tensor | None = None) -> Tensor:
+    return norm_seeds.fgsm_step(x, d, epsilon if on_device is None else on_device, replicated=True)
+
+
+# operator → what takes an axis of replicas in front of all its tensors, of stride 0 where they share one
+REPLICATED: dict[Any, Callable[..., Any]] = {
+    **{
+        operator: operator._init_fn
+        for operator in (
+            *(ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp, ops.weight_gradient),
+            *(ops.conv2d_max_pool2d, ops.conv2d_max_pool2d_jvp),
+        )
+    },
+    ops.objective: _objective,
+    ops.fgsm_step: _fgsm_step,
+    ops.relu: partial(gates.relu, replicated=True),
+}
 EACH = (
-    *(ops.objective, ops.fgsm_step, ops.relu),
     *(
         norms.group_norm,
         norms.group_norm_vjp,
@@ -63,14 +84,14 @@ def each(operator: Any) -> Rule:
     return rule
 
 
-def replicated(operator: Any) -> Rule:
-    """One call of the operator's function on an axis of replicas; one for each where torch must see operators."""
+def replicated(operator: Any, function: Callable[..., Any]) -> Rule:
+    """One call of the function for all replicas; one of the operator for each where torch must see operators."""
     one_by_one = each(operator)
 
     def rule(info: Any, axes: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if _seen([a for a in tree_leaves(args) if isinstance(a, Tensor)]):
             return one_by_one(info, axes, *args, **kwargs)
-        out = operator._init_fn(*_in_front(args, axes, info.batch_size), **kwargs)
+        out = function(*_in_front(args, axes, info.batch_size), **kwargs)
         return out, tree_map(lambda _: 0, out)
 
     return rule
@@ -134,7 +155,7 @@ def _folded(a: Tensor, axis: int | None, samples: int, count: int) -> Tensor:
 
 for _operator in EACH:
     torch.library.register_vmap(_operator, each(_operator))
-for _operator in REPLICATED:
-    torch.library.register_vmap(_operator, replicated(_operator))
+for _operator, _function in REPLICATED.items():
+    torch.library.register_vmap(_operator, replicated(_operator, _function))
 for _operator, (_given, _gives) in JOINED.items():
     torch.library.register_vmap(_operator, joined(_operator, _given, _gives))
