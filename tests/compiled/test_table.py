@@ -56,6 +56,21 @@ def test_the_table_compiles(family, dtype, tf32):
     assert len(seen) >= 12
 
 
+@pytest.mark.parametrize(("family", "dtype", "tf32"), [pair for pair in PAIRS if pair[1] != "float16"])
+@pytest.mark.slow
+def test_kernels_of_replicas_compile_as_those_of_one(family, dtype, tf32):
+    """No spills, and every load of an operand as wide as alignment allows."""
+    with tiles.on_chip(family), cases.allowing_tf32(tf32), recording(execute=False) as launches:
+        cases.replicated_cases(cases.zeros(getattr(torch, dtype)))
+    assert all(launch.arguments["REPLICATED"] for launch in launches)
+    for launch in {aot.signature(launch): launch for launch in launches}.values():
+        built = aot.compile_launch(launch, family)
+        what = f"{launch.name} {launch.config} {launch.grid}: {built}"
+        assert (built.fits, built.spills) == (True, 0), what
+        if launch.name in ("contract", "wgrad"):
+            narrow_only_where_alignment_demands_it(launch, built, what)
+
+
 FAMILY = {"sm_89": "sm_80", "sm_120": "sm_80", "gfx90a": "gfx942", "gfx950": "gfx942"}  # whose rows serve a chip
 
 

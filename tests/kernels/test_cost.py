@@ -108,6 +108,9 @@ def replicas():
     pixels, small = randn(1, 1, 1, 9, 10), randn(2, 33, 1, 2, 3)
     _, code = conv_max_pool(pixels.expand(2, 1, 1, 9, 10), small, *POOLED, randn(2, 33) + 50, relu=True)
     conv_max_pool_jvp(randn(2, 2, 1, 1, 9, 10), small, code, *POOLED)
+    objective(randn(2, 7), randn(3, 5).expand(2, 3, 5), torch.rand(2), 0.5, replicated=True)
+    fgsm_step(pixels.expand(2, 1, 1, 9, 10), randn(2, 1, 1, 9, 10), torch.rand(2), replicated=True)
+    relu(randn(2, 3, 4, 5), randn(4, 5).expand(2, 4, 5), replicated=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv, "MANY", 1)
         conv2d_vjp(last(randn(2, 3, 2, 4, 6, 6)), randn(2, 4, 1, 4, 4), SQUARE, last(randn(2, 2, 1, 9, 9)))

@@ -1,18 +1,22 @@
 """Kernels with an axis of replicas: what a loop over them gives, in as many launches as one takes."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+import ibp_triton as ibp
 from ibp_triton import ops
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gemm import linear, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
+from ibp_triton.vmapped import Inputs, Vmapped
 from tests.kernels.support import DTYPES, assert_close, last, randn
+from tests.kernels.test_methods import TOLERANCE, errors, mnist
 
 CONV = ([1, 1], [1, 0], [1, 1])
 GEOMETRY = Geometry.conv((6, 5), (3, 2), (2, 1), (1, 0), (1, 1))
@@ -169,3 +173,77 @@ def test_replicas_that_lie_apart_in_memory():
     expected = torch.einsum("r,nro,nri->roi", strengths[:, 1].double(), d.double(), x[0].double())
     assert_close(found, expected, x.dtype)
     assert_close(shift, strengths[:, 1:].double() * d.double().sum(0), x.dtype)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_small_operators_of_replicas(replicas):
+    """Objectives, adversarial steps and ReLUs, with tensors and strengths shared or own."""
+
+    def numbers(shared):
+        return torch.rand(()) if shared else torch.rand(replicas)
+
+    for shared in (True, False):
+        losses, penalties = own(replicas, False, torch.clone, 7), own(replicas, shared, torch.clone, 7, 5)
+        x, d = own(replicas, shared, last, 3, 4, 5, 2), own(replicas, False, last, 3, 4, 5, 2)
+        mask, tangents = own(replicas, shared, torch.clone, 4, 5), own(replicas, not shared, torch.clone, 2, 4, 5)
+        some = (losses, penalties, x, d, mask, tangents)
+        axes = [None if t.stride(0) == 0 else 0 for t in some]
+        strengths = (numbers(shared), numbers(False), numbers(shared))
+
+        def every(losses, penalties, x, d, mask, tangents, a, b, epsilon):
+            objective = ops.objective(losses, penalties, float("nan"), 0.0, [a, b], 0.5, True)
+            return objective, ops.fgsm_step(x, d, 0.0, epsilon), ops.relu(tangents, mask), ops.relu(d)
+
+        one = [t[0] if axis is None else t for t, axis in zip(some, axes, strict=True)]
+        axes += [0 if t.dim() else None for t in strengths]
+        with torch.no_grad(), recording() as launches:
+            found = torch.func.vmap(every, tuple(axes))(*one, *strengths)
+        assert [launch.name for launch in launches] == ["weighted_sum", "seed", "gate", "gate"]
+        for r in range(replicas):
+            expected = every(*(t[r] for t in some), *(t[r] if t.dim() else t for t in strengths))
+            for a, e in zip(found, expected, strict=True):
+                assert torch.equal(a[r], e)
+
+
+def test_offsets_reach_within_a_replica():
+    """Not from one to the next: those of two, 2³¹ elements apart, are taken; a replica of so many is refused."""
+    w = randn(2, 3, 4)
+    far = torch.empty_strided((2, 1, 5, 4), (2**31, 20, 4, 1), device="meta")
+    with recording(execute=False) as launches:
+        linear(far, w.to("meta"))
+    assert [launch.name for launch in launches] == ["contract"]
+    wide = torch.empty_strided((2, 2, 5, 4), (20, 2**31, 4, 1), device="meta")
+    with recording(execute=False), pytest.raises(ValueError, match="spans more than"):
+        linear(wide, w.to("meta"))
+
+
+def test_what_is_refused():
+    x, w = randn(2, 1, 5, 4), randn(2, 3, 4)
+    with pytest.raises(ValueError, match="one length"):
+        linear(x, w[:1])
+    with pytest.raises(ValueError, match="lie 16 elements apart"):
+        linear(x, w, mask=randn(2, 16)[:, :15].view(2, 5, 3))
+    with pytest.raises(ValueError, match="do not meet"):
+        linear(x[..., :3], w)
+
+
+@pytest.mark.parametrize("key", ["loss_ibp", "at"])
+def test_a_step_of_replicas_launches_as_many_kernels_as_that_of_one(key):
+    """And its gradients are those of the oracle in float64."""
+    torch.manual_seed(1)
+    models = [mnist(8)[0] for _ in range(2)]
+    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 7])
+    methods = [ibp.METHODS[key](strength) for strength in (0.1, 0.2)]
+    counts = []
+    for count in (1, 2):
+        network = ibp.ReplicatedNetwork(models[:count], seeds=range(count), backend="triton")
+        with recording(execute=count == 2) as launches:
+            found = Vmapped(network)(methods[:count], Inputs(x, labels, None, {}))
+        counts.append([launch.name for launch in launches])
+    assert counts[0] == counts[1]
+    assert len(counts[1]) > 15
+    for r, model in enumerate(models):
+        oracle = copy.deepcopy(model).double()
+        value, expected = ibp.reference.gradients(oracle, methods[r], x.double(), labels)
+        assert errors({name: g[r] for name, g in found.gradients.items()}, expected) < TOLERANCE
+        assert float(found.parts["loss"][r]) == pytest.approx(float(value), rel=TOLERANCE)

@@ -94,6 +94,28 @@ def other_cases(make: Make) -> None:
     fast_tbp_seed(pixels, make(5, BATCH, 1, 28, 28))
 
 
+def replicated_cases(make: Make) -> None:
+    """Three replicas of what has weights: split products, T tangents, an image that all share, the sum by taps."""
+    three, rows, w = 3, make(3, BATCH, 3136), make(3, 256, 3136)
+    linear(rows[:, None], w, make(three, 256), relu=True)
+    linear_vjp(make(three, 5 * BATCH, 256).unflatten(1, (5, BATCH)), w, make(three, BATCH, 3136))
+    image, kernel = make(1, BATCH, 1, 28, 28).expand(three, -1, -1, -1, -1, -1), make(three, 32, 1, 4, 4)
+    conv2d(image, kernel, FIRST, make(three, 32))
+    conv2d_vjp(make(three, 1, 8, 32, 25, 25), kernel, FIRST)
+    conv2d_vjp(make(three, 1, 4 * BATCH, 32, 25, 25), kernel, FIRST)
+    for tangents in (1, 5):
+        right, wide = make(three, tangents, BATCH, 64, 13, 13), make(three, 64, 32, 5, 5)
+        conv2d(make(three, tangents, BATCH, 32, 13, 13), wide, SECOND)
+        conv2d_vjp(right, wide, SECOND, make(three, BATCH, 32, 13, 13))
+    right = make(three, BATCH, 32, 25, 25)
+    weight_gradient([Segment(torch.ones(three), image[:, 0], right, bias=True)], kernel, FIRST)
+    both = [Segment(1.0, rows, make(three, BATCH, 256), bias=True), Segment(0.1, rows, make(three, BATCH, 256))]
+    weight_gradient(both, w, ONE)
+    pixels = image[:, 0]
+    _, code = conv_max_pool(pixels, kernel, FIRST, POOL, make(three, 32), relu=True)
+    conv_max_pool_jvp(image, kernel, code, FIRST, POOL, sign=True)
+
+
 def norm_cases(make: Make) -> None:
     """Layer norms of short, middle and long rows, group norms, the last with rows over a tile, batch norms."""
     layers = [(make(BATCH * rows, n), 1) for rows, n in ((64, 96), (64, 768), (8, 4096), (8, 8192))]
