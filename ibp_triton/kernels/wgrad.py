@@ -114,6 +114,10 @@ def wgrad(
         replica = (split // splits).to(tl.int64)
         split = split % splits
         bias += replica * J
+        if SPLIT:
+            out += replica * splits * (size + (J if BIAS > 0 else 0))
+        else:
+            out += replica * size
     cs = (
         number(c0, replica * (OWN[3] % 2), READ % 2),
         number(c1, replica * (OWN[3] // 2 % 2), READ // 2 % 2),
@@ -172,12 +176,12 @@ def wgrad(
     ok = j_ok[:, None] & k_ok[None, :]
     own = j_ok & (tl.program_id(1) == 0)
     if SPLIT:
-        place = out + (replica * splits + split) * (size + (J if BIAS > 0 else 0))
+        place = out + split * (size + (J if BIAS > 0 else 0))
         tl.store(place + at, total, mask=ok)
         if BIAS > 0:
             tl.store(place + size + j, shift, mask=own)
     else:
-        tl.store(out + replica * size + at, total * scale, mask=ok)
+        tl.store(out + at, total * scale, mask=ok)
         if BIAS > 0:
             tl.store(bias + j, shift * scale, mask=own)
 
