@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv
 from ibp_triton.kernels.plans import Layout
-from ibp_triton.kernels.replicas import Replicas
+from ibp_triton.kernels.replica_axis import Replicas
 from ibp_triton.kernels.tiles import select
 
 ALONE = Replicas(1, False, (0, 0))

@@ -20,7 +20,7 @@ from torch import Tensor
 from ibp_triton.kernels.combine import combination
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import Layout
-from ibp_triton.kernels.replicas import Replicas
+from ibp_triton.kernels.replica_axis import Replicas
 from ibp_triton.kernels.tiles import precision, select, splits
 
 

@@ -11,7 +11,7 @@ from ibp_triton.kernels.gates import is_dense
 from ibp_triton.kernels.geometry import ONE, Geometry, sample_stride
 from ibp_triton.kernels.launcher import SPAN, LaunchPlan, launch
 from ibp_triton.kernels.plans import Layout, planned
-from ibp_triton.kernels.replicas import Replicas, taken_apart
+from ibp_triton.kernels.replica_axis import Replicas, taken_apart
 
 
 def conv2d(

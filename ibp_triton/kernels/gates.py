@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import Layout, Result, planned
-from ibp_triton.kernels.replicas import side_by_side, taken_apart
+from ibp_triton.kernels.replica_axis import side_by_side, taken_apart
 from ibp_triton.kernels.tiles import select
 
 

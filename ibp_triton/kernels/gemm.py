@@ -6,7 +6,7 @@ from torch import Tensor
 from ibp_triton.kernels.contract import Contraction, contraction, run
 from ibp_triton.kernels.geometry import ONE, sample_stride
 from ibp_triton.kernels.plans import Layout, planned
-from ibp_triton.kernels.replicas import taken_apart
+from ibp_triton.kernels.replica_axis import taken_apart
 
 
 def linear(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ibp_triton.kernels.gates import is_dense, number, scalar, there
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import planned
-from ibp_triton.kernels.replicas import in_place, side_by_side, taken_apart
+from ibp_triton.kernels.replica_axis import in_place, side_by_side, taken_apart
 from ibp_triton.kernels.tiles import Config, select
 
 MAX_CLASSES = 8192  # one row of logits must fit a program

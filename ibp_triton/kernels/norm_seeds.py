@@ -11,7 +11,7 @@ from torch import Tensor
 from ibp_triton.kernels.gates import is_dense, number, same_layout, scalar, there
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, launch
 from ibp_triton.kernels.plans import Layout, Result, planned
-from ibp_triton.kernels.replicas import Replicas, in_place, side_by_side, taken_apart
+from ibp_triton.kernels.replica_axis import Replicas, in_place, side_by_side, taken_apart
 from ibp_triton.kernels.tiles import select
 
 ALONE = Replicas(1, False, (0, 0, 0))

@@ -16,7 +16,7 @@ from ibp_triton.kernels.contract import run
 from ibp_triton.kernels.geometry import Geometry, sample_stride
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import CodedResult, Layout, planned
-from ibp_triton.kernels.replicas import taken_apart
+from ibp_triton.kernels.replica_axis import taken_apart
 from ibp_triton.kernels.tiles import select
 
 MOST = 160  # multiplications for an element of the result, which the kernel's code holds one by one

@@ -23,7 +23,7 @@ from ibp_triton.kernels.gates import number, scalar, there
 from ibp_triton.kernels.geometry import Geometry, sample_stride
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import Layout, planned
-from ibp_triton.kernels.replicas import in_place, side_by_side, taken_apart
+from ibp_triton.kernels.replica_axis import in_place, side_by_side, taken_apart
 from ibp_triton.kernels.tiles import precision, select, splits
 
 MAX_SEGMENTS = 4
@@ -231,7 +231,7 @@ def weight_gradient(
     """
     if not 1 <= len(segments) <= MAX_SEGMENTS:
         raise ValueError(f"{len(segments)} segments: one launch takes 1 to {MAX_SEGMENTS}")
-    if weight.dim() % 2:
+    if weight.dim() % 2:  # [R, O, I] or [R, O, C, KH, KW]
         segments, beta = [_side_by_side(s) for s in segments], in_place(beta)
     flags = tuple((s.bias, s.sign) for s in segments)
     numbers = [scalar(s.coefficient) for s in segments]

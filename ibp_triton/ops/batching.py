@@ -36,27 +36,25 @@ def _fgsm_step(x: Tensor, d: Tensor, epsilon: float, on_device: Tensor | None = 
 
 # operator → what takes an axis of replicas in front of all its tensors, of stride 0 where they share one
 REPLICATED: dict[Any, Callable[..., Any]] = {
-    **{
-        operator: operator._init_fn
-        for operator in (
-            *(ops.linear, ops.linear_vjp, ops.conv2d, ops.conv2d_vjp, ops.weight_gradient),
-            *(ops.conv2d_max_pool2d, ops.conv2d_max_pool2d_jvp),
-        )
-    },
+    ops.linear: ops.linear._init_fn,
+    ops.linear_vjp: ops.linear_vjp._init_fn,
+    ops.conv2d: ops.conv2d._init_fn,
+    ops.conv2d_vjp: ops.conv2d_vjp._init_fn,
+    ops.weight_gradient: ops.weight_gradient._init_fn,
+    ops.conv2d_max_pool2d: ops.conv2d_max_pool2d._init_fn,
+    ops.conv2d_max_pool2d_jvp: ops.conv2d_max_pool2d_jvp._init_fn,
     ops.objective: _objective,
     ops.fgsm_step: _fgsm_step,
     ops.relu: partial(gates.relu, replicated=True),
 }
 EACH = (
-    *(
-        norms.group_norm,
-        norms.group_norm_vjp,
-        norms.group_norm_jvp,
-        norms.group_norm_cross,
-        norms.group_norm_curvature,
-        norms.batch_norm_project,
-        norms.batch_norm_cross,
-    ),
+    norms.group_norm,
+    norms.group_norm_vjp,
+    norms.group_norm_jvp,
+    norms.group_norm_cross,
+    norms.group_norm_curvature,
+    norms.batch_norm_project,
+    norms.batch_norm_cross,
 )
 # operator → the axis of samples in each tensor that it takes and gives; from the end where tangents may precede it
 JOINED: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -142,7 +140,7 @@ def _seen(tensors: list[Tensor]) -> bool:
 
 
 def _stacked(parts: tuple[Tensor, ...]) -> Tensor:
-    """[R, ...]; where autograd follows, which does not into views, without heed of the memory format."""
+    """[R, ...] in the memory format of one; where autograd follows, which can't where views are written, in any."""
     return torch.stack(parts) if parts[0].requires_grad else stacked_like_first(parts)
 
 

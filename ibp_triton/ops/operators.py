@@ -4,6 +4,7 @@ Operators take a leading axis of tangents, [T, N, ...], T = 1 for a plain batch,
 the weights and the masks. Images are [T, N, C, H, W], best with the channels contiguous in memory; results are so.
 float32, bfloat16 and float16 throughout, with float32 sums. The linear operators (layers, their reverses, weight
 gradients, pooling) are differentiable any number of times; ReLUs and masks count as constants where they are flat.
+The functions under operators with weights also take an axis of replicas in front of all tensors, for vmap's rules.
 Errors are those of the functions in ``ibp_triton.kernels``: ValueError for shapes, dtypes and strides,
 RuntimeError where neither a CUDA device nor the interpreter is there.
 
