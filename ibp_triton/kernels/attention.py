@@ -56,6 +56,7 @@ def attention_jvp(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
     mask: Tensor | None = None,
     *,
@@ -71,11 +72,10 @@ def attention_jvp(
     Returns: [T, *like q].
     Raises: ValueError for shapes, dtypes or strides that do not match.
     """
-    plan = planned(_push, (scale, causal), q, k, v, lse, mask, *t)
-    out = plan.out.empty(q)
-    t_q, t_k, t_v = (q if x is None else x for x in t)
-    launch(plan.plan, q, k, v, q if mask is None else mask, lse, t_q, t_k, t_v, out)
-    return out
+    plan = planned(_push, (scale, causal), q, k, v, out, lse, mask, *t)
+    found = plan.out.empty(q)
+    launch(plan.plan, q, k, v, q if mask is None else mask, lse, out, *(q if x is None else x for x in t), found)
+    return found
 
 
 def attention_vjp(
@@ -168,14 +168,10 @@ class _Call:
         loaded: dict[str, int],
         stored: int,
         products: int,
-        padded: int,
     ) -> LaunchPlan:
-        """A launch that loads so many bytes through each pointer and multiplies `products` tiles a step.
-
-        `padded` counts those of tangents that are not there too.
-        """
+        """A launch that loads so many bytes through each pointer and multiplies `products` pairs of tiles a step."""
         flops = 2 * self.pairs * self.width * products
-        cost = Cost(sum(loaded.values()), stored, flops, walk.step_flops * padded, loaded)
+        cost = Cost(sum(loaded.values()), stored, flops, walk.step_flops * products, loaded)
         return LaunchPlan(kernel, walk.grid, self.constants | walk.constants | constants, self.config, cost)
 
 
@@ -204,7 +200,7 @@ def _attend(scale: float, causal: bool, q: Tensor, k: Tensor, v: Tensor, mask: T
     call = _Call(scale, causal, q, k, v, mask)
     walk, out = _Walk(call, call.queries, call.keys, causal), like(q)
     loaded = {"q": call.row * call.queries, "k": call.row * walk.rows, "v": call.row * walk.rows, "mask": call.mask}
-    plan = call.plan(attend, walk, {"OUT": out.strides[:3]}, loaded, out.bytes + call.lse.bytes, 2, 2)
+    plan = call.plan(attend, walk, {"OUT": out.strides[:3]}, loaded, out.bytes + call.lse.bytes, 2)
     return _Forward(out, plan, call.lse)
 
 
@@ -214,6 +210,7 @@ def _push(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
     mask: Tensor | None,
     t_q: Tensor | None,
@@ -221,24 +218,24 @@ def _push(
     t_v: Tensor | None,
 ) -> Result:
     call = _Call(scale, causal, q, k, v, mask)
-    tangents = _check_sides(call, lse, (t_q, q), (t_k, k), (t_v, v))
-    walk, out = _Walk(call, call.queries, call.keys, causal), like(q, tangents)
-    group, groups = _groups(call, tangents)
-    turns = [x is not None for x in (t_q, t_k)]
-    moved, plain = any(turns), any(turns) and not walk.whole
-    products = sum(turns) + moved + (t_v is not None)  # of each tangent
-    walked = call.row * walk.rows
+    tangents = _check_sides(call, lse, (t_q, q), (t_k, k), (t_v, v), (out[None], q))
+    walk, like_q = _Walk(call, call.queries, call.keys, causal), like(q, tangents)
+    of_q, of_k, of_v = (x is not None for x in (t_q, t_k, t_v))
+    moved = of_q or of_k  # the scores
+    reads = moved and not walk.whole
+    walks, row, walked = 1 if walk.whole else tangents, call.row * call.queries, call.row * walk.rows
     loaded = {
-        "q": call.row * call.queries, "k": groups * walked, "v": moved * groups * walked, "mask": groups * call.mask,
-        "lse": call.lse.bytes, "t_q": turns[0] * tangents * call.row * call.queries, "t_k": turns[1] * tangents * walked,
-        "t_v": (t_v is not None) * tangents * walked,
+        "q": row, "k": walks * walked, "v": moved * walks * walked, "mask": walks * call.mask, "lse": call.lse.bytes,
+        "o": reads * tangents * row, "t_q": of_q * tangents * row, "t_k": of_k * tangents * walked,
+        "t_v": of_v * tangents * walked,
     }  # fmt: skip
     constants = {
-        "tangents": tangents, "q_t": _step(t_q), "k_t": _step(t_k), "v_t": _step(t_v), "o_t": out.strides[0],
-        "T_Q": _view(t_q), "T_K": _view(t_k), "T_V": _view(t_v), "OUT": out.strides[1:4], "GROUP": group,
+        "tangents": tangents, "q_t": _step(t_q), "k_t": _step(t_k), "v_t": _step(t_v), "o_t": like_q.strides[0],
+        "O": _view(out) if reads else None, "T_Q": _view(t_q), "T_K": _view(t_k), "T_V": _view(t_v),
+        "OUT": like_q.strides[1:4],
     }  # fmt: skip
-    counts = (groups * (1 + plain) + tangents * products, groups * (1 + plain + group * products))
-    return Result(out, call.plan(push, walk, constants, loaded, out.bytes, *counts))
+    products = walks + tangents * (of_q + of_k + moved + of_v)
+    return Result(like_q, call.plan(push, walk, constants, loaded, like_q.bytes, products))
 
 
 def _pull(
@@ -268,22 +265,20 @@ def _pull(
         if apart:
             d_k = d_v = None
             walk = _Walk(call, call.queries, call.keys, causal)
-        group, groups = _groups(call, tangents)
-        sides = d_q is not None or d_k is not None
-        products = sides + sum(layout is not None for layout in (d_q, d_k, d_v))
+        sides, walks = d_q is not None or d_k is not None, 1 if walk.whole else tangents
         reads = along is not None or (sides and not walk.whole)
-        row, walked = call.row * call.queries, groups * call.row * walk.rows
+        row, walked = call.row * call.queries, walks * call.row * walk.rows
         loaded = {
-            "q": row, "k": walked, "v": sides * walked, "mask": groups * call.mask, "lse": call.lse.bytes,
-            "o": reads * row, "d": tangents * row,
+            "q": row, "k": walked, "v": sides * walked, "mask": walks * call.mask, "lse": call.lse.bytes,
+            "o": reads * tangents * row, "d": tangents * row,
         }  # fmt: skip
         constants = steps | {
             **{"q_t": _at(d_q, 0), "k_t": _at(d_k, 0), "v_t": _at(d_v, 0), "O": _view(out) if reads else None},
-            **{"D_Q": _at(d_q), "D_K": _at(d_k), "D_V": _at(d_v), "ALONG": along is not None, "GROUP": group},
+            **{"D_Q": _at(d_q), "D_K": _at(d_k), "D_V": _at(d_v), "ALONG": along is not None},
         }
         stored = sum(layout.bytes for layout in (d_q, d_k, d_v, along) if layout is not None)
-        counts = (groups + tangents * products, groups * (1 + group * products))
-        first = call.plan(pull, walk, constants, loaded, stored, *counts)
+        products = walks + tangents * (sides + sum(layout is not None for layout in (d_q, d_k, d_v)))
+        first = call.plan(pull, walk, constants, loaded, stored, products)
     if apart:
         _, d_k, d_v = outs
         walk = _Walk(call, call.keys, call.queries, causal, over_keys=False)
@@ -295,7 +290,7 @@ def _pull(
         constants = steps | {"k_t": _at(d_k, 0), "v_t": _at(d_v, 0), "D_K": _at(d_k), "D_V": _at(d_v)}
         stored = sum(layout.bytes for layout in (d_k, d_v) if layout is not None)
         products = tangents * (1 + value + 2 * key)
-        second = call.plan(pull_keys, walk, constants, loaded, stored, products, products)
+        second = call.plan(pull_keys, walk, constants, loaded, stored, products)
     return _Reverse(first, second, outs, along)
 
 
@@ -306,12 +301,6 @@ def block(n: int) -> int:
 
 def _length(q: Tensor) -> str:
     return "short" if q.shape[2] <= 64 else "any"
-
-
-def _groups(call: _Call, tangents: int) -> tuple[int, int]:
-    """Tangents of a group, and how many groups there are."""
-    group = max(1, min(tangents, call.config.group))
-    return group, cdiv(tangents, group)
 
 
 def _view(x: Tensor | None) -> View | None:

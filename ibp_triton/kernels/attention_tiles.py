@@ -6,9 +6,9 @@ With S = c Q Kᵀ + mask, P = softmax(S) = exp(S − lse), O = P V, for each hea
     vjp     d_P = d Vᵀ, d_S = P∘(d_P − D), D = ⟨P, d_P⟩ = ⟨d, O⟩
             d_V = Pᵀ d        d_Q = c d_S K        d_K = c d_Sᵀ Q
 
-A program holds a tile of queries and walks over tiles of keys, of which P is computed anew from lse, for GROUP tangents
-at a time. Q is read once for all of them, K and V once for a group. Sums are float32; P and what comes of it are
-rounded to V's dtype before a product.
+A program holds a tile of queries and walks over tiles of keys; P is computed anew from lse. Where one tile holds all
+keys, Q, K, V and P are there once for all tangents, else each tangent walks by itself. Sums are float32; P and what
+comes of it are rounded to V's dtype before a product.
 """
 
 # Device code under @triton.jit has no Python types:
@@ -47,9 +47,13 @@ def scores(
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLIPPED: tl.constexpr,
 ):
     """c q kᵀ + mask, −∞ where a key is not seen: [queries, keys] float32."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if FLIPPED:
+        s = tl.trans(tl.dot(k, tl.trans(q), input_precision=PRECISION)) * scale
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     seen = (row < rows)[:, None] & (col < keys)[None, :]
     if CAUSAL:
         seen = seen & (col[None, :] <= row[:, None])
@@ -57,6 +61,29 @@ def scores(
         at = n * MASK[0] + h * MASK[1] + row[:, None] * MASK[2] + col[None, :] * MASK[3]
         s += tl.load(mask + at, mask=seen, other=0.0).to(tl.float32)
     return tl.where(seen, s, -float("inf"))
+
+
+@triton.jit
+def weights(
+    q,
+    k,
+    mask,
+    lse,
+    scale,
+    n,
+    h,
+    row,
+    col,
+    rows,
+    keys,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FLIPPED: tl.constexpr = False,
+):
+    """P of a tile, anew: [queries, keys] float32."""
+    s = scores(q, k, mask, scale, n, h, row, col, rows, keys, MASK, CAUSAL, PRECISION, FLIPPED)
+    return tl.exp(s - lse[:, None])
 
 
 @triton.jit
@@ -111,7 +138,7 @@ def attend(
     for start in range(0, end, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
         some = tile(k, n, h, col, e, KEYS, K, WIDTH)
-        s = scores(queries, some, mask, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
+        s = scores(queries, some, mask, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION, False)
         higher = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(higher == -float("inf"), 0.0, higher)
         p = tl.exp(s - finite[:, None])
@@ -134,6 +161,7 @@ def push(
     v,
     mask,
     lse,
+    o,
     t_q,
     t_k,
     t_v,
@@ -148,13 +176,13 @@ def push(
     K: tl.constexpr,
     V: tl.constexpr,
     MASK: tl.constexpr,
+    O: tl.constexpr,
     T_Q: tl.constexpr,
     T_K: tl.constexpr,
     T_V: tl.constexpr,
     OUT: tl.constexpr,
     SIZES: tl.constexpr,
     CAUSAL: tl.constexpr,
-    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -176,6 +204,7 @@ def push(
     KEYS: tl.constexpr = SIZES[2]
     WIDTH: tl.constexpr = SIZES[3]
     TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    ONE: tl.constexpr = KEYS <= BLOCK_N
     MOVED: tl.constexpr = T_Q is not None or T_K is not None
     head = tl.program_id(0) // TILES
     n = head // HEADS
@@ -183,71 +212,57 @@ def push(
     first = tl.program_id(0) % TILES * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     e = tl.arange(0, BLOCK_E)
+    col = tl.arange(0, BLOCK_N)
     end = KEYS
-    if CAUSAL:
+    if CAUSAL and not ONE:
         end = tl.minimum(KEYS, first + BLOCK_M)
     queries = tile(q, n, h, row, e, ROWS, Q, WIDTH)
     norm = tl.load(lse + head * ROWS + row, mask=row < ROWS, other=float("inf"))
-    for begin in range(0, tangents, GROUP):
-        sums = ()
-        moved = ()
-        centres = ()
-        rests = ()
-        for t in tl.static_range(GROUP):
-            sums = sums + (tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32),)  # noqa: RUF005 - Triton has no unpacking
-            centres = centres + (tl.zeros((BLOCK_M,), dtype=tl.float32),)  # noqa: RUF005
-            rests = rests + (tl.zeros((BLOCK_M,), dtype=tl.float32),)  # noqa: RUF005
-            if T_Q is not None:
-                there = tl.where(begin + t < tangents, ROWS, 0)
-                moved = moved + (tile(t_q + (begin + t) * q_t, n, h, row, e, there, T_Q, WIDTH),)  # noqa: RUF005
-        if MOVED and KEYS > BLOCK_N:
-            plain = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+    if ONE:
+        keys = tile(k, n, h, col, e, KEYS, K, WIDTH)
+        p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION, True)
+        if MOVED:
+            values = tile(v, n, h, col, e, KEYS, V, WIDTH)
+    for t in range(tangents):
+        sums = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+        if MOVED and not ONE:
+            centre = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            rest = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        if T_Q is not None:
+            moved = tile(t_q + t * q_t, n, h, row, e, ROWS, T_Q, WIDTH)
         for start in range(0, end, BLOCK_N):
-            col = start + tl.arange(0, BLOCK_N)
-            some_k = tile(k, n, h, col, e, KEYS, K, WIDTH)
-            s = scores(queries, some_k, mask, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
-            p = tl.exp(s - norm[:, None])
-            if MOVED:
-                some_v = tile(v, n, h, col, e, KEYS, V, WIDTH)
-                if KEYS > BLOCK_N:
-                    plain = tl.dot(p.to(some_v.dtype), some_v, plain, input_precision=PRECISION)
-                mass = tl.maximum(tl.sum(p, 1), 1e-30)
-            grown = ()
-            middles = ()
-            lefts = ()
-            for t in tl.static_range(GROUP):
-                part = sums[t]
-                centre = centres[t]
-                rest = rests[t]
-                there = tl.where(begin + t < tangents, KEYS, 0)
+            if not ONE:
+                col = start + tl.arange(0, BLOCK_N)
+                keys = tile(k, n, h, col, e, KEYS, K, WIDTH)
+                p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
                 if MOVED:
-                    turn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-                    if T_Q is not None:
-                        turn = tl.dot(moved[t], tl.trans(some_k), turn, input_precision=PRECISION)
-                    if T_K is not None:
-                        some = tile(t_k + (begin + t) * k_t, n, h, col, e, there, T_K, WIDTH)
-                        turn = tl.dot(queries, tl.trans(some), turn, input_precision=PRECISION)
-                    turn = turn * scale
-                    centre = tl.where(start == 0, tl.sum(p * turn, 1) / mass, centre)
+                    values = tile(v, n, h, col, e, KEYS, V, WIDTH)
+            if T_K is not None:
+                t_keys = tl.trans(tile(t_k + t * k_t, n, h, col, e, KEYS, T_K, WIDTH))
+            if T_V is not None:
+                t_values = tile(t_v + t * v_t, n, h, col, e, KEYS, T_V, WIDTH)
+            tl.debug_barrier()
+            if T_V is not None:
+                sums = tl.dot(p.to(t_values.dtype), t_values, sums, input_precision=PRECISION)
+            if MOVED:
+                turn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+                if T_Q is not None:
+                    turn = tl.dot(moved, tl.trans(keys), turn, input_precision=PRECISION)
+                if T_K is not None:
+                    turn = tl.dot(queries, t_keys, turn, input_precision=PRECISION)
+                turn = turn * scale
+                own = tl.sum(p * turn, 1) / tl.maximum(tl.sum(p, 1), 1e-30)
+                if ONE:
+                    turn = p * (turn - own[:, None])
+                else:
+                    centre = tl.where(start == 0, own, centre)
                     turn = p * (turn - centre[:, None])
-                    if KEYS > BLOCK_N:
-                        rest += tl.sum(turn, 1)
-                    part = tl.dot(turn.to(some_v.dtype), some_v, part, input_precision=PRECISION)
-                if T_V is not None:
-                    some = tile(t_v + (begin + t) * v_t, n, h, col, e, there, T_V, WIDTH)
-                    part = tl.dot(p.to(some.dtype), some, part, input_precision=PRECISION)
-                grown = grown + (part,)  # noqa: RUF005
-                middles = middles + (centre,)  # noqa: RUF005
-                lefts = lefts + (rest,)  # noqa: RUF005
-            sums = grown
-            centres = middles
-            rests = lefts
-        for t in tl.static_range(GROUP):
-            y = sums[t]
-            if MOVED and KEYS > BLOCK_N:
-                y -= rests[t][:, None] * plain
-            at, ok = offsets(n, h, row, e, tl.where(begin + t < tangents, ROWS, 0), OUT, WIDTH)
-            tl.store(out + (begin + t) * o_t + at, y, mask=ok)
+                    rest += tl.sum(turn, 1)
+                sums = tl.dot(turn.to(values.dtype), values, sums, input_precision=PRECISION)
+        if MOVED and not ONE:
+            sums -= rest[:, None] * tile(o, n, h, row, e, ROWS, O, WIDTH).to(tl.float32)
+        at, ok = offsets(n, h, row, e, ROWS, OUT, WIDTH)
+        tl.store(out + t * o_t + at, sums, mask=ok)
 
 
 @triton.jit(do_not_specialize=["tangents"])
@@ -281,7 +296,6 @@ def pull(
     SIZES: tl.constexpr,
     CAUSAL: tl.constexpr,
     ALONG: tl.constexpr,
-    GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -302,6 +316,7 @@ def pull(
     KEYS: tl.constexpr = SIZES[2]
     WIDTH: tl.constexpr = SIZES[3]
     TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    ONE: tl.constexpr = KEYS <= BLOCK_N
     SIDES: tl.constexpr = D_Q is not None or D_K is not None
     head = tl.program_id(0) // TILES
     n = head // HEADS
@@ -309,61 +324,51 @@ def pull(
     first = tl.program_id(0) % TILES * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     e = tl.arange(0, BLOCK_E)
+    col = tl.arange(0, BLOCK_N)
     end = KEYS
-    if CAUSAL and D_K is None and D_V is None:
+    if CAUSAL and TILES > 1 and not ONE:
         end = tl.minimum(KEYS, first + BLOCK_M)
     queries = tile(q, n, h, row, e, ROWS, Q, WIDTH)
     norm = tl.load(lse + head * ROWS + row, mask=row < ROWS, other=float("inf"))
-    if O is not None:
-        result = tile(o, n, h, row, e, ROWS, O, WIDTH).to(tl.float32)
-    for begin in range(0, tangents, GROUP):
-        sums = ()
-        given = ()
-        middles = ()
-        for t in tl.static_range(GROUP):
-            there = tl.where(begin + t < tangents, ROWS, 0)
-            one = tile(d + (begin + t) * d_t, n, h, row, e, there, D, WIDTH)
-            given = given + (one,)  # noqa: RUF005 - Triton has no unpacking
-            middle = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            if O is not None:
-                middle = tl.sum(one.to(tl.float32) * result, 1)
-            middles = middles + (middle,)  # noqa: RUF005
-            if D_Q is not None:
-                sums = sums + (tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32),)  # noqa: RUF005
-            if ALONG:
-                place = ((begin + t) * (tl.num_programs(0) // TILES) + head) * ROWS + row
-                tl.store(along + place, middle, mask=row < there)
-        for start in range(0, end, BLOCK_N):
-            col = start + tl.arange(0, BLOCK_N)
-            some_k = tile(k, n, h, col, e, KEYS, K, WIDTH)
-            s = scores(queries, some_k, mask, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
-            p = tl.exp(s - norm[:, None])
-            if SIDES:
-                some_v = tile(v, n, h, col, e, KEYS, V, WIDTH)
-            grown = ()
-            for t in tl.static_range(GROUP):
-                there = tl.where(begin + t < tangents, KEYS, 0)
-                if D_V is not None:
-                    back = tl.dot(tl.trans(p.to(given[t].dtype)), given[t], input_precision=PRECISION)
-                    at, ok = offsets(n, h, col, e, there, D_V, WIDTH)
-                    tl.store(d_v + (begin + t) * v_t + at, back, mask=ok)
-                if SIDES:
-                    turn = tl.dot(given[t], tl.trans(some_v), input_precision=PRECISION)
-                    middle = middles[t]
-                    if O is None:
-                        middle = tl.sum(p * turn, 1)
-                    turn = (p * (turn - middle[:, None]) * scale).to(some_v.dtype)
-                    if D_K is not None:
-                        back = tl.dot(tl.trans(turn), queries, input_precision=PRECISION)
-                        at, ok = offsets(n, h, col, e, there, D_K, WIDTH)
-                        tl.store(d_k + (begin + t) * k_t + at, back, mask=ok)
-                    if D_Q is not None:
-                        grown = grown + (tl.dot(turn, some_k, sums[t], input_precision=PRECISION),)  # noqa: RUF005
-            sums = grown
+    if ONE:
+        keys = tile(k, n, h, col, e, KEYS, K, WIDTH)
+        p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
+        if SIDES:
+            values = tile(v, n, h, col, e, KEYS, V, WIDTH)
+    for t in range(tangents):
+        one = tile(d + t * d_t, n, h, row, e, ROWS, D, WIDTH)
+        if O is not None:
+            middle = tl.sum(one.to(tl.float32) * tile(o, n, h, row, e, ROWS, O, WIDTH).to(tl.float32), 1)
+        if ALONG:
+            place = (t * (tl.num_programs(0) // TILES) + head) * ROWS + row
+            tl.store(along + place, middle, mask=row < ROWS)
         if D_Q is not None:
-            for t in tl.static_range(GROUP):
-                at, ok = offsets(n, h, row, e, tl.where(begin + t < tangents, ROWS, 0), D_Q, WIDTH)
-                tl.store(d_q + (begin + t) * q_t + at, sums[t], mask=ok)
+            sums = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
+        for start in range(0, end, BLOCK_N):
+            if not ONE:
+                col = start + tl.arange(0, BLOCK_N)
+                keys = tile(k, n, h, col, e, KEYS, K, WIDTH)
+                p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
+                if SIDES:
+                    values = tile(v, n, h, col, e, KEYS, V, WIDTH)
+            if D_V is not None:
+                back = tl.dot(tl.trans(p.to(one.dtype)), one, input_precision=PRECISION)
+                at, ok = offsets(n, h, col, e, KEYS, D_V, WIDTH)
+                tl.store(d_v + t * v_t + at, back, mask=ok)
+            if SIDES:
+                turn = tl.dot(one, tl.trans(values), input_precision=PRECISION)
+                if O is None:
+                    middle = tl.sum(p * turn, 1)
+                turn = (p * (turn - middle[:, None]) * scale).to(keys.dtype)
+                if D_K is not None:
+                    back = tl.dot(tl.trans(turn), queries, input_precision=PRECISION)
+                    at, ok = offsets(n, h, col, e, KEYS, D_K, WIDTH)
+                    tl.store(d_k + t * k_t + at, back, mask=ok)
+                if D_Q is not None:
+                    sums = tl.dot(turn, keys, sums, input_precision=PRECISION)
+        if D_Q is not None:
+            at, ok = offsets(n, h, row, e, ROWS, D_Q, WIDTH)
+            tl.store(d_q + t * q_t + at, sums, mask=ok)
 
 
 @triton.jit(do_not_specialize=["tangents"])
@@ -414,8 +419,9 @@ def pull_keys(
     begin = 0
     if CAUSAL:
         begin = first // BLOCK_N * BLOCK_N
-    some_k = tile(k, n, h, col, e, KEYS, K, WIDTH)
-    some_v = tile(v, n, h, col, e, KEYS, V, WIDTH)
+    keys = tile(k, n, h, col, e, KEYS, K, WIDTH)
+    if D_K is not None:
+        values = tile(v, n, h, col, e, KEYS, V, WIDTH)
     for t in range(tangents):
         sums_k = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
         sums_v = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
@@ -423,16 +429,15 @@ def pull_keys(
             row = start + tl.arange(0, BLOCK_N)
             queries = tile(q, n, h, row, e, ROWS, Q, WIDTH)
             norm = tl.load(lse + head * ROWS + row, mask=row < ROWS, other=float("inf"))
-            s = scores(queries, some_k, mask, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
-            p = tl.exp(s - norm[:, None])
+            p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
             one = tile(d + t * d_t, n, h, row, e, ROWS, D, WIDTH)
             if D_V is not None:
                 sums_v = tl.dot(tl.trans(p.to(one.dtype)), one, sums_v, input_precision=PRECISION)
             if D_K is not None:
                 place = (t * (tl.num_programs(0) // TILES) + head) * ROWS + row
                 middle = tl.load(along + place, mask=row < ROWS, other=0.0)
-                turn = tl.dot(one, tl.trans(some_v), input_precision=PRECISION)
-                turn = (p * (turn - middle[:, None]) * scale).to(some_v.dtype)
+                turn = tl.dot(one, tl.trans(values), input_precision=PRECISION)
+                turn = (p * (turn - middle[:, None]) * scale).to(values.dtype)
                 sums_k = tl.dot(tl.trans(turn), queries, sums_k, input_precision=PRECISION)
         if D_K is not None:
             at, ok = offsets(n, h, col, e, KEYS, D_K, WIDTH)

@@ -144,7 +144,7 @@ TABLE = (
     TileRow("columns", "any", NVIDIA, FLOATS, Config(2048, warps=8, registers=128), "8 numbers a thread; bandwidth"),
     TileRow("columns", "sums", AMD, FLOATS, Config(4096, warps=8), "as above, for AMD"),
     TileRow("columns", "any", AMD, FLOATS, Config(2048, warps=4), "as above, for AMD"),
-    TileRow("attention", "any", FAMILIES, FLOATS, Config(64, 32, warps=4, stages=2, group=2), "tentative"),
+    TileRow("attention", "any", FAMILIES, FLOATS, Config(64, 32, warps=4, stages=2), "tentative"),
     TileRow("loss", "any", FAMILIES, FLOATS, Config(1024, warps=4), "4096 logits a program would take 201 registers"),
 )  # fmt: skip
 
