@@ -242,8 +242,6 @@ def push(
             if T_V is not None:
                 t_values = tile(t_v + t * v_t, n, h, col, e, KEYS, T_V, WIDTH)
             tl.debug_barrier()
-            if T_V is not None:
-                sums = tl.dot(p.to(t_values.dtype), t_values, sums, input_precision=PRECISION)
             if MOVED:
                 turn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
                 if T_Q is not None:
@@ -259,6 +257,8 @@ def push(
                     turn = p * (turn - centre[:, None])
                     rest += tl.sum(turn, 1)
                 sums = tl.dot(turn.to(values.dtype), values, sums, input_precision=PRECISION)
+            if T_V is not None:
+                sums = tl.dot(p.to(t_values.dtype), t_values, sums, input_precision=PRECISION)
         if MOVED and not ONE:
             sums -= rest[:, None] * tile(o, n, h, row, e, ROWS, O, WIDTH).to(tl.float32)
         at, ok = offsets(n, h, row, e, ROWS, OUT, WIDTH)

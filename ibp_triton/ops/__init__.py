@@ -3,6 +3,7 @@
 from ibp_triton.ops import batching as _batching  # noqa: F401 - registers them
 from ibp_triton.ops import derivatives as _derivatives  # noqa: F401 - registers them
 from ibp_triton.ops import shapes as _shapes  # noqa: F401 - registers them
+from ibp_triton.ops.attention_operators import attention, attention_jvp, attention_vjp
 from ibp_triton.ops.norm_operators import (
     batch_norm_cross,
     batch_norm_project,
@@ -36,6 +37,9 @@ from ibp_triton.ops.operators import (
 )
 
 __all__ = [
+    "attention",
+    "attention_jvp",
+    "attention_vjp",
     "avg_pool2d",
     "avg_pool2d_vjp",
     "batch_norm_cross",

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ibp_triton.kernels import gates, loss, norm_seeds
 from ibp_triton.layer import stacked_like_first, wrapped
+from ibp_triton.ops import attention_operators as attention
 from ibp_triton.ops import norm_operators as norms
 from ibp_triton.ops import operators as ops
 
@@ -48,6 +49,7 @@ REPLICATED: dict[Any, Callable[..., Any]] = {
     ops.relu: partial(gates.relu, replicated=True),
 }
 EACH = (
+    *(attention.attention, attention.attention_jvp, attention.attention_vjp),
     norms.group_norm,
     norms.group_norm_vjp,
     norms.group_norm_jvp,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from ibp_triton.ops import norm_operators, operators
+from ibp_triton.ops import attention_operators, norm_operators, operators
 
 
 def unseen() -> bool:
@@ -36,6 +36,9 @@ def straight(operator: CustomOpDef) -> Callable[..., Any]:
     return call
 
 
+attention = straight(attention_operators.attention)
+attention_jvp = straight(attention_operators.attention_jvp)
+attention_vjp = straight(attention_operators.attention_vjp)
 avg_pool2d = straight(operators.avg_pool2d)
 avg_pool2d_vjp = straight(operators.avg_pool2d_vjp)
 batch_norm_cross = straight(norm_operators.batch_norm_cross)

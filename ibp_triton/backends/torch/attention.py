@@ -79,8 +79,10 @@ class Attention:
 
     runs: list[slice]
 
-    def __init__(self, sides: Sides, scale: float | None, mask: Tensor | None, p: float) -> None:
+    def __init__(self, sides: Sides, scale: float | None, mask: Tensor | None, p: float, causal: bool = False) -> None:
         query, self.lead = sides["query"], sides["query"].shape[:-2]
+        if causal:
+            mask = torch.ones(query.shape[-2], sides["key"].shape[-2], dtype=torch.bool, device=query.device).tril()
         self.flat = _alike(sides) and len(self.lead) > 1
         self.scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         self.q = self._inside(_scaled_copy(query, self.scale))  # c Q: products copy what is not contiguous, each anew
@@ -301,6 +303,7 @@ class ScaledDotProductAttention(Layer):
     """F.scaled_dot_product_attention: each operand an activation, a parameter or a constant."""
 
     label, heavy = "scaled_dot_product_attention", True
+    core_of: Callable[..., Attention] = Attention
 
     def forward(
         self,
@@ -317,12 +320,10 @@ class ScaledDotProductAttention(Layer):
         self.groups = 1
         if enable_gqa:
             self.groups = query.shape[-3] // key.shape[-3]
-        if is_causal:
-            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         sides = {"query": query, "key": self._spread(key), "value": self._spread(value)}
         if attn_mask is not None:
             sides["mask"] = attn_mask
-        self.core = Attention(sides, scale, attn_mask, dropout_p)
+        self.core = self.core_of(sides, scale, attn_mask, dropout_p, is_causal)
         return self.core.take_output()
 
     def _spread(self, x: Tensor) -> Tensor:

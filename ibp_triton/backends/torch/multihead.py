@@ -111,6 +111,9 @@ class MultiHeadAttention(Layer):
         else:
             parts = tuple(_linear(self.inputs[n], self.weights[n], b) for n, b in zip(_INPUTS, biases, strict=True))
         sides = {name: self._split(part) for name, part in zip(_INPUTS, parts, strict=True)}
+        return self._core(sides, mask, p)
+
+    def _core(self, sides: Mapping[str, Tensor], mask: Tensor | None, p: float) -> Attention:
         return Attention(sides, None, mask, p)
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ibp_triton.backends.torch import batch_norm, dense, normalisation, pointwise, pooling
+from ibp_triton.backends.torch import attention, batch_norm, dense, multihead, normalisation, pointwise, pooling
 from ibp_triton.backends.torch.structural import BatchedMap, Reshape
+from ibp_triton.backends.triton.attention_rules import TritonAttention, TritonMultiHeadAttention
 from ibp_triton.backends.triton.kernel_rules import (
     ABSORBED,
     CHANNELS_FIRST,
@@ -94,13 +95,15 @@ def _replacement(node: Node) -> type[Layer] | None:
         return TritonAvgPool2d
     if node.rule in (normalisation.LayerNorm, normalisation.RMSNorm):
         whole = math.prod(static.get("normalized_shape", ())) <= LONGEST
-        return _NORMS[node.rule] if whole else None
+        return _ALWAYS[node.rule] if whole else None
     if node.rule is normalisation.InstanceNorm and static.get("running_mean") is not None:
         return None
-    return _NORMS.get(node.rule or Layer)
+    return _ALWAYS.get(node.rule or Layer)
 
 
-_NORMS: Mapping[type[Layer], type[Layer]] = {
+_ALWAYS: Mapping[type[Layer], type[Layer]] = {  # rules that look at a call's tensors themselves
+    attention.ScaledDotProductAttention: TritonAttention,
+    multihead.MultiHeadAttention: TritonMultiHeadAttention,
     batch_norm.BatchNorm: TritonBatchNorm,
     normalisation.LayerNorm: TritonLayerNorm,
     normalisation.RMSNorm: TritonRMSNorm,
