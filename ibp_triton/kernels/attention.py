@@ -150,14 +150,14 @@ class _Call:
         samples, heads, self.queries, self.width = q.shape
         self.keys, self.heads, self.causal = k.shape[2], samples * heads, causal
         self.row = self.heads * self.width * q.element_size()  # bytes of a row of every head
-        self.config = select("attention", _length(q), q)
+        self.q, self.alike = q, q.new_empty(0)  # in four axes it would be an image, whose precision is set elsewhere
         seen = sum(min(self.keys, i + 1) for i in range(self.queries)) if causal else self.queries * self.keys
         self.pairs = self.heads * seen
         self.mask = 0 if mask is None else self.pairs * mask.element_size()  # bytes
         self.lse = Layout.dense((samples, heads, self.queries), torch.float32)
         self.constants = {
             "scale": scale, "Q": _view(q), "K": _view(k), "V": _view(v), "MASK": None if mask is None else mask.stride(),
-            "SIZES": (heads, self.queries, self.keys, self.width), "CAUSAL": causal, "PRECISION": precision(q[0]),
+            "SIZES": (heads, self.queries, self.keys, self.width), "CAUSAL": causal, "PRECISION": precision(self.alike),
         }  # fmt: skip
 
     def plan(
@@ -172,17 +172,20 @@ class _Call:
         """A launch that loads so many bytes through each pointer and multiplies `products` pairs of tiles a step."""
         flops = 2 * self.pairs * self.width * products
         cost = Cost(sum(loaded.values()), stored, flops, walk.step_flops * products, loaded)
-        return LaunchPlan(kernel, walk.grid, self.constants | walk.constants | constants, self.config, cost)
+        return LaunchPlan(kernel, walk.grid, self.constants | walk.constants | constants, walk.config, cost)
 
 
 class _Walk:
-    """How programs hold tiles of `held` rows of each head and walk over tiles of `walked` ones, and what that moves.
+    """How programs hold tiles of queries and walk over those of keys, and what that moves; for "keys" the reverse.
 
-    A bounded walk over keys ends with the tile's last row, one over queries begins with its first.
+    A bounded walk over keys ends with the tile's last query, one over queries begins with the tile's first key.
     """
 
-    def __init__(self, call: _Call, held: int, walked: int, bounded: bool, over_keys: bool = True) -> None:
-        m, n = min(call.config.block_m, block(held)), min(call.config.block_n, block(walked))
+    def __init__(self, call: _Call, sweep: str, bounded: bool) -> None:
+        over_keys = sweep != "keys"
+        held, walked = (call.queries, call.keys) if over_keys else (call.keys, call.queries)
+        self.config = select("attention", "short" if call.queries <= 64 else f"{sweep}, long", call.alike)
+        m, n = min(self.config.block_m, block(held)), min(self.config.block_n, block(walked))
         tiles = range(cdiv(held, m))
         spans = [(0, walked) for _ in tiles]
         if bounded:
@@ -198,7 +201,7 @@ class _Walk:
 
 def _attend(scale: float, causal: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> _Forward:
     call = _Call(scale, causal, q, k, v, mask)
-    walk, out = _Walk(call, call.queries, call.keys, causal), like(q)
+    walk, out = _Walk(call, "forward", causal), like(q)
     loaded = {"q": call.row * call.queries, "k": call.row * walk.rows, "v": call.row * walk.rows, "mask": call.mask}
     plan = call.plan(attend, walk, {"OUT": out.strides[:3]}, loaded, out.bytes + call.lse.bytes, 2)
     return _Forward(out, plan, call.lse)
@@ -218,8 +221,8 @@ def _push(
     t_v: Tensor | None,
 ) -> Result:
     call = _Call(scale, causal, q, k, v, mask)
-    tangents = _check_sides(call, lse, (t_q, q), (t_k, k), (t_v, v), (out[None], q))
-    walk, like_q = _Walk(call, call.queries, call.keys, causal), like(q, tangents)
+    tangents = _check_sides(call, out, lse, (t_q, q), (t_k, k), (t_v, v))
+    walk, like_q = _Walk(call, "sweep", causal), like(q, tangents)
     of_q, of_k, of_v = (x is not None for x in (t_q, t_k, t_v))
     moved = of_q or of_k  # the scores
     reads = moved and not walk.whole
@@ -253,10 +256,10 @@ def _pull(
     mask: Tensor | None,
 ) -> _Reverse:
     call = _Call(scale, causal, q, k, v, mask)
-    tangents = _check_sides(call, lse, (d, q), (out[None], q))
+    tangents = _check_sides(call, out, lse, (d, q))
     outs = tuple(like(x, tangents) if wanted else None for x, wanted in ((q, query), (k, key), (v, value)))
     d_q, d_k, d_v = outs
-    walk = _Walk(call, call.queries, call.keys, False)
+    walk = _Walk(call, "reverse", False)
     apart = not walk.single and (key or value)  # keys by a launch of their own
     along = Layout.dense((tangents, *call.lse.shape), torch.float32) if apart and key else None
     steps = {"tangents": tangents, "d_t": _step(d), "D": _view(d)}
@@ -264,7 +267,7 @@ def _pull(
     if query or along is not None or not apart:
         if apart:
             d_k = d_v = None
-            walk = _Walk(call, call.queries, call.keys, causal)
+            walk = _Walk(call, "reverse", causal)
         sides, walks = d_q is not None or d_k is not None, 1 if walk.whole else tangents
         reads = along is not None or (sides and not walk.whole)
         row, walked = call.row * call.queries, walks * call.row * walk.rows
@@ -281,7 +284,7 @@ def _pull(
         first = call.plan(pull, walk, constants, loaded, stored, products)
     if apart:
         _, d_k, d_v = outs
-        walk = _Walk(call, call.keys, call.queries, causal, over_keys=False)
+        walk = _Walk(call, "keys", causal)
         held, rows = call.row * call.keys, tangents * walk.rows
         loaded = {
             "q": call.row * rows, "k": held, "v": key * held, "mask": tangents * call.mask,
@@ -297,10 +300,6 @@ def _pull(
 def block(n: int) -> int:
     """The power of two that holds n numbers, 16 at least, as matrix units want it."""
     return max(16, triton.next_power_of_2(n))
-
-
-def _length(q: Tensor) -> str:
-    return "short" if q.shape[2] <= 64 else "any"
 
 
 def _view(x: Tensor | None) -> View | None:
@@ -327,7 +326,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             f"{tuple(k.shape)} and value {tuple(v.shape)} [N, H, S, E] likewise, E at most {WIDEST}"
         )
     for name, x in zip(NAMES, (q, k, v), strict=True):
-        if x.stride(3) != 1:
+        if x.stride(3) != 1 and x.shape[3] > 1:
             raise ValueError(f"the numbers of a head must lie side by side, not those of the {name} by {x.stride()}")
     if mask is not None and (mask.shape != (*q.shape[:3], k.shape[2]) or not mask.is_floating_point()):
         raise ValueError(
@@ -336,17 +335,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def _check_sides(call: _Call, lse: Tensor, *sides: tuple[Tensor | None, Tensor]) -> int:
-    """How many tangents the first side that is there has, as all others (O has one)."""
+def _check_sides(call: _Call, out: Tensor, lse: Tensor, *sides: tuple[Tensor | None, Tensor]) -> int:
+    """How many tangents all sides have that are there."""
     if Layout.of(lse) != call.lse:
         raise ValueError(f"lse must be that of the forward pass, {call.lse.shape}, not {tuple(lse.shape)}")
     given = [(v, x) for v, x in sides if v is not None]
-    if not given:
-        raise ValueError("a sweep needs a tangent")
-    for v, x in given:
-        if v.shape[1:] != x.shape or v.dtype != x.dtype or v.stride(-1) != 1:
+    counts = sorted({len(v) for v, _ in given})
+    if len(counts) != 1:
+        raise ValueError(f"a sweep needs a tangent, and as many on all sides: {counts}")
+    for v, x in (*given, (out[None], call.q)):
+        if v.shape[1:] != x.shape or v.dtype != x.dtype or (v.stride(-1) != 1 and call.width > 1):
             raise ValueError(
                 f"derivatives and tangents {tuple(v.shape)} by {v.stride()} in {v.dtype} must be [T, *{tuple(x.shape)}] "
                 f"in {x.dtype}, the numbers of a head side by side"
             )
-    return len(given[0][0])
+    return counts[0]

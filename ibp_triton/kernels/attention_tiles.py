@@ -51,9 +51,13 @@ def scores(
 ):
     """c q kᵀ + mask, −∞ where a key is not seen: [queries, keys] float32."""
     if FLIPPED:
-        s = tl.trans(tl.dot(k, tl.trans(q), input_precision=PRECISION)) * scale
+        across = tl.trans(q)
+        tl.debug_barrier()
+        s = tl.trans(tl.dot(k, across, input_precision=PRECISION)) * scale
     else:
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        across = tl.trans(k)
+        tl.debug_barrier()
+        s = tl.dot(q, across, input_precision=PRECISION) * scale
     seen = (row < rows)[:, None] & (col < keys)[None, :]
     if CAUSAL:
         seen = seen & (col[None, :] <= row[:, None])
@@ -205,6 +209,7 @@ def push(
     WIDTH: tl.constexpr = SIZES[3]
     TILES: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
     ONE: tl.constexpr = KEYS <= BLOCK_N
+    FLIPPED: tl.constexpr = BLOCK_M <= BLOCK_N
     MOVED: tl.constexpr = T_Q is not None or T_K is not None
     head = tl.program_id(0) // TILES
     n = head // HEADS
@@ -220,7 +225,7 @@ def push(
     norm = tl.load(lse + head * ROWS + row, mask=row < ROWS, other=float("inf"))
     if ONE:
         keys = tile(k, n, h, col, e, KEYS, K, WIDTH)
-        p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION, True)
+        p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION, FLIPPED)
         if MOVED:
             values = tile(v, n, h, col, e, KEYS, V, WIDTH)
     for t in range(tangents):
@@ -234,14 +239,16 @@ def push(
             if not ONE:
                 col = start + tl.arange(0, BLOCK_N)
                 keys = tile(k, n, h, col, e, KEYS, K, WIDTH)
-                p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
                 if MOVED:
                     values = tile(v, n, h, col, e, KEYS, V, WIDTH)
             if T_K is not None:
                 t_keys = tl.trans(tile(t_k + t * k_t, n, h, col, e, KEYS, T_K, WIDTH))
             if T_V is not None:
                 t_values = tile(t_v + t * v_t, n, h, col, e, KEYS, T_V, WIDTH)
-            tl.debug_barrier()
+            if not ONE:
+                p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION, FLIPPED)
+            else:
+                tl.debug_barrier()
             if MOVED:
                 turn = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
                 if T_Q is not None:
@@ -334,7 +341,7 @@ def pull(
         keys = tile(k, n, h, col, e, KEYS, K, WIDTH)
         p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
         if SIDES:
-            values = tile(v, n, h, col, e, KEYS, V, WIDTH)
+            values = tl.trans(tile(v, n, h, col, e, KEYS, V, WIDTH))
     for t in range(tangents):
         one = tile(d + t * d_t, n, h, row, e, ROWS, D, WIDTH)
         if O is not None:
@@ -348,15 +355,15 @@ def pull(
             if not ONE:
                 col = start + tl.arange(0, BLOCK_N)
                 keys = tile(k, n, h, col, e, KEYS, K, WIDTH)
-                p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
                 if SIDES:
-                    values = tile(v, n, h, col, e, KEYS, V, WIDTH)
+                    values = tl.trans(tile(v, n, h, col, e, KEYS, V, WIDTH))
+                p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION)
             if D_V is not None:
                 back = tl.dot(tl.trans(p.to(one.dtype)), one, input_precision=PRECISION)
                 at, ok = offsets(n, h, col, e, KEYS, D_V, WIDTH)
                 tl.store(d_v + t * v_t + at, back, mask=ok)
             if SIDES:
-                turn = tl.dot(one, tl.trans(values), input_precision=PRECISION)
+                turn = tl.dot(one, values, input_precision=PRECISION)
                 if O is None:
                     middle = tl.sum(p * turn, 1)
                 turn = (p * (turn - middle[:, None]) * scale).to(keys.dtype)
