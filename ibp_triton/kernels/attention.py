@@ -150,6 +150,7 @@ class _Call:
         samples, heads, self.queries, self.width = q.shape
         self.keys, self.heads, self.causal = k.shape[2], samples * heads, causal
         self.row = self.heads * self.width * q.element_size()  # bytes of a row of every head
+        self.kind = "wide" if self.width > 64 else "short" if self.queries <= 64 else None
         self.q, self.alike = q, q.new_empty(0)  # in four axes it would be an image, whose precision is set elsewhere
         seen = sum(min(self.keys, i + 1) for i in range(self.queries)) if causal else self.queries * self.keys
         self.pairs = self.heads * seen
@@ -184,7 +185,7 @@ class _Walk:
     def __init__(self, call: _Call, sweep: str, bounded: bool) -> None:
         over_keys = sweep != "keys"
         held, walked = (call.queries, call.keys) if over_keys else (call.keys, call.queries)
-        self.config = select("attention", "short" if call.queries <= 64 else f"{sweep}, long", call.alike)
+        self.config = select("attention", call.kind or f"{sweep}, long", call.alike)
         m, n = min(self.config.block_m, block(held)), min(self.config.block_n, block(walked))
         tiles = range(cdiv(held, m))
         spans = [(0, walked) for _ in tiles]
@@ -260,6 +261,8 @@ def _pull(
     outs = tuple(like(x, tangents) if wanted else None for x, wanted in ((q, query), (k, key), (v, value)))
     d_q, d_k, d_v = outs
     walk = _Walk(call, "reverse", False)
+    if not walk.single:
+        walk = _Walk(call, "reverse", causal)
     apart = not walk.single and (key or value)  # keys by a launch of their own
     along = Layout.dense((tangents, *call.lse.shape), torch.float32) if apart and key else None
     steps = {"tangents": tangents, "d_t": _step(d), "D": _view(d)}
@@ -267,7 +270,6 @@ def _pull(
     if query or along is not None or not apart:
         if apart:
             d_k = d_v = None
-            walk = _Walk(call, "reverse", causal)
         sides, walks = d_q is not None or d_k is not None, 1 if walk.whole else tangents
         reads = along is not None or (sides and not walk.whole)
         row, walked = call.row * call.queries, walks * call.row * walk.rows

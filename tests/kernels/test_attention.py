@@ -22,10 +22,9 @@ SHAPES = [
 CASES = [
     (*SHAPES[1], torch.float32, False, False, 5),
     (*SHAPES[1], torch.bfloat16, True, True, 1),
-    (*SHAPES[2], torch.float32, False, False, 5),
     (*SHAPES[2], torch.float32, True, False, 1),
     (*SHAPES[2], torch.bfloat16, False, True, 1),
-    (*SHAPES[2], torch.float16, True, False, 1),
+    (*SHAPES[2], torch.float16, False, False, 5),
     *[(*shape, torch.float32, False, False, 1) for shape in (SHAPES[0], SHAPES[3])],
     (*SHAPES[3], torch.float32, True, True, 2),
     (*SHAPES[3], torch.bfloat16, False, True, 2),
@@ -67,11 +66,12 @@ def assert_close(actual, expected, dtype, summed):
 
 @pytest.mark.parametrize(("queries", "keys", "width", "chip", "dtype", "causal", "masked", "tangents"), CASES)
 def test_forward_and_sweeps(queries, keys, width, chip, dtype, causal, masked, tangents):
-    q, k, v = packed(queries, keys, width, dtype)
+    q, k, v = (x if queries < 9 else x[:, 1:] for x in packed(queries, keys, width, dtype))
+    heads = q.shape[1]
     t = [torch.stack([randn(*x.shape, dtype=dtype) for _ in range(tangents)]) for x in (q, k, v)]
     d = randn(tangents, *q.shape, dtype=dtype)
-    mask = randn(2, queries, keys).masked_fill(torch.rand(2, queries, keys) < 0.2, -torch.inf) if masked else None
-    mask = None if mask is None else mask.to(dtype).expand(2, 2, queries, keys)
+    mask = randn(heads, queries, keys).masked_fill(torch.rand(heads, queries, keys) < 0.2, -torch.inf) if masked else None
+    mask = None if mask is None else mask.to(dtype).expand(2, heads, queries, keys)
     settings = {"scale": 0.3, "causal": causal}
     with tiles.on_chip(chip), unchanged(q, k, v, *t, d):
         out, lse = attention(q, k, v, mask, **settings)

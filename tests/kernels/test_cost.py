@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ibp_triton.kernels import conv
+from ibp_triton.kernels.attention import attention, attention_jvp, attention_vjp
 from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
@@ -21,6 +22,7 @@ from ibp_triton.kernels.norms import (
 )
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
 from ibp_triton.kernels.pooled_conv import conv_max_pool, conv_max_pool_jvp
+from ibp_triton.kernels.tiles import on_chip
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import last, randn
 
@@ -116,6 +118,27 @@ def replicas():
         conv2d_vjp(last(randn(2, 3, 2, 4, 6, 6)), randn(2, 4, 1, 4, 4), SQUARE, last(randn(2, 2, 1, 9, 9)))
 
 
+def attentions():
+    """One tile and, by the tiles of another chip, several; causal, with a mask that all heads share, parts alone."""
+    for queries, keys, width, chip, causal in (
+        (7, 9, 24, "sm_90", False),
+        (9, 7, 8, "sm_90", True),
+        (33, 20, 20, "gfx1100", False),
+        (40, 17, 16, "gfx1100", True),
+    ):
+        q, k, v = (randn(1, n, 2, width).transpose(1, 2) for n in (queries, keys, keys))
+        mask = randn(queries, keys).expand(1, 2, queries, keys) if keys != 9 else None
+        t = [torch.stack([x, x]) for x in (q, k, v)]
+        settings = {"scale": 0.3, "causal": causal}
+        with on_chip(chip):
+            out, lse = attention(q, k, v, mask, **settings)
+            attention_jvp(t, q, k, v, out, lse, mask, **settings)
+            attention_jvp([None, None, t[2]], q, k, v, out, lse, mask, **settings)
+            attention_vjp(t[0], q, k, v, out, lse, mask, **settings)
+            attention_vjp(t[0], q, k, v, out, lse, mask, **settings, wanted=(True, False, False))
+            attention_vjp(t[0], q, k, v, out, lse, mask, **settings, wanted=(False, False, True))
+
+
 def test_splits_are_among_them():
     with recording(execute=False) as launches:
         everything()
@@ -123,7 +146,7 @@ def test_splits_are_among_them():
     assert sum(launch.arguments.get("splits", 1) > 1 for launch in launches) > 6
 
 
-@pytest.mark.parametrize("call", [everything, norms, replicas])
+@pytest.mark.parametrize("call", [everything, norms, replicas, attentions])
 def test_costs_are_what_the_interpreter_counts(call, instruments):
     with recording() as launches:
         call()

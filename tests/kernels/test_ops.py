@@ -30,6 +30,8 @@ def samples():
     pixels = last(randn(3, 5, 7, 8)).requires_grad_()
     code = ops.max_pool2d(pixels, *WINDOW, [1, 0], True, True)[1]
     normed = (last(randn(3, 4, 3, 5)), ops.group_norm(last(randn(3, 4, 3, 5)), 2)[1])
+    sides = [randn(2, 5, 3, 4).transpose(1, 2) for _ in range(3)]
+    attended = (*sides, *ops.attention(*sides, 0.5))
     codes = ops.conv2d_max_pool2d(images(3, 2, 8, 9), images(4, 2, 2, 3), *CONV, None, *WINDOW, [1, 0], True)[1]
     return {
         "linear": (x, w, b, None, True),
@@ -61,6 +63,9 @@ def samples():
             *(images(2, 3, 4, 3, 5) for _ in range(2)),
             *(randn(2, 2, 4), normed[0], randn(4), randn(4).exp()),
         ),
+        "attention": (*(x.requires_grad_() for x in (side.detach() for side in sides)), 0.5, randn(2, 3, 5, 5), True),
+        "attention_jvp": (*attended, leaf(2, 2, 3, 5, 4), None, leaf(2, 2, 3, 5, 4), 0.5),
+        "attention_vjp": (leaf(2, 2, 3, 5, 4), *attended, 0.5, randn(5, 5).expand(2, 3, 5, 5), False, True, False, True),
         "group_norm": (images(3, 4, 3, 5), 2, leaf(4), leaf(4)),
         "group_norm_vjp": (images(2, 3, 4, 3, 5), *normed, 2, leaf(4)),
         "group_norm_jvp": (images(2, 3, 4, 3, 5), *normed, 2, leaf(4), images(2, 3, 4, 3, 5)),
@@ -76,6 +81,7 @@ NAMES = (
     "relu", "cross_entropy", "hessian_product", "objective", "norm_seed",
     "norm_value", "fgsm_step", "fast_tbp_seed",
     "batch_norm_project", "batch_norm_cross",
+    "attention", "attention_jvp", "attention_vjp",
     "group_norm", "group_norm_vjp", "group_norm_jvp", "group_norm_cross", "group_norm_curvature",
 )  # fmt: skip
 
@@ -246,6 +252,24 @@ def test_derivatives_of_a_norms_sweep():
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_derivatives_of_attention_and_its_sweeps():
+    """The first by all three, those of the sweeps, which are linear, by what they carry."""
+    q, k, v = (leaf(1, 2, 5, 4) for _ in range(3))
+    out, lse = ops.attention(q, k, v, 0.5, None, True)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5)
+    for ours, expected in zip(*(torch.autograd.grad((y**3).sum(), (q, k, v)) for y in (out, theirs)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    fixed = [x.detach() for x in (q, k, v, out, lse)]
+    t, d = [leaf(2, 1, 2, 5, 4) for _ in range(3)], leaf(2, 1, 2, 5, 4)
+    moved, back = ops.attention_jvp(*fixed, *t, 0.5, None, True), ops.attention_vjp(d, *fixed, 0.5, None, True)
+    g, h = randn(2, 1, 2, 5, 4), [randn(2, 1, 2, 5, 4) for _ in range(3)]
+    found = torch.autograd.grad((moved * g).sum(), t)
+    for ours, expected in zip(found, ops.attention_vjp(g, *fixed, 0.5, None, True), strict=True):
+        assert torch.equal(ours, expected)
+    (found,) = torch.autograd.grad(sum((a * b).sum() for a, b in zip(back, h, strict=True)), d)
+    assert torch.equal(found, ops.attention_jvp(*fixed, *h, 0.5, None, True))
+
+
 def test_derivatives_of_a_batch_norms_sweep():
     """⟨g, γ P(v)/s⟩ by v and γ, ⟨h, Σ r P(v)⟩ by both sides, P in plain torch."""
     x, v, r, w, g, h = randn(7, 4), leaf(2, 7, 4), leaf(2, 7, 4), leaf(4), randn(2, 7, 4), randn(4)
@@ -274,6 +298,14 @@ def test_what_has_no_derivative_says_so():
         ops.group_norm_vjp(leaf(1, 2, 3), x, statistics, 1, None, True)[1].sum().backward()
     with pytest.raises(NotImplementedError, match="curvature"):
         ops.group_norm_curvature(leaf(1, 2, 3), leaf(1, 2, 3), x, statistics, 1).sum().backward()
+    q, k, v = (leaf(1, 1, 3, 2) for _ in range(3))
+    with pytest.raises(NotImplementedError, match="its mask"):
+        ops.attention(q, k, v, 1.0, leaf(1, 1, 3, 3))[0].sum().backward()
+    out, lse = ops.attention(q.detach(), k.detach(), v.detach(), 1.0)
+    with pytest.raises(NotImplementedError, match="what it carries"):
+        ops.attention_jvp(q, k, v, out, lse, None, None, leaf(1, 1, 1, 3, 2), 1.0).sum().backward()
+    with pytest.raises(NotImplementedError, match="what it carries"):
+        ops.attention_vjp(leaf(1, 1, 1, 3, 2), q, k, v, out, lse, 1.0)[0].sum().backward()
     z, t = leaf(2, 3), leaf(2, 3)
     with pytest.raises(NotImplementedError, match="logits"):
         ops.hessian_product(z, t).sum().backward()
