@@ -1,15 +1,14 @@
 """Attention by the kernels of `attention_tiles`: launches, checks, bytes.
 
-Bytes of a launch on numbers of B bytes, q of B N H L E = Q and k, v of B N H S E = K each, lse of 4 N H L, T tangents in
-g groups, r tiles of queries (less with a causal mask, whose tiles see the keys before them alone):
+Bytes of a launch on numbers of B bytes, Q = B N H L E those of q, K = B N H S E those of k, lse of 4 N H L, for T
+tangents and r tiles of queries (with a causal mask they see the keys before them alone):
 
-    forward     2 Q + lse + 2 r K                                     needed  2 Q + lse + 2 K
-    sweep       Q (1 + 2 T) + lse + r K (2 g + 2 T)                   needed  Q (1 + 2 T) + lse + 2 K (1 + T)
-    reverse     Q (1 + 2 T) + lse + K (2 g + 2 T), r = 1 and S within a tile; Q more for O where S is longer
-                                                                      needed  Q (1 + 2 T) + lse + 2 K (1 + T)
+    forward     2 Q + lse + 2 r K               needed  2 Q + lse + 2 K
+    sweep       Q (1 + 2 T) + lse + 2 K (1 + T) where one tile holds all queries and keys, as needed; else
+                Q (1 + 3 T) + lse + 4 r K T
+    reverse     likewise; where there are more tiles of queries, two launches, the second by tiles of keys
 
-A mask is read by each head of each sample in each group. Where there is more than one tile of queries, the reverse is
-two launches, the second by tiles of keys.
+A mask is read by each head of each sample.
 """
 
 from collections.abc import Sequence
@@ -157,7 +156,8 @@ class _Call:
         self.mask = 0 if mask is None else self.pairs * mask.element_size()  # bytes
         self.lse = Layout.dense((samples, heads, self.queries), torch.float32)
         self.constants = {
-            "scale": scale, "Q": _view(q), "K": _view(k), "V": _view(v), "MASK": None if mask is None else mask.stride(),
+            "scale": scale, "Q": _view(q), "K": _view(k), "V": _view(v),
+            "MASK": None if mask is None else mask.stride(),
             "SIZES": (heads, self.queries, self.keys, self.width), "CAUSAL": causal, "PRECISION": precision(self.alike),
         }  # fmt: skip
 
@@ -193,7 +193,9 @@ class _Walk:
             ends = [min(walked, (r + 1) * m) for r in tiles]
             spans = [(0, end) if over_keys else (min(walked, r * m // n * n), walked) for r, end in enumerate(ends)]
         steps = [cdiv(end - start, n) for start, end in spans]
-        self.rows = sum(min(walked - start, n * count) for count, (start, _) in zip(steps, spans, strict=True))  # loaded
+        self.rows = sum(
+            min(walked - start, n * count) for count, (start, _) in zip(steps, spans, strict=True)
+        )  # loaded
         self.grid = (call.heads * len(tiles), 1, 1)
         self.step_flops = 2 * call.heads * sum(steps) * m * n * block(call.width)  # of one product in each step
         self.single, self.whole = len(tiles) == 1, walked <= n
@@ -230,12 +232,12 @@ def _push(
     walks, row, walked = 1 if walk.whole else tangents, call.row * call.queries, call.row * walk.rows
     loaded = {
         "q": row, "k": walks * walked, "v": moved * walks * walked, "mask": walks * call.mask, "lse": call.lse.bytes,
-        "o": reads * tangents * row, "t_q": of_q * tangents * row, "t_k": of_k * tangents * walked,
+        "result": reads * tangents * row, "t_q": of_q * tangents * row, "t_k": of_k * tangents * walked,
         "t_v": of_v * tangents * walked,
     }  # fmt: skip
     constants = {
         "tangents": tangents, "q_t": _step(t_q), "k_t": _step(t_k), "v_t": _step(t_v), "o_t": like_q.strides[0],
-        "O": _view(out) if reads else None, "T_Q": _view(t_q), "T_K": _view(t_k), "T_V": _view(t_v),
+        "RESULT": _view(out) if reads else None, "T_Q": _view(t_q), "T_K": _view(t_k), "T_V": _view(t_v),
         "OUT": like_q.strides[1:4],
     }  # fmt: skip
     products = walks + tangents * (of_q + of_k + moved + of_v)
@@ -275,10 +277,10 @@ def _pull(
         row, walked = call.row * call.queries, walks * call.row * walk.rows
         loaded = {
             "q": row, "k": walked, "v": sides * walked, "mask": walks * call.mask, "lse": call.lse.bytes,
-            "o": reads * tangents * row, "d": tangents * row,
+            "result": reads * tangents * row, "d": tangents * row,
         }  # fmt: skip
         constants = steps | {
-            **{"q_t": _at(d_q, 0), "k_t": _at(d_k, 0), "v_t": _at(d_v, 0), "O": _view(out) if reads else None},
+            **{"q_t": _at(d_q, 0), "k_t": _at(d_k, 0), "v_t": _at(d_v, 0), "RESULT": _view(out) if reads else None},
             **{"D_Q": _at(d_q), "D_K": _at(d_k), "D_V": _at(d_v), "ALONG": along is not None},
         }
         stored = sum(layout.bytes for layout in (d_q, d_k, d_v, along) if layout is not None)
@@ -301,7 +303,7 @@ def _pull(
 
 def block(n: int) -> int:
     """The power of two that holds n numbers, 16 at least, as matrix units want it."""
-    return max(16, triton.next_power_of_2(n))
+    return int(max(16, triton.next_power_of_2(n)))
 
 
 def _view(x: Tensor | None) -> View | None:
@@ -348,7 +350,7 @@ def _check_sides(call: _Call, out: Tensor, lse: Tensor, *sides: tuple[Tensor | N
     for v, x in (*given, (out[None], call.q)):
         if v.shape[1:] != x.shape or v.dtype != x.dtype or (v.stride(-1) != 1 and call.width > 1):
             raise ValueError(
-                f"derivatives and tangents {tuple(v.shape)} by {v.stride()} in {v.dtype} must be [T, *{tuple(x.shape)}] "
-                f"in {x.dtype}, the numbers of a head side by side"
+                f"derivatives and tangents {tuple(v.shape)} by {v.stride()} in {v.dtype} must be [T, *{tuple(x.shape)}]"
+                f" in {x.dtype}, the numbers of a head side by side"
             )
     return counts[0]

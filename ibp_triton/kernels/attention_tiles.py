@@ -8,7 +8,8 @@ With S = c Q Kᵀ + mask, P = softmax(S) = exp(S − lse), O = P V, for each hea
 
 A program holds a tile of queries and walks over tiles of keys; P is computed anew from lse. Where one tile holds all
 keys, Q, K, V and P are there once for all tangents, else each tangent walks by itself. Sums are float32; P and what
-comes of it are rounded to V's dtype before a product.
+comes of it are rounded to V's dtype before a product. A barrier stands behind the loads of a step: what its products
+read from shared memory may then be read where it is used, and need not wait in registers for the barrier of the next.
 """
 
 # Device code under @triton.jit has no Python types:
@@ -49,7 +50,7 @@ def scores(
     PRECISION: tl.constexpr,
     FLIPPED: tl.constexpr,
 ):
-    """c q kᵀ + mask, −∞ where a key is not seen: [queries, keys] float32."""
+    """c q kᵀ + mask, −∞ where a key is not seen: [queries, keys] float32; FLIPPED as (k qᵀ)ᵀ."""
     if FLIPPED:
         across = tl.trans(q)
         tl.debug_barrier()
@@ -165,7 +166,7 @@ def push(
     v,
     mask,
     lse,
-    o,
+    result,
     t_q,
     t_k,
     t_v,
@@ -180,7 +181,7 @@ def push(
     K: tl.constexpr,
     V: tl.constexpr,
     MASK: tl.constexpr,
-    O: tl.constexpr,
+    RESULT: tl.constexpr,
     T_Q: tl.constexpr,
     T_K: tl.constexpr,
     T_V: tl.constexpr,
@@ -196,12 +197,14 @@ def push(
 
     Pointers:
         q, k, v, mask, lse: as of `attend`.
+        result: O, by RESULT; read where one tile does not hold all keys.
         t_q, t_k, t_v: [tangents, *like q, k, v] by the strides q_t, k_t, v_t of tangents and T_Q, T_K, T_V, of q's
             type; those whose strides are None are zero.
         out: [tangents, *like q] by o_t and OUT.
 
     S' is centred by its mean over the first tile of keys, which is ⟨P, S'⟩ where that tile holds all: what is rounded
-    for the product with V is then as small as it can be. Where there are more tiles, P V corrects for the rest.
+    for the product with V is then as small as it can be. Where there are more tiles, O corrects for the rest.
+    FLIPPED: so that P takes no operand in the form in which the sweep's products take it, or both stay in registers.
     """
     HEADS: tl.constexpr = SIZES[0]
     ROWS: tl.constexpr = SIZES[1]
@@ -246,7 +249,9 @@ def push(
             if T_V is not None:
                 t_values = tile(t_v + t * v_t, n, h, col, e, KEYS, T_V, WIDTH)
             if not ONE:
-                p = weights(queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION, FLIPPED)
+                p = weights(
+                    queries, keys, mask, norm, scale, n, h, row, col, ROWS, KEYS, MASK, CAUSAL, PRECISION, FLIPPED
+                )
             else:
                 tl.debug_barrier()
             if MOVED:
@@ -267,7 +272,7 @@ def push(
             if T_V is not None:
                 sums = tl.dot(p.to(t_values.dtype), t_values, sums, input_precision=PRECISION)
         if MOVED and not ONE:
-            sums -= rest[:, None] * tile(o, n, h, row, e, ROWS, O, WIDTH).to(tl.float32)
+            sums -= rest[:, None] * tile(result, n, h, row, e, ROWS, RESULT, WIDTH).to(tl.float32)
         at, ok = offsets(n, h, row, e, ROWS, OUT, WIDTH)
         tl.store(out + t * o_t + at, sums, mask=ok)
 
@@ -279,7 +284,7 @@ def pull(
     v,
     mask,
     lse,
-    o,
+    result,
     d,
     d_q,
     d_k,
@@ -295,7 +300,7 @@ def pull(
     K: tl.constexpr,
     V: tl.constexpr,
     MASK: tl.constexpr,
-    O: tl.constexpr,
+    RESULT: tl.constexpr,
     D: tl.constexpr,
     D_Q: tl.constexpr,
     D_K: tl.constexpr,
@@ -312,7 +317,7 @@ def pull(
 
     Pointers:
         q, k, v, mask, lse: as of `attend`.
-        o: O, by O; read where one tile does not hold all keys.
+        result: O, by RESULT; read where one tile does not hold all keys, and where ALONG.
         d: [tangents, *like q] by the strides d_t of tangents and D, of q's type.
         d_q: [tangents, *like q] by q_t and D_Q, as all that follow not written where these are None.
         d_k, d_v: [tangents, *like k] by k_t, D_K and v_t, D_V; only where one tile holds all queries.
@@ -344,8 +349,8 @@ def pull(
             values = tl.trans(tile(v, n, h, col, e, KEYS, V, WIDTH))
     for t in range(tangents):
         one = tile(d + t * d_t, n, h, row, e, ROWS, D, WIDTH)
-        if O is not None:
-            middle = tl.sum(one.to(tl.float32) * tile(o, n, h, row, e, ROWS, O, WIDTH).to(tl.float32), 1)
+        if RESULT is not None:
+            middle = tl.sum(one.to(tl.float32) * tile(result, n, h, row, e, ROWS, RESULT, WIDTH).to(tl.float32), 1)
         if ALONG:
             place = (t * (tl.num_programs(0) // TILES) + head) * ROWS + row
             tl.store(along + place, middle, mask=row < ROWS)
@@ -364,7 +369,7 @@ def pull(
                 tl.store(d_v + t * v_t + at, back, mask=ok)
             if SIDES:
                 turn = tl.dot(one, values, input_precision=PRECISION)
-                if O is None:
+                if RESULT is None:
                     middle = tl.sum(p * turn, 1)
                 turn = (p * (turn - middle[:, None]) * scale).to(keys.dtype)
                 if D_K is not None:

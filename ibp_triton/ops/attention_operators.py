@@ -1,8 +1,9 @@
 """Attention as operators, with fake implementations and derivatives.
 
-q [N, H, L, E], k and v [N, H, S, E], E at most 128; a mask [N, H, L, S] of floats, which may be expanded, is added to the
-scores. ``lse`` is what ``attention`` returns beside O; it counts as a part of q and k. Both sweeps are linear in what
-they carry, and have derivatives with respect to that alone. Numbers of a head that do not lie side by side are copied.
+q [N, H, L, E], k and v [N, H, S, E], E at most 128; a mask [N, H, L, S] of floats, which may be expanded, is added to
+the scores. ``lse`` is what ``attention`` returns beside O; it counts as a part of q and k. Both sweeps are linear in
+what they carry, and have derivatives with respect to that alone. Numbers of a head that do not lie side by side are
+copied.
 """
 
 from __future__ import annotations
@@ -117,7 +118,11 @@ def _attention_vjp(ctx: Any, *g: Tensor | None) -> Any:
     _, q, k, v, out, lse, scale, mask, causal, *_ = kept(ctx)
     _linear(ctx.needs_input_grad[1:6])
     given = [part if part is not None and part.numel() else None for part in g]
-    back = None if not any(part is not None for part in given) else attention_jvp(q, k, v, out, lse, *given, scale, mask, causal)
+    back = (
+        None
+        if not any(part is not None for part in given)
+        else attention_jvp(q, k, v, out, lse, *given, scale, mask, causal)
+    )
     return back, *(None,) * 11
 
 

@@ -139,6 +139,9 @@ def test_every_row_of_the_table_is_reached():
     for family, dtype, tf32 in PAIRS:
         for launch in cases.launches(family, getattr(torch, dtype), tf32):
             reached.add(launch.config)
+        with tiles.on_chip(family), cases.allowing_tf32(tf32), recording(execute=False) as launches:
+            cases.attention_cases(cases.zeros(getattr(torch, dtype)))
+        reached |= {launch.config for launch in launches}
     assert {row.config for row in tiles.TABLE} == reached
 
 

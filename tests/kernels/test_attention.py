@@ -70,41 +70,45 @@ def test_forward_and_sweeps(queries, keys, width, chip, dtype, causal, masked, t
     heads = q.shape[1]
     t = [torch.stack([randn(*x.shape, dtype=dtype) for _ in range(tangents)]) for x in (q, k, v)]
     d = randn(tangents, *q.shape, dtype=dtype)
-    mask = randn(heads, queries, keys).masked_fill(torch.rand(heads, queries, keys) < 0.2, -torch.inf) if masked else None
+    mask = (
+        randn(heads, queries, keys).masked_fill(torch.rand(heads, queries, keys) < 0.2, -torch.inf) if masked else None
+    )
     mask = None if mask is None else mask.to(dtype).expand(2, heads, queries, keys)
     settings = {"scale": 0.3, "causal": causal}
     with tiles.on_chip(chip), unchanged(q, k, v, *t, d):
         out, lse = attention(q, k, v, mask, **settings)
-        forth = attention_jvp(t, q, k, v, out, lse, mask, **settings)
+        with recording() as launches:
+            forth = attention_jvp(t, q, k, v, out, lse, mask, **settings)
         back = attention_vjp(d, q, k, v, out, lse, mask, **settings)
     Q, K, V, D = (x.double() for x in (q, k, v, d))
 
     def function(q, k, v):
         return exact(q, k, v, None if mask is None else mask.double(), 0.3, causal)
 
-    P, O = function(Q, K, V)
-    assert_close(out, O, dtype, P @ V.abs())
+    P, result = function(Q, K, V)
+    assert_close(out, result, dtype, P @ V.abs())
     assert out.stride() == torch.empty_like(q).stride()
     assert torch.equal(lse.isinf(), P.sum(-1) == 0)
 
     for n in range(tangents):
         T = [x[n].double() for x in t]
-        turn, moved = torch.func.jvp(function, (Q, K, V), tuple(T))[1]
-        summed = turn.abs() @ V.abs() + P @ T[2].abs()
-        assert_close(forth[n], moved, dtype, summed + spread(T, P, Q, K) * O.abs())
+        moved = torch.func.jvp(function, (Q, K, V), tuple(T))[1][1]
+        turn, away = centred(P, 0.3 * (T[0] @ K.mT + Q @ T[1].mT), launches[0].arguments["BLOCK_N"])
+        assert_close(forth[n], moved, dtype, turn.abs() @ V.abs() + P @ T[2].abs() + away.abs() * result.abs())
 
         pulled = torch.func.vjp(lambda *x: function(*x)[1], Q, K, V)[1](D[n])
-        turn = P * (D[n] @ V.mT - (D[n] * O).sum(-1, keepdim=True))
-        turn = 0.3 * (turn.abs() + P * (D[n] * O).abs().sum(-1, keepdim=True))  # O is rounded, too
+        turn = P * (D[n] @ V.mT - (D[n] * result).sum(-1, keepdim=True))
+        turn = 0.3 * (turn.abs() + P * (D[n] * result).abs().sum(-1, keepdim=True))  # O is rounded, too
         sums = (turn @ K.abs(), turn.mT @ Q.abs(), P.mT @ D[n].abs())
         for found, expected, summed in zip(back, pulled, sums, strict=True):
             assert_close(found[n], expected, dtype, summed)
 
 
-def spread(T, P, Q, K):
-    """Σ P |S' − ⟨P, S'⟩| twice: what stands before O where S' is centred by the first tile of keys, and its rounding."""
-    turn = 0.3 * (T[0] @ K.mT + Q @ T[1].mT)
-    return 2 * (P * (turn - (P * turn).sum(-1, keepdim=True)).abs()).sum(-1, keepdim=True)
+def centred(P, turn, block):
+    """P∘(S' − m) with m the mean of S' over the first tile of keys, and ⟨P, S'⟩ − m, by which O corrects it."""
+    first = P[..., :block].sum(-1, keepdim=True).clamp_min(1e-30)
+    middle = (P * turn)[..., :block].sum(-1, keepdim=True) / first
+    return P * (turn - middle), (P * (turn - middle)).sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize("chip", ["sm_90", "gfx1100"])
@@ -176,7 +180,7 @@ def test_without_samples_or_tangents():
 
 
 def test_a_tile_that_holds_all_keys_is_read_once_for_all_tangents(instruments):
-    q, k, v = packed(33, 60, 24)
+    q, k, v = (x.contiguous() for x in packed(33, 60, 24))
     out, lse = attention(q, k, v, scale=0.3)
     for tangents in (1, 5):
         attention_jvp([randn(tangents, *x.shape) for x in (q, k, v)], q, k, v, out, lse, scale=0.3)
@@ -205,7 +209,11 @@ def ratios(tokens, width, tangents, dtype, chip="sm_90"):
     launches = sweeps(tokens, width, tangents, dtype, chip)
     side = 4 * 3 * tokens * width * dtype.itemsize
     lse = 4 * 4 * 3 * tokens
-    needed = {"attend": 4 * side + lse, "push": (3 + 4 * tangents) * side + lse, "pull": (3 + 4 * tangents) * side + lse}
+    needed = {
+        "attend": 4 * side + lse,
+        "push": (3 + 4 * tangents) * side + lse,
+        "pull": (3 + 4 * tangents) * side + lse,
+    }
     moved = dict.fromkeys(needed, 0)
     for launch in launches:
         moved[launch.name.removesuffix("_keys")] += launch.cost.loaded + launch.cost.stored

@@ -169,7 +169,7 @@ def test_what_is_left_to_torchs_rules():
 
 
 def test_the_core_is_torchs_where_both_can_be_asked():
-    """Three axes, cross-attention, with and without an axis of tangents; weights that are shown, by torch's products."""
+    """Three axes, cross-attention, with and without an axis of tangents; weights that are shown by torch's products."""
     given = sides((2, 5, 8), (2, 4, 8), (2, 4, 8))
     ours, theirs = (core(given, 0.3, None, 0.0) for core in (attention, Attention))
     t, d, w = {name: randn(3, *side.shape) for name, side in given.items()}, randn(3, 2, 5, 8), randn(3, 2, 5, 4)
@@ -178,7 +178,12 @@ def test_the_core_is_torchs_where_both_can_be_asked():
     for core, pair in zip((ours, theirs), (0, 1), strict=True):
         one = {name: part[0] for name, part in t.items()}
         pairs[pair] += (core.push(t)[0], core.push({"key": one["key"]})[0])
-        parts = core.pull(d, None, names), core.pull(d[0], None, ["value"]), core.pull(d, w, names), core.bend(d, None, t, names)
+        parts = (
+            core.pull(d, None, names),
+            core.pull(d[0], None, ["value"]),
+            core.pull(d, w, names),
+            core.bend(d, None, t, names),
+        )
         pairs[pair] += tuple(part[name] for part in parts for name in sorted(part))
     for found, expected in zip(*pairs, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,6 @@ rule, and so are the curvature, masks that carry derivatives and weights that ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -69,7 +68,11 @@ class KernelAttention(Attention):
         which = [name in wanted for name in NAMES]
         found = ops.attention_vjp(self._vectors(d), *self.inputs, self.out, self.lse, *self.settings, *which)
         lead = d.shape[: d.dim() - self.rank]
-        return {name: v.reshape(lead + self.sides[name].shape) for name, v in zip(NAMES, found, strict=True) if name in wanted}
+        return {
+            name: v.reshape(lead + self.sides[name].shape)
+            for name, v in zip(NAMES, found, strict=True)
+            if name in wanted
+        }
 
     def bend_and_push(
         self, d: Tensor | None, w: Tensor | None, t: Tangents, wanted: Names, push: bool = True

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ibp_triton.kernels.attention import attention, attention_jvp, attention_vjp
 from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
@@ -138,6 +139,16 @@ def norm_cases(make: Make) -> None:
     x = make(BATCH * 64, 768)
     _, statistics = group_norm(x, 1, x[0], centred=False)
     group_norm_jvp(x[None], x, statistics, 1, x[0])
+
+
+def attention_cases(make: Make) -> None:
+    """Layers of a small vision transformer: up to 64 tokens, more of them, wide heads; two tangents."""
+    for tokens, width in ((64, 64), (197, 64), (197, 128)):
+        q, k, v = (side.transpose(1, 2) for side in make(2, tokens, 9 * width).view(2, tokens, 3, 3, width).unbind(2))
+        t = [make(4, tokens, 3 * width).view(2, 2, tokens, 3, width).transpose(2, 3) for _ in range(3)]
+        out, lse = attention(q, k, v, scale=0.125)
+        attention_jvp(t, q, k, v, out, lse, scale=0.125)
+        attention_vjp(t[0], q, k, v, out, lse, scale=0.125)
 
 
 def zeros(dtype: torch.dtype) -> Make:
