@@ -31,13 +31,12 @@ KERNELS = [
 @pytest.mark.parametrize(("family", "kind", "index"), KERNELS)
 @pytest.mark.slow
 def test_a_kernel_spills_nothing(family, kind, index):
-    """Registers, shared memory and matrix units; q, k, v and what is swept are loaded 128 bits at a time."""
+    """Registers, shared memory and matrix units; what a program holds is loaded 128 bits at a time."""
     launch = launches(family, kind)[index]
     built = aot.compile_launch(launch, family)
     what = f"{launch.name} {launch.arguments['SIZES']} {launch.config}: {built}"
     assert (built.spills, built.fits) == (0, True), what
     ffma = kind == "float32" and family != "gfx942"
     assert bool(built.matrix) != ffma, what
-    assert all(
-        set(built.by_pointer[name]) == {128} for name in ("q", "k", "d", "t_q", "t_k") if name in built.by_pointer
-    ), what
+    held = ("k", "v") if launch.name == "pull_keys" else ("q", "d", "t_q")  # of 16 rows that it walks over 64 bits
+    assert all(set(built.by_pointer[name]) == {128} for name in held if name in built.by_pointer), what
