@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ibp_triton.kernels import attention as _kernels
+from ibp_triton.kernels import attentions as _kernels
 from ibp_triton.ops.derivatives import keep_sparse, kept
 
 

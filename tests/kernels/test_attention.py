@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ibp_triton.kernels import tiles
-from ibp_triton.kernels.attention import WIDEST, attention, attention_jvp, attention_vjp, fits
+from ibp_triton.kernels.attentions import WIDEST, attention, attention_jvp, attention_vjp, fits
 from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.workbench.cases import allowing_tf32
 from tests.kernels.support import ACCUMULATED, DTYPES, randn, unchanged

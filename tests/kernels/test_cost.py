@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ibp_triton.kernels import conv
-from ibp_triton.kernels.attention import attention, attention_jvp, attention_vjp
+from ibp_triton.kernels.attentions import attention, attention_jvp, attention_vjp
 from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ibp_triton.backends.torch.attention import Attention, ScaledDotProductAttention, Sides
 from ibp_triton.backends.torch.multihead import MultiHeadAttention
-from ibp_triton.kernels.attention import NAMES, fits
+from ibp_triton.kernels.attentions import NAMES, fits
 from ibp_triton.layer import Names, Tangents, product, shell
 from ibp_triton.ops import straight as ops
 
