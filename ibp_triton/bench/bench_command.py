@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,7 +98,7 @@ def _chosen(plan: Suite, only: list[str]) -> list[Case]:
 def _measure(plan: Suite, chosen: list[Case], folder: Path, console: Console) -> list[dict[str, Any]]:
     found = []
     keep_freed_memory()  # as the harness does, for every candidate alike
-    with _threads(plan.threads), _watched(console) as status:
+    with _own_cache(plan), _threads(plan.threads), _watched(console) as status:
         for number, case in enumerate(chosen, 1):
             place = f"[{number}/{len(chosen)}] {case.name}"
             try:
@@ -110,6 +110,15 @@ def _measure(plan: Suite, chosen: list[Case], folder: Path, console: Console) ->
             took = timedelta(seconds=round(cell["seconds"]))
             console.print(f"{place}: {took if now else f'measured before, in {took}'}")
     return found
+
+
+def _own_cache(plan: Suite) -> AbstractContextManager[Any]:
+    """What a step takes to compile shall not depend on what was compiled before."""
+    if "compiled" not in plan.step:
+        return nullcontext()
+    from torch._inductor.utils import fresh_cache  # takes seconds
+
+    return fresh_cache()
 
 
 class _Now:

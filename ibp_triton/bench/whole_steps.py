@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo
-import torch._inductor.config
 from torch import Tensor
 
 import ibp_triton as ibp
@@ -93,8 +91,11 @@ def by_hand_step(case: Case, method: str | ibp.Method, kind: str, rate: float = 
 
     if kind == "eager":
         return Trainee(eager, parameters, buffers)
-    torch._dynamo.config.trace_autograd_ops = True  # asked anew at every call
-    torch._inductor.config.compile_threads = 1  # children of this process, so that their time counts
+    import torch._dynamo as dynamo  # takes seconds
+    import torch._inductor.config as inductor
+
+    dynamo.config.trace_autograd_ops = True  # asked anew at every call
+    inductor.compile_threads = 1  # children of this process, so that their time counts
     return Trainee(torch.compile(whole, fullgraph=True, dynamic=False), parameters, buffers)
 
 

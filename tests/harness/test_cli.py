@@ -295,6 +295,16 @@ def test_imports_run_one_way() -> None:
         graph = {name: used for name, used in graph.items() if name not in free}
 
 
+def test_the_command_starts_without_compilers() -> None:
+    """They take seconds to import, and most commands compile nothing."""
+    asked = "import sys, ibp_triton.harness.cli; print([n for n in sys.modules if n.split('.')[:2] in WORDS])"
+    words = [["torch", "_dynamo"], ["torch", "_inductor"], ["matplotlib"]]
+    run = subprocess.run(
+        [sys.executable, "-c", f"WORDS = {words}; {asked}"], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize(("times", "told"), [(11.2, True), (1.1, False)])
 def test_a_precision_that_this_processor_emulates_is_told_with_its_cure(
     tree: Tree,
