@@ -29,7 +29,6 @@ KERNELS = [
 
 
 @pytest.mark.parametrize(("family", "kind", "index"), KERNELS)
-@pytest.mark.slow
 def test_a_kernel_spills_nothing(family, kind, index):
     """Registers, shared memory and matrix units; what a program holds is loaded 128 bits at a time."""
     launch = launches(family, kind)[index]
