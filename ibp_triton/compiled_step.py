@@ -148,7 +148,8 @@ class CompiledStep(EagerStep):
         Of many ReLUs one meets 0, and turns: such turns fade in a mean, a fault does not.
         """
         dtype, generator = self.network.dtype or x.dtype, torch.Generator().manual_seed(0)
-        noise, means = (0.0, 0.0), list[Gradients]([{}, {}])
+        noise = 0.0, 0.0
+        means: list[Gradients] = [{}, {}]
         for _ in range(NEAR):
             with torch.no_grad():
                 near = {n: rounded(p, 4 * torch.finfo(dtype).eps, generator) for n, p in found.parameters.items()}

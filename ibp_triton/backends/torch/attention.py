@@ -366,6 +366,13 @@ class ScaledDotProductAttention(Layer):
         return self.core.multiply_adds()
 
 
+def added(mask: Tensor, unseen: bool, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the scores: −∞ where one of booleans is ``unseen``."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask if unseen else ~mask, -torch.inf)
+
+
 def _core_names(wanted: Names) -> list[str]:
     """The core calls the mask no ``attn_mask``."""
     return [name.removeprefix("attn_") for name in wanted]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.backends.torch.attention import Attention
+from ibp_triton.backends.torch.attention import Attention, added
 from ibp_triton.layer import (
     HALF,
     Layer,
@@ -119,13 +119,7 @@ class MultiHeadAttention(Layer):
     def _mask(self, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """What is added to the scores [N, heads, L, S]: True means unseen here."""
         dtype = self.inputs["query"].dtype
-        parts = [
-            torch.zeros(m.shape, dtype=dtype, device=m.device).masked_fill(m, -torch.inf)
-            if m.dtype == torch.bool
-            else m
-            for m in (mask, padding)
-            if m is not None
-        ]
+        parts = [added(m, unseen=True, dtype=dtype) for m in (mask, padding) if m is not None]
         if mask is not None and mask.dim() == 3:
             parts[0] = parts[0].unflatten(0, (-1, self.heads))
         if padding is not None:
@@ -363,12 +357,6 @@ class MultiHeadAttention(Layer):
 def _same(kept: Mapping[Any, Any], given: Mapping[Any, Any]) -> bool:
     """Whether these are the very same tensors."""
     return kept.keys() == given.keys() and all(kept[name] is given[name] for name in kept)
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """−∞ where a mask of booleans is True."""
-    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return zeros.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
 def _in_order(x: Tensor) -> bool:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from ibp_triton.backends.torch.attention import Attention, ScaledDotProductAttention, Sides
+from ibp_triton.backends.torch.attention import Attention, ScaledDotProductAttention, Sides, added
 from ibp_triton.backends.torch.multihead import MultiHeadAttention
 from ibp_triton.kernels.attentions import NAMES, fits
 from ibp_triton.layer import Names, Tangents, product, shell
@@ -28,7 +27,9 @@ class KernelAttention(Attention):
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
         self.sides = {name: shell(side) for name, side in sides.items()}
         self.inputs = [self._heads(sides[name]) for name in NAMES]
-        self.settings = self.scale, None if mask is None else self._heads(_added(mask, query, key)), causal
+        if mask is not None:
+            mask = added(mask, unseen=False, dtype=query.dtype).expand(*query.shape[:-1], key.shape[-2])
+        self.settings = self.scale, None if mask is None else self._heads(mask), causal
         self.out, self.lse = ops.attention(*self.inputs, *self.settings)
         self._output = self.out.view(query.shape)
 
@@ -103,10 +104,3 @@ class TritonMultiHeadAttention(MultiHeadAttention):
 
     def _core(self, sides: Sides, mask: Tensor | None, p: float) -> Attention:
         return (Attention if self.need_weights else attention)(sides, None, mask, p)
-
-
-def _added(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """What is added to the scores, expanded to [..., L, S]: −∞ where a mask of booleans is False."""
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-    return mask.expand(*query.shape[:-1], key.shape[-2])
