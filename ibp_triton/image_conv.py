@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibp_triton.layer import HALF, wide
+from ibp_triton.layer import HALF, memory_format, wide
 
 Sizes = Sequence[int]
 
@@ -55,7 +55,7 @@ def _by_columns(d: Tensor, weight: Tensor, size: Sizes, stride: Sizes, padding: 
         for where, part in zip(across, parts.unbind(), strict=True):
             rows[..., where].add_(part)
     total = total[:, :, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
-    layout = torch.channels_last if channels > 1 and d.stride(1) == 1 else torch.contiguous_format
+    layout = memory_format(d) if channels > 1 else torch.contiguous_format
     return total.transpose(0, 1).to(d.dtype).contiguous(memory_format=layout)
 
 
@@ -80,8 +80,7 @@ def _by_rows(d: Tensor, weight: Tensor, size: Sizes, padding: Sizes) -> Tensor:
     for j in range(width):
         total[:, :, j : j + d.shape[3]].add_(rows[:, :, :, j])
     total = total[:, :, padding[1] : padding[1] + size[1]]
-    layout = torch.channels_last if d.stride(1) == 1 else torch.contiguous_format
-    return total.permute(0, 3, 1, 2).to(d.dtype).contiguous(memory_format=layout)  # type: ignore[no-any-return]
+    return total.permute(0, 3, 1, 2).to(d.dtype).contiguous(memory_format=memory_format(d))  # type: ignore[no-any-return]
 
 
 def _strided(start: int, count: int, step: int) -> slice:

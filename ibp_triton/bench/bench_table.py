@@ -12,10 +12,12 @@ from ibp_triton.outcomes import csv_cell
 
 Cells = list[dict[str, Any]]  # the JSON of each cell
 COLUMNS = (
-    "network", "family", "batch", "precision", "layout", "backend", "device", "tangents", "candidate", "method", "step",
-    "clock", "median", "q1", "q3", "wall_median", "peak_memory", "parity", "predicted_ratio", "making_seconds",
+    "network", "family", "batch", "precision", "layout", "backend", "device", "tangents", "replicas", "candidate",
+    "method", "step", "clock", "median", "q1", "q3", "wall_median", "peak_memory", "parity",
+    "predicted_ratio", "making_seconds",
 )  # fmt: skip
-_FACTS = ("network", "batch", "precision", "layout", "backend", "device", "tangents")
+_FACTS = ("network", "batch", "precision", "layout", "backend", "device", "tangents", "replicas")
+_LETTERS = {"tangents": "T", "replicas": "R"}  # what counts of the cell are called
 
 
 def markdown(suite: Suite, cells: Cells) -> str:
@@ -79,7 +81,7 @@ def words(cell: dict[str, Any]) -> set[str]:
 
 
 def _word(info: dict[str, Any], key: str) -> str:
-    return f"T={info[key]}" if key == "tangents" else str(info[key])
+    return f"{_LETTERS[key]}={info[key]}" if key in _LETTERS else str(info[key])
 
 
 def _refusals(cells: Cells) -> list[str]:

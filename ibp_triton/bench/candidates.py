@@ -81,6 +81,7 @@ class Case:
     backend: str = "torch"
     own: Entry | None = None  # a network that ``NETWORKS`` does not hold
     tangents: int = TANGENTS
+    replicas: int = 1
 
     @property
     def entry(self) -> Entry:
@@ -107,12 +108,13 @@ class Case:
         """Unlike that of any other case of a suite."""
         layout = "channels_last" if self.channels_last else "contiguous"
         parts = [self.network, str(self.batch), self.precision, layout, self.backend, self.device]
-        return "-".join(parts if self.tangents == TANGENTS else [*parts, f"T={self.tangents}"])
+        parts += [f"T={self.tangents}"] if self.tangents != TANGENTS else []
+        return "-".join([*parts, f"R={self.replicas}"] if self.replicas != 1 else parts)
 
-    def model(self) -> nn.Module:
-        """The network, always the same weights, float32, in train mode."""
+    def model(self, seed: int = 0) -> nn.Module:
+        """The network, always the same weights of a seed, float32, in train mode."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             model = self.entry.build()
         return model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
 
@@ -139,6 +141,7 @@ class Case:
             "precision": self.precision,
             "layout": "channels_last" if self.channels_last else "contiguous",
             "tangents": self.tangents,
+            "replicas": self.replicas,
             "options": dict(self.entry.options),
         }
 

@@ -19,6 +19,7 @@ import ibp_triton as ibp
 from ibp_triton.alike import in_short
 from ibp_triton.bench import bench_json, by_hand, candidates, measure, parity, whole_steps
 from ibp_triton.bench.candidates import Case
+from ibp_triton.bench.replicated_gradients import ReplicatedGradients
 from ibp_triton.bench.suite import Suite
 from ibp_triton.errors import IBPError
 from ibp_triton.harness import store
@@ -33,7 +34,7 @@ class Candidate:
 
     label: str
     run: Callable[[], Any]
-    kind: str  # gradient; eager, compiled or captured step
+    kind: str  # gradient; together, of several networks; eager, compiled or captured step
     method: str
     ours: bool = True
     off: float | None = None  # parity
@@ -97,10 +98,32 @@ def _add_method(cell: Cell, label: str) -> None:
     for kind in cell.suite.step:
         if kind == "gradient":
             cell.add(label, lambda: candidates.ours(case, method), label, ours=True, off=verdict.off)
-        elif not cell.suite.skips(case, label, kind):
+        elif cell.suite.skips(case, label, kind):
+            continue
+        elif kind == "together":
+            _add_replicas(cell, label, method)
+        else:
             if "by_hand_step" in wanted and kind in whole_steps.BY_HAND:
                 _add_step(cell, label, method, kind, ours=False)
             _add_step(cell, label, method, kind, ours=True)
+
+
+def _add_replicas(cell: Cell, label: str, method: ibp.Method) -> None:
+    """The gradients of all replicas in one call, and one after another."""
+    try:
+        both = ReplicatedGradients(cell.case, method)
+        off, allowed = both.off()
+    except Exception as error:  # of torch's transforms, whatever its type
+        cell.refuse(f"{label} together", in_short(error), fault=False)
+        return
+    if not off <= allowed:
+        cell.refuse(f"{label} together", f"off one by one by {off:.2g}, more than {allowed:g}", fault=False)
+        return
+    runs = {"together": both.together} | (
+        {"one_by_one": both.one_by_one} if "one_by_one" in cell.suite.baselines else {}
+    )
+    for name, run in runs.items():
+        cell.members[f"{label} {name}"] = Candidate(f"{label} {name}", run, "together", label, True, off)
 
 
 def _add_step(cell: Cell, label: str, method: ibp.Method, kind: str, ours: bool) -> None:
@@ -190,6 +213,10 @@ def _facts(cell: Cell, one: Candidate, times: dict[str, measure.Times], memory: 
     return found | ({"interleaved_ratio_to_bp": over_bp["median_of_ratios"]} if over_bp else {})
 
 
+_BESIDE = {"gradient": ("by_hand",), "together": ("one_by_one",)}
+_STEPS = ("eager step", "by_hand eager step", "by_hand compiled step")
+
+
 def _ratios(
     cell: Cell, one: Candidate, times: dict[str, measure.Times], memory: dict[str, int]
 ) -> Iterator[tuple[str, dict[str, float]]]:
@@ -197,8 +224,8 @@ def _ratios(
     step = one.kind != "gradient"
     if not (one.ours or step):
         return
-    steps = ("eager step", "by_hand eager step", "by_hand compiled step") if one.ours else ("by_hand eager step",)
-    others = {name: f"{one.method} {name}" for name in (steps if step else ("by_hand",))}
+    names = _BESIDE.get(one.kind, _STEPS if one.ours else ("by_hand eager step",))
+    others = {name: f"{one.method} {name}" for name in names}
     if not step:
         others |= {name: name for name in ("bp", "eager_bp", "eager_bp_nchw")}
     for name, label in others.items():
@@ -255,7 +282,7 @@ def signature(suite: Suite, case: Case) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-_AXES = ("batch", "precision", "layout", "backend", "device", "tangents")
+_AXES = ("batch", "precision", "layout", "backend", "device", "tangents", "replicas")
 
 
 @cache

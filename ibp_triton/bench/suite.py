@@ -21,8 +21,8 @@ from ibp_triton.harness.rows import MethodRow, kinds, once
 from ibp_triton.harness.schedule import Count, Positive, Strict
 
 Layout = Literal["channels_last", "contiguous"]
-StepKind = Literal["gradient", "eager", "compiled", "captured"]
-Baseline = Literal["eager_bp", "eager_bp_nchw", "by_hand", "by_hand_step", "floor"]
+StepKind = Literal["gradient", "together", "eager", "compiled", "captured"]
+Baseline = Literal["eager_bp", "eager_bp_nchw", "by_hand", "by_hand_step", "one_by_one", "floor"]
 Family = Literal["convnet", "transformer", "mlp", "paper", "own"]
 
 
@@ -56,7 +56,8 @@ class NetworkRow(Strict):
 
 
 class Suite(Strict):
-    """A whole YAML file: every network at every batch, precision, layout, backend, device and `tangents` is a cell.
+    """A whole YAML file: every network at every batch, precision, layout, backend, device, `tangents` and `replicas` is
+    a cell.
 
     In a cell all methods (as gradients or as whole steps: `step`) and all `baselines` run in turn, `rounds` times after
     `warmup`. A key of `targets` names a ratio; its value is an upper bound, or bounds by the words that a cell must
@@ -73,6 +74,7 @@ class Suite(Strict):
     backend: list[Literal["auto", "torch", "triton"]] = Field(default=["torch"], min_length=1)
     device: list[str] = Field(default=["cpu"], min_length=1)
     tangents: list[Count] = Field(default=[TANGENTS], min_length=1)
+    replicas: list[Count] = Field(default=[1], min_length=1)
     step: list[StepKind] = Field(default=["gradient"], min_length=1)
     baselines: list[Baseline] = Field(default=["eager_bp", "by_hand"])
     memory: bool = True
@@ -101,7 +103,7 @@ class Suite(Strict):
             return given
         return {label: _method_row(label, row) for label, row in given.items()}
 
-    @field_validator("batch", "precision", "layout", "backend", "device", "tangents", "step", "baselines")
+    @field_validator("batch", "precision", "layout", "backend", "device", "tangents", "replicas", "step", "baselines")
     @classmethod
     def _each_once(cls, given: list[Any]) -> list[Any]:
         return list(once(given))
@@ -123,13 +125,21 @@ class Suite(Strict):
                 raise ValueError(f"methods.{label}: a list on {row.axes[0]}; give one row for each value here")
         return self
 
+    @model_validator(mode="after")
+    def _replicas_together(self) -> Suite:
+        if "together" not in self.step and (self.replicas != [1] or "one_by_one" in self.baselines):
+            raise ValueError("replicas, and the baseline one_by_one, are of step: [together]")
+        return self
+
     def cases(self) -> list[Case]:
         """Every cell."""
-        axes = (self.networks, self.batch, self.precision, self.layout, self.backend, self.device, self.tangents)
+        axes = (self.networks, self.batch, self.precision, self.layout, self.backend, self.device)
         entries = {label: row.entry() for label, row in self.networks.items()}
         return [
-            Case(network, batch, precision, layout == "channels_last", device, backend, entries[network], tangents)
-            for network, batch, precision, layout, backend, device, tangents in itertools.product(*axes)
+            Case(network, batch, precision, layout == "channels_last", device, backend, entries[network], *counts)
+            for network, batch, precision, layout, backend, device, *counts in itertools.product(
+                *axes, self.tangents, self.replicas
+            )
         ]
 
     def method(self, label: str) -> ibp.Method:
@@ -153,7 +163,7 @@ def case_words(case: Case) -> set[str]:
     """What targets and `skip` may ask of a cell."""
     layout = "channels_last" if case.channels_last else "contiguous"
     own = {case.network, case.entry.family, str(case.batch), case.precision, layout, case.backend, case.device}
-    return own | {f"T={case.tangents}"}
+    return own | {f"T={case.tangents}", f"R={case.replicas}"}
 
 
 def _network_row(label: str, row: Any) -> Any:

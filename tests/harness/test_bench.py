@@ -16,7 +16,17 @@ from typer.testing import CliRunner
 
 import ibp_triton as ibp
 from benchmarks import scaling
-from ibp_triton.bench import bench_json, bench_table, by_hand, candidates, cells, parity, suite, whole_steps
+from ibp_triton.bench import (
+    bench_json,
+    bench_table,
+    by_hand,
+    candidates,
+    cells,
+    parity,
+    replicated_gradients,
+    suite,
+    whole_steps,
+)
 from ibp_triton.bench.candidates import METHODS, MORE, NETWORKS, Case
 from ibp_triton.errors import BenchError, ConfigError
 from ibp_triton.harness import shipped
@@ -231,6 +241,36 @@ def test_tangents_are_an_axis(tmp_path: Path) -> None:
     assert ratios[0] < ratios[1] < ratios[2]
 
 
+def test_several_networks_in_one_call_beside_one_by_one(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"replicas": [1, 3], "step": ["together"], "baselines": ["one_by_one"], "targets": {}}
+    path = written(tmp_path, methods=["loss_ibp", "tbp"], **given)
+    assert bench(path).exit_code == 0
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())["benchmarks"]
+    names = [f"{m} {w}" for m in ("loss_ibp", "tbp") for w in ("together", "one_by_one")]
+    assert [row["name"] for row in found] == names * 2
+    assert [row["extra_info"]["replicas"] for row in found] == [1] * 4 + [3] * 4
+    ratios = found[6]["extra_info"]["ratios"]
+    assert ratios.keys() == {"tbp together / one_by_one", "memory tbp together / one_by_one"}
+    assert all(row["extra_info"]["parity"] < 1e-5 for row in found)
+    assert "mlp R=1 | mlp R=3" in (tmp_path / "out" / "tiny.md").read_text()
+    with pytest.raises(ConfigError, match=r"replicas, and the baseline one_by_one, are of step: \[together\]"):
+        suite.load(path, ["step=[gradient]"])
+
+
+def test_what_differs_in_one_call_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = replicated_gradients.ReplicatedGradients.one_by_one
+
+    def of_another_seed(both: replicated_gradients.ReplicatedGradients) -> Any:
+        return right(both)[::-1]
+
+    monkeypatch.setattr(replicated_gradients.ReplicatedGradients, "one_by_one", of_another_seed)
+    given: dict[str, Any] = {"replicas": [2], "step": ["together"], "baselines": ["one_by_one"], "targets": {}}
+    result = bench(written(tmp_path, methods=["loss_ibp"], **given))
+    assert "not timed: loss_ibp together in mlp" in result.output
+    assert "off one by one by" in result.output
+    assert not json.loads((tmp_path / "out" / "tiny.json").read_text())["benchmarks"]
+
+
 def test_growth_is_fitted_along_the_axis_that_cells_differ_in() -> None:
     def entry(name: str, width: int, seconds: float) -> dict[str, Any]:
         info = {"batch": 32, "tangents": 5, "options": {"width": width}}
@@ -274,7 +314,7 @@ def test_labels_are_data_in_every_output(tmp_path: Path) -> None:
         ({"precision": ["fp16"]}, "precision.0: Input should be 'fp32' or 'bf16'"),
         ({"batch": [4, 4]}, "batch: 4 is given twice"),
         ({"device": ["gpu"]}, "device: 'gpu' names no device of torch"),
-        ({"step": ["jit"]}, "step.0: Input should be 'gradient', 'eager', 'compiled' or 'captured'"),
+        ({"step": ["jit"]}, "step.0: Input should be 'gradient', 'together', 'eager', 'compiled' or 'captured'"),
         ({"targets": {"bp / eager_bp": -1}}, "targets.bp / eager_bp"),
     ],
 )
@@ -307,9 +347,9 @@ def test_names_of_suites_and_cells(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["bench", "modern", "--dry-run", "--only", "vit_96"])
     assert shown.output.startswith("vit_96-16-fp32")
     wrong = CliRunner().invoke(app, ["bench", "moderm"])
-    assert "modern_full, ratios" in str(wrong.exception)
+    assert "modern_full, ratios, replicas" in str(wrong.exception)
     none = bench(written(tmp_path), "--only", "bf16")
-    assert "no cell has all these words; there are: 4, T=5, channels_last" in str(none.exception)
+    assert "no cell has all these words; there are: 4, R=1, T=5, channels_last" in str(none.exception)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -57,6 +57,18 @@ def test_exact_semantics_under_vmap():
     assert all(torch.allclose(together[k][1], alone[k], rtol=1e-9, atol=1e-12) for k in alone)
 
 
+def test_one_network_whose_images_are_channels_last_under_vmap():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)).double()
+    x = numbers(2, 3, 6, 6).to(memory_format=torch.channels_last)
+    network, y = ibp.Network(model.to(memory_format=torch.channels_last)), torch.tensor([0, 1])
+    parameters = {name: p.detach()[None] for name, p in model.named_parameters()}
+    method = ibp.LossIBP(0.1)
+    together = torch.func.vmap(lambda p: method.gradients(network, x, y, parameters=p)[1])(parameters)
+    alone = method.gradients(network, x, y)[1]
+    assert all(torch.allclose(together[k][0], alone[k], rtol=1e-9, atol=1e-12) for k in alone)
+
+
 class NoRules(nn.Module):
     """Functions of one value and of two that have no rule."""
 
