@@ -6,7 +6,7 @@
     pooled_conv  a convolution of few inputs with the max-pool behind it
     pool       max- and mean-pooling, gates the ReLU alone, loss the head, norm_seeds what starts the extra passes
     norm_rows  layer, RMS, group and instance norms, in all directions (launchers: norms)
-    attention_tiles  attention: forward, linear and reverse sweep (launchers: attentions)
+    attention_tiles  attention's forward pass, attention_sweeps its linear and reverse sweep (launchers: attentions)
     columns    batch norms in train mode: both sweeps
     geometry   sizes of windows; tiles the table of tile shapes; launcher the one door to the device
     plans      what follows from the layouts of a call's tensors, kept

@@ -1,4 +1,4 @@
-"""Attention by the kernels of `attention_tiles`: launches, checks, bytes.
+"""Attention by the kernels of `attention_tiles` and `attention_sweeps`: launches, checks, bytes.
 
 Bytes of a launch on numbers of B bytes, Q = B N H L E those of q, K = B N H S E those of k, lse of 4 N H L, for T
 tangents and r tiles of queries (with a causal mask they see the keys before them alone):
@@ -19,7 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ibp_triton.kernels.attention_tiles import attend, pull, pull_keys, push
+from ibp_triton.kernels.attention_sweeps import pull, pull_keys, push
+from ibp_triton.kernels.attention_tiles import attend
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import Layout, Result, planned
 from ibp_triton.kernels.tiles import precision, select
