@@ -258,6 +258,24 @@ def test_it_runs_under_vmap(name):
         torch.testing.assert_close(both, torch.stack([first, second]), rtol=1e-9, atol=1e-10)
 
 
+def test_attentions_tangents_may_be_vmapped_alone():
+    torch.manual_seed(6)
+    call = sdpa((2, 3, 4, 5), (2, 3, 6, 5), (2, 3, 6, 7))
+    layer, value = call.layer()
+    along = call.names("active")
+    d = torch.randn(3, 2, *value.shape, dtype=value.dtype)
+    t = {n: torch.randn(3, 2, *call.operands[n].shape, dtype=value.dtype) for n in along}
+    for found, expected in (
+        (torch.func.vmap(lambda d: layer.vjp(d, along))(d), [layer.vjp(one, along) for one in d]),
+        (
+            torch.func.vmap(lambda t: {"": layer.jvp(t)})(t),
+            [{"": layer.jvp({n: t[n][i] for n in t})} for i in range(3)],
+        ),
+    ):
+        for name, both in found.items():
+            torch.testing.assert_close(both, torch.stack([one[name] for one in expected]), rtol=1e-12, atol=1e-12)
+
+
 def test_attention_broadcasts():
     torch.manual_seed(3)
     check(sdpa((1, 3, 4, 5), (1, 3, 6, 5), (2, 3, 6, 7)))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ibp_triton.backends.torch.softmax import softmax_pull
 from ibp_triton.layer import Layer, Names, Tangents, matched, plus_product, product, shell, sum_to, wrapped
 
 Sides = Mapping[str, Tensor]
+_NOWHERE: Mapping[str, Tensor] = MappingProxyType({})
 _CACHED = 1 << 17  # of numbers as many as P are, some stay in a core's cache
 
 
@@ -35,8 +38,10 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _times(a: Tensor, b: Tensor, fresh: Tensor | None = None) -> Tensor:
-    """a b + ``fresh``, in the place of that where it is allowed."""
+def _times(a: Tensor, b: Tensor, fresh: Tensor | None = None, place: Tensor | None = None) -> Tensor:
+    """a b + ``fresh``, in the place of that where it is allowed; a b in a ``place`` that is given."""
+    if fresh is None and place is not None:
+        return torch.bmm(a, b, out=place)
     if a.dim() == b.dim() == 3 and a.shape[0] == b.shape[0] and not wrapped(a, b):
         if fresh is None:
             return torch.bmm(a, b)
@@ -136,6 +141,13 @@ class Attention:
         part.sides = {name: self.sides[name][run] for name in ("query", "key", "value")}
         return part
 
+    def _has_places(self, given: Tangents) -> bool:
+        """Whether each tangent's products may be written where those of all lie: not where a graph is traced."""
+        return self.flat and get_proxy_mode() is None and not wrapped(*given.values())
+
+    def _places(self, count: int, shape: Sequence[int]) -> Tensor:
+        return self.q.new_empty((count, *shape))
+
     def take_output(self) -> Tensor:
         """O, once: no derivative reads it."""
         output, self._output = self._output, None
@@ -158,6 +170,11 @@ class Attention:
         """t_O and, if wanted, t_P."""
         if any(part.dim() == self.sides[name].dim() for name, part in t.items()):
             return self._push(t, weights)
+        if not weights and self._has_places(t):
+            places = self._places(len(next(iter(t.values()))), (*self.lead, self.q.shape[-2], self.v.shape[-1]))
+            for one, place in zip(_each(t), places, strict=True):
+                self._by_runs(lambda core, own: core._push_run(own, own.pop("place")), {**one, "place": place})
+            return places, None
         found = [self._push(one, weights) for one in _each(t)]
         shown = torch.stack([w for _, w in found if w is not None]) if weights else None
         return torch.stack([output for output, _ in found]), shown
@@ -167,17 +184,17 @@ class Attention:
             return self._push_run(t)
         return _joined(self._by_runs(lambda core, own: core._push_run(own)[0], t)), None
 
-    def _push_run(self, t: Tangents) -> tuple[Tensor, Tensor]:
+    def _push_run(self, t: Tangents, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
         t = {name: self._inside(part) for name, part in t.items()}
-        output, weights = self._moved(t, self._soft_tangent(t))
+        output, weights = self._moved(t, self._soft_tangent(t), None if place is None else self._inside(place))
         return self._outside(output), self._outside(weights)
 
-    def _moved(self, t: Tangents, soft: Tensor | None) -> tuple[Tensor, Tensor]:
-        """t_O and t_P for the softmax's tangent."""
+    def _moved(self, t: Tangents, soft: Tensor | None, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """t_O, in its place if it has one, and t_P for the softmax's tangent."""
         weights = None if soft is None else self._dropped(soft)
-        output = None if weights is None else _times(weights, self.v)
+        output = None if weights is None else _times(weights, self.v, place=place)
         if "value" in t:
-            output = _times(self.weights, t["value"], output)
+            output = _times(self.weights, t["value"], output, place)
         assert output is not None
         return output, torch.zeros_like(self.weights) if weights is None else weights
 
@@ -203,20 +220,28 @@ class Attention:
         ranks = {"d": self.rank, "w": self.shown.dim()}
         if any(part.dim() == ranks[name] for name, part in given.items()):
             return self._pull(d, w, wanted)
+        if d is not None and self._has_places(given):
+            names = [name for name in ("value", "query", "key") if name in wanted]
+            places = {name: self._places(len(d), self.sides[name].shape) for name in names}
+            for i, one in enumerate(_each(given)):
+                self._pull(one["d"], one.get("w"), wanted, {name: self._inside(x[i]) for name, x in places.items()})
+            return places
         found = [self._pull(one.get("d"), one.get("w"), wanted) for one in _each(given)]
         return {name: torch.stack([part[name] for part in found]) for name in found[0]}
 
-    def _pull(self, d: Tensor | None, w: Tensor | None, wanted: Names) -> dict[str, Tensor]:
+    def _pull(
+        self, d: Tensor | None, w: Tensor | None, wanted: Names, places: Mapping[str, Tensor] = _NOWHERE
+    ) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         d, w = (None if x is None else self._inside(x) for x in (d, w))
         if "value" in wanted and d is not None:
-            out["value"] = _times(self.weights.mT, d)
+            out["value"] = _times(self.weights.mT, d, place=places.get("value"))
         if not {"query", "key", "mask"}.isdisjoint(wanted):
             scores = softmax_pull(self.soft, self._soft_derivative(d, w))
             if "query" in wanted:
-                out["query"] = _scaled(_times(scores, self.k), self.scale)
+                out["query"] = _scaled(_times(scores, self.k, place=places.get("query")), self.scale)
             if "key" in wanted:
-                out["key"] = _times(scores.mT, self.q)
+                out["key"] = _times(scores.mT, self.q, place=places.get("key"))
             if "mask" in wanted:
                 out["mask"] = scores
         return self._fitting(out)
