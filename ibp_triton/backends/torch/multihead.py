@@ -45,6 +45,7 @@ class MultiHeadAttention(Layer):
     """F.multi_head_attention_forward without extra keys (bias_k, bias_v, add_zero_attn, static_k, static_v)."""
 
     label, heavy = "multi_head_attention", True
+    core_of: Callable[..., Attention] = Attention  # where the weights are not shown
     packed: Any  # [3E, E] or None
     weights: dict[str, Any]  # its three parts, or three separate weights
     _source: Callable[[], Tensor] | None = None  # makes the inputs anew where they are not kept
@@ -111,10 +112,8 @@ class MultiHeadAttention(Layer):
         else:
             parts = tuple(_linear(self.inputs[n], self.weights[n], b) for n, b in zip(_INPUTS, biases, strict=True))
         sides = {name: self._split(part) for name, part in zip(_INPUTS, parts, strict=True)}
-        return self._core(sides, mask, p)
-
-    def _core(self, sides: Mapping[str, Tensor], mask: Tensor | None, p: float) -> Attention:
-        return Attention(sides, None, mask, p)
+        core = Attention if self.need_weights else self.core_of
+        return core(sides, None, mask, p)
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
         """What is added to the scores [N, heads, L, S]: True means unseen here."""

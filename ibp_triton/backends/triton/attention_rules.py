@@ -100,7 +100,6 @@ class TritonAttention(ScaledDotProductAttention):
 
 
 class TritonMultiHeadAttention(MultiHeadAttention):
-    """Its core by kernels, its linear maps by torch, unless its weights are shown."""
+    """Its core by kernels unless its weights are shown, its linear maps by torch."""
 
-    def _core(self, sides: Sides, mask: Tensor | None, p: float) -> Attention:
-        return (Attention if self.need_weights else attention)(sides, None, mask, p)
+    core_of = staticmethod(attention)
