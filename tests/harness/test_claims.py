@@ -108,7 +108,7 @@ def test_a_method_that_the_table_lacks_is_taken_from_its_float32_twin_beside_the
             )
         )
     for text, ours in both.items():
-        taken = "before" not in text and "lowest" not in text and text.startswith("MNIST") and not few[text]
+        taken = text.startswith("MNIST") and few[text] in ("", "2 of 7 methods have runs")
         assert ours == (alone if taken else few)[text], text
     assert sum(not ours for ours in few.values()) > sum(not ours for ours in both.values()) + 10
 
