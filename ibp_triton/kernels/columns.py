@@ -183,7 +183,7 @@ def _summed(plan: _Columns, v: Tensor, r: Tensor, x: Tensor, mean: Tensor, rstd:
     parts, out = plan.parts.empty(x), plan.out.empty(x)
     launch(plan.first, v, r, x, mean, rstd, sums, out if plan.second is None else parts)
     if plan.second is not None:
-        launch(plan.second, parts, out, out, out, out, 1.0)
+        launch(plan.second, parts, out, out, out, out, out, 1.0)
     return out
 
 

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.combine import combination
+from ibp_triton.kernels.combine import NOTHING, Ending, combination
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.plans import Layout
 from ibp_triton.kernels.replica_axis import Replicas
+from ibp_triton.kernels.smooth import activated
 from ibp_triton.kernels.tiles import precision, select, splits
 
 
@@ -32,6 +33,7 @@ def contract(
     bias,
     mask,
     out,
+    slope,
     samples,
     tangents,
     steps,
@@ -58,7 +60,9 @@ def contract(
     SIGN: tl.constexpr,
     BIAS: tl.constexpr,
     RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     MASK: tl.constexpr,
+    FACTOR: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
     COLUMN: tl.constexpr,
@@ -73,9 +77,11 @@ def contract(
         x: [T, samples, C, H, W] by the strides x_t * UNIT, x_n, x_c, x_h, x_w; any float type.
         w: [J, C, KH, KW] by the strides w_j, w_c, w_h, w_w; of x's type.
         bias: [J]; read when BIAS.
-        mask: [rows, J], contiguous, shared by the tangents; the result is kept where mask > 0; read when MASK.
+        mask: [rows, J], contiguous, shared by the tangents; the result is kept where mask > 0, or if FACTOR multiplied
+            by it; read when MASK.
         out: [T, rows, J], contiguous, rows = samples * OH * OW; if SPLIT a float32 [splits, T, rows, J]
-            workspace of partial sums, and BIAS, RELU and MASK are left to `combine`.
+            workspace of partial sums, and BIAS, RELU, ACTIVATION and MASK are left to `combine`.
+        slope: like out; the activation's derivatives, written where there is an ACTIVATION.
 
     If REPLICATED all of these lie in front of those of the next replica, or are its own too: by x_r * UNIT, w_r, bias_r
     and mask_r * J, without gaps in out.
@@ -113,6 +119,8 @@ def contract(
             bias += replica * bias_r
         if MASK:
             mask += replica * mask_r * J
+        if ACTIVATION:
+            slope += replica * (tangents * rows * J)
     split = program % splits
     first = program // splits * GROUP  # tangent of the first accumulator
     row_ok = row < rows
@@ -193,7 +201,9 @@ def contract(
     else:
         if BIAS:
             shift = tl.load(bias + col, mask=col_ok, other=0.0).to(tl.float32)
-        if MASK:
+        if FACTOR:
+            factor = tl.load(mask + at, mask=keep, other=0.0).to(tl.float32)
+        elif MASK:
             alive = tl.load(mask + at, mask=keep, other=0.0) > 0
         for t in tl.static_range(GROUP):
             y = sums[t]  # type: ignore[var-annotated]
@@ -201,7 +211,12 @@ def contract(
                 y += shift[None, :]
             if RELU:
                 y = tl.where(y <= 0, 0.0, y)  # a NaN stays a NaN
-            if MASK:
+            if ACTIVATION:
+                y, steep = activated(y, ACTIVATION)
+                tl.store(slope + (first + t) * rows * J + at, steep, mask=keep & (first + t < tangents))
+            if FACTOR:
+                y *= factor
+            elif MASK:
                 y = tl.where(alive, y, 0.0)
             tl.store(out + (first + t) * rows * J + at, y, mask=keep & (first + t < tangents))
 
@@ -223,15 +238,18 @@ class Contraction:
     parts: Layout | None = None  # of the workspace
     second: LaunchPlan | None = None
 
-    def __call__(self, x: Tensor, w: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Contract tensors of the layouts that it was planned for."""
+    def __call__(
+        self, x: Tensor, w: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, slope: Tensor | None = None
+    ) -> Tensor:
+        """Contract tensors of the layouts that it was planned for; `slope` is written where there is an activation."""
         out = self.out.empty(x)
+        slope = out if slope is None else slope
         if self.parts is None or self.second is None:
-            launch(self.first, x, w, x if bias is None else bias, x if mask is None else mask, out)
+            launch(self.first, x, w, x if bias is None else bias, x if mask is None else mask, out, slope)
             return out
         parts = self.parts.empty(x)
-        launch(self.first, x, w, x, x, parts)
-        launch(self.second, parts, out if bias is None else bias, out if mask is None else mask, out, out, 1.0)
+        launch(self.first, x, w, x, x, parts, parts)
+        launch(self.second, parts, out if bias is None else bias, out if mask is None else mask, out, slope, out, 1.0)
         return out
 
 
@@ -248,9 +266,7 @@ def contraction(
     replicas: Replicas,
     transposed: bool = False,
     sign: bool = False,
-    bias: Tensor | None = None,
-    relu: bool = False,
-    mask: Tensor | None = None,
+    ending: Ending = NOTHING,
 ) -> Contraction:
     """Choose tiles and splits of `contract` and, where it is split, of `combine`.
 
@@ -263,14 +279,14 @@ def contraction(
         geometry: GEOMETRY of the kernel.
         inside: pairs of a position of `out` and a tap that meet a pixel of `x` (for the cost).
         replicas: with the strides of x, weight, bias and mask.
-        bias: [columns], without gaps.
-        mask: dense [samples, ...] like one tangent of `out`.
+        ending: its bias [columns] without gaps, its mask dense [samples, ...] like one tangent of `out`.
 
     Raises ValueError for a bias or a mask of another size.
     """
     tangents, samples = x.shape[:2]
     positions, taps = geometry[2] * geometry[3], geometry[4] * geometry[5]
     rows, depth = samples * positions, channels * taps
+    bias, mask = ending.bias, ending.mask
     for name, tensor, expected in (("bias", bias, columns), ("mask", mask, rows * columns)):
         if tensor is not None and tensor.numel() != expected:
             raise ValueError(f"the {name} {tuple(tensor.shape)} does not have {expected} elements, as the result asks")
@@ -297,7 +313,7 @@ def contraction(
     }
     cost = Cost(
         loaded=sum(pointers.values()),
-        stored=target.bytes,
+        stored=target.bytes * (2 if ending.activation and parts == 1 else 1),
         flops=0 if one else 2 * tangents * samples * inside * channels * columns,  # of matrix products
         padded_flops=0
         if one
@@ -331,8 +347,10 @@ def contraction(
         "TRANSPOSED": transposed,
         "SIGN": sign,
         "BIAS": biased,
-        "RELU": relu and parts == 1,
+        "RELU": ending.relu and parts == 1,
+        "ACTIVATION": ending.activation if parts == 1 else 0,
         "MASK": masked,
+        "FACTOR": ending.factor and masked,
         "GROUP": group,
         "SPLIT": parts > 1,
         "COLUMN": one,
@@ -347,7 +365,7 @@ def contraction(
     if parts == 1:
         return Contraction(whole, first)
     own = replicas.only(bias_r, mask_r)
-    second = combination(x, target, out, replicas=own, tangents=tangents, bias=bias, relu=relu, mask=mask)
+    second = combination(x, target, out, replicas=own, tangents=tangents, ending=ending)
     return Contraction(whole, first, replicas.layout(target), second)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ibp_triton.kernels.combine import Ending
 from ibp_triton.kernels.contract import Contraction, contraction, run
 from ibp_triton.kernels.fold import folding
 from ibp_triton.kernels.gates import is_dense
@@ -79,7 +80,7 @@ def _forward(
         x, Layout.channels_last((tangents, samples, outputs, *geometry.out), x.dtype), geometry.constants,
         x_strides=_strides(x), w_strides=weight.stride(),
         channels=channels, columns=outputs, inside=geometry.inside, replicas=replicas,
-        sign=sign, bias=bias, relu=relu, mask=mask,
+        sign=sign, ending=Ending(bias, relu, mask=mask),
     )  # fmt: skip
 
 
@@ -95,7 +96,8 @@ def _reverse(geometry: Geometry, many: int, d: Tensor, weight: Tensor, mask: Ten
     return contraction(
         d, out, geometry.reversed,
         x_strides=_strides(d), w_strides=(by_channel, by_output, *by_tap),
-        channels=outputs, columns=channels, inside=geometry.inside, replicas=replicas, transposed=True, mask=mask,
+        channels=outputs, columns=channels, inside=geometry.inside, replicas=replicas, transposed=True,
+        ending=Ending(mask=mask),
     )  # fmt: skip
 
 

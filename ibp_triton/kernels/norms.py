@@ -173,7 +173,7 @@ def _swept(
         *[unused if pointer is None else pointer for pointer in (weight, out, first, second)],
     )
     if plan.second is not None:
-        launch(plan.second, parts, total, total, total, total if shift is None else shift, 1.0)
+        launch(plan.second, parts, *[total] * 4, total if shift is None else shift, 1.0)
     return out, total, shift
 
 

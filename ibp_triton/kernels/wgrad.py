@@ -255,7 +255,7 @@ def weight_gradient(
         float(scale),
     )
     if plan.second is not None:
-        launch(plan.second, target, gradient, gradient, gradient, gradient if bias is None else bias, float(scale))
+        launch(plan.second, target, *[gradient] * 4, gradient if bias is None else bias, float(scale))
     return gradient, bias
 
 

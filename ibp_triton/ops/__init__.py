@@ -3,6 +3,7 @@
 from ibp_triton.ops import batching as _batching  # noqa: F401 - registers them
 from ibp_triton.ops import derivatives as _derivatives  # noqa: F401 - registers them
 from ibp_triton.ops import shapes as _shapes  # noqa: F401 - registers them
+from ibp_triton.ops.activation_operators import linear_activation
 from ibp_triton.ops.attention_operators import attention, attention_jvp, attention_vjp
 from ibp_triton.ops.norm_operators import (
     batch_norm_cross,
@@ -58,6 +59,7 @@ __all__ = [
     "group_norm_vjp",
     "hessian_product",
     "linear",
+    "linear_activation",
     "linear_vjp",
     "max_pool2d",
     "max_pool2d_jvp",

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ibp_triton.kernels import gates, loss, norm_seeds
 from ibp_triton.layer import stacked_like_first, wrapped
+from ibp_triton.ops import activation_operators as activations
 from ibp_triton.ops import attention_operators as attention
 from ibp_triton.ops import norm_operators as norms
 from ibp_triton.ops import operators as ops
@@ -39,6 +40,7 @@ def _fgsm_step(x: Tensor, d: Tensor, epsilon: float, on_device: Tensor | None = 
 REPLICATED: dict[Any, Callable[..., Any]] = {
     ops.linear: ops.linear._init_fn,
     ops.linear_vjp: ops.linear_vjp._init_fn,
+    activations.linear_activation: activations.linear_activation._init_fn,
     ops.conv2d: ops.conv2d._init_fn,
     ops.conv2d_vjp: ops.conv2d_vjp._init_fn,
     ops.weight_gradient: ops.weight_gradient._init_fn,

@@ -67,17 +67,23 @@ def _parameters(ctx: Any, at: int, left: Tensor, right: Tensor, weight: Tensor, 
 
 
 def _linear(ctx: Any, g: Tensor) -> Any:
-    x, weight, bias, mask, relu, sign, out = kept(ctx)
-    g = _gated(g, out if relu else mask).contiguous()
+    x, weight, bias, mask, relu, sign, slope, out = kept(ctx)
+    steep = None
+    if slope is not None and ctx.needs_input_grad[6]:
+        steep = (g * ops.linear(x, weight, bias, None, False, sign)).sum(0)
+    g = (_gated(g, out if relu else mask) if slope is None else g * slope).contiguous()
     d = None if sign or not ctx.needs_input_grad[0] else ops.linear_vjp(g, weight)
     w, b = _parameters(ctx, 1, x.sign() if sign else x, g, weight, _LINEAR, bias is not None)
-    return d, w, b, None, None, None
+    return d, w, b, None, None, None, steep
 
 
 def _linear_vjp(ctx: Any, g: Tensor) -> Any:
-    d, weight, mask, _ = kept(ctx)
-    g = _gated(g, mask).contiguous()
-    return ops.linear(g, weight), _parameters(ctx, 1, g, d, weight, _LINEAR, False)[0], None
+    d, weight, mask, slope, _ = kept(ctx)
+    steep = None
+    if slope is not None and ctx.needs_input_grad[3]:
+        steep = (g * ops.linear_vjp(d, weight)).sum(0)
+    g = (_gated(g, mask) if slope is None else g * slope).contiguous()
+    return ops.linear(g, weight), _parameters(ctx, 1, g, d, weight, _LINEAR, False)[0], None, steep
 
 
 def _conv2d(ctx: Any, g: Tensor) -> Any:

@@ -84,15 +84,16 @@ def linear(
     mask: Tensor | None = None,
     relu: bool = False,
     sign: bool = False,
+    slope: Tensor | None = None,
 ) -> Tensor:
-    """φ(ψ(x) Wᵀ + b): x [T, N, I], weight [O, I], bias [O], mask [N, O] → [T, N, O]; see ``kernels.gemm.linear``."""
-    return _gemm.linear(x, weight, bias, relu=relu, mask=mask, sign=sign)
+    """φ(ψ(x) Wᵀ + b): x [T, N, I], weight [O, I], bias [O], mask and slope [N, O] → [T, N, O]; see ``gemm.linear``."""
+    return _gemm.linear(x, weight, bias, relu=relu, mask=mask, sign=sign, slope=slope)
 
 
 @custom_op("ibp_triton::linear_vjp", mutates_args=())
-def linear_vjp(d: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(d W) ⊙ [mask > 0]: d [T, N, O], weight [O, I], mask [N, I] → [T, N, I]."""
-    return _gemm.linear_vjp(d, weight, mask)
+def linear_vjp(d: Tensor, weight: Tensor, mask: Tensor | None = None, slope: Tensor | None = None) -> Tensor:
+    """(d W) ⊙ [mask > 0], or ⊙ slope: d [T, N, O], weight [O, I], mask, slope [N, I] → [T, N, I]."""
+    return _gemm.linear_vjp(d, weight, mask, slope)
 
 
 @custom_op("ibp_triton::conv2d", mutates_args=())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from ibp_triton.ops import attention_operators, norm_operators, operators
+from ibp_triton.ops import activation_operators, attention_operators, norm_operators, operators
 
 
 def unseen() -> bool:
@@ -57,6 +57,7 @@ group_norm_jvp = straight(norm_operators.group_norm_jvp)
 group_norm_vjp = straight(norm_operators.group_norm_vjp)
 hessian_product = straight(operators.hessian_product)
 linear = straight(operators.linear)
+linear_activation = straight(activation_operators.linear_activation)
 linear_vjp = straight(operators.linear_vjp)
 max_pool2d = straight(operators.max_pool2d)
 max_pool2d_jvp = straight(operators.max_pool2d_jvp)

@@ -8,7 +8,7 @@ from ibp_triton.kernels.attentions import attention, attention_jvp, attention_vj
 from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
-from ibp_triton.kernels.gemm import linear, linear_vjp
+from ibp_triton.kernels.gemm import linear, linear_activation, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import LaunchPlan, launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
@@ -22,6 +22,7 @@ from ibp_triton.kernels.norms import (
 )
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
 from ibp_triton.kernels.pooled_conv import conv_max_pool, conv_max_pool_jvp
+from ibp_triton.kernels.smooth import Activation
 from ibp_triton.kernels.tiles import on_chip
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from tests.kernels.support import last, randn
@@ -42,6 +43,9 @@ def everything():
         linear(x, w, mask=randn(5, 19))
         linear_vjp(d, w, randn(5, inputs))
         linear(x, w[:1], randn(1))  # one column
+        linear_activation(x, w, randn(19), Activation.SILU)
+        linear(x, w, slope=randn(5, 19))
+        linear_vjp(d, w, slope=randn(5, inputs))
     image, kernel = last(randn(3, 2, 5, 9, 7)), last(randn(11, 5, 3, 2))
     d = last(randn(3, 2, 11, *GEOMETRY.out))
     conv2d(image, kernel, GEOMETRY, randn(11))
@@ -98,6 +102,8 @@ def replicas():
         linear(x[:1].expand_as(x), w, mask=randn(3, 5, 19))
         linear_vjp(d, w, randn(5, inputs).expand(3, 5, inputs))
         linear(x, w[:, :1], randn(3, 1))
+        linear_activation(x, w, randn(3, 19), Activation.GELU_TANH)
+        linear(x, w, slope=randn(5, 19).expand(3, 5, 19))
     image, kernel = last(randn(2, 3, 2, 5, 9, 7)), last(randn(2, 11, 5, 3, 2))
     d = last(randn(2, 3, 2, 11, *GEOMETRY.out))
     conv2d(image, kernel, GEOMETRY, randn(11).expand(2, 11))

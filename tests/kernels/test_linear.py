@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ibp_triton.kernels.gates import relu
-from ibp_triton.kernels.gemm import linear, linear_vjp
+from ibp_triton.kernels.gemm import linear, linear_activation, linear_vjp
 from ibp_triton.kernels.launcher import recording, span
+from ibp_triton.kernels.smooth import Activation
 from ibp_triton.kernels.workbench.cases import allowing_tf32
 from tests.kernels.support import DTYPES, assert_close, randn, unchanged
 
@@ -39,6 +41,84 @@ def test_forward_reverse_and_linear_sweep(shape, dtype):
     assert_close(forward, (X @ W.T + bias.double()).clamp(min=0), dtype)
     assert_close(sweep, (X.sign() @ W.T) * (after > 0), dtype)
     assert_close(reverse, (d.double() @ W) * (before > 0), dtype)
+
+
+TORCHS = {
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: lambda z: F.gelu(z, approximate="tanh"),
+    Activation.SILU: F.silu,
+}
+
+
+def both(activation, z):
+    """σ(z) and σ'(z) by torch."""
+    z = z.detach().requires_grad_()
+    y = TORCHS[activation](z)
+    return y.detach(), torch.autograd.grad(y.sum(), z)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", TORCHS, ids=lambda a: a.name)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_smooth_activations_give_their_slopes(shape, activation, dtype):
+    """From z in float32, never rounded to the dtype; numbers from deep in the tails among them."""
+    tangents, samples, inputs, outputs = shape
+    x, weight, bias = randn(tangents, samples, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype), randn(outputs)
+    bias = (3 * bias).to(dtype)
+    with unchanged(x, weight, bias):
+        found = linear_activation(x, weight, bias, activation), linear_activation(x, weight, None, int(activation))
+    product = x.double() @ weight.double().T
+    for (y, slope), z in zip(found, (product + bias.double(), product), strict=True):
+        expected, steep = both(activation, z)
+        assert_close(y, expected, dtype)
+        assert_close(slope, steep, dtype)
+
+
+@pytest.mark.parametrize("activation", TORCHS, ids=lambda a: a.name)
+def test_smooth_activations_far_from_zero(activation):
+    """One product with the number 1, from where slopes are 0 to where they are 1, and no NaN beyond."""
+    z = torch.cat([torch.linspace(-12, 12, 97), torch.tensor([-1e4, -100.0, 100.0, 1e4])])
+    y, slope = linear_activation(z.view(1, -1, 1), torch.ones(1, 1), None, activation)
+    expected, steep = both(activation, z.double())
+    torch.testing.assert_close(y.flatten().double(), expected, rtol=2e-6, atol=1e-6)  # 1 + erf cancels, as torch's does
+    torch.testing.assert_close(slope.flatten().double(), steep, rtol=2e-6, atol=1e-6)
+    assert linear_activation(torch.full((1, 1, 4), float("nan")), randn(3, 4), None, activation)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sweeps_multiply_by_a_slope(shape, dtype):
+    tangents, samples, inputs, outputs = shape
+    x, weight = randn(tangents, samples, inputs, dtype=dtype), randn(outputs, inputs, dtype=dtype)
+    after, before = randn(samples, outputs, dtype=dtype), randn(samples, inputs, dtype=dtype)
+    d = randn(tangents, samples, outputs, dtype=dtype)
+    with unchanged(x, weight, after, d, before):
+        sweep, signs = linear(x, weight, slope=after), linear(x, weight, slope=after, sign=True)
+        reverse = linear_vjp(d, weight, slope=before)
+    X, W = x.double(), weight.double()
+    assert_close(sweep, (X @ W.T) * after.double(), dtype)
+    assert_close(signs, (X.sign() @ W.T) * after.double(), dtype)
+    assert_close(reverse, (d.double() @ W) * before.double(), dtype)
+
+
+def test_what_activations_and_slopes_refuse():
+    x, weight, d = randn(1, 5, 7), randn(4, 7), randn(1, 5, 4)
+    with pytest.raises(ValueError, match="an activation is wanted"):
+        linear_activation(x, weight, None, Activation.NONE)
+    with pytest.raises(ValueError, match="not a valid Activation"):
+        linear_activation(x, weight, None, 9)
+    with pytest.raises(ValueError, match="not both"):
+        linear(x, weight, mask=randn(5, 4), slope=randn(5, 4))
+    with pytest.raises(ValueError, match="not both"):
+        linear_vjp(d, weight, randn(5, 7), randn(5, 7))
+    with pytest.raises(ValueError, match="behind a ReLU"):
+        linear(x, weight, relu=True, slope=randn(5, 4))
+    with pytest.raises(ValueError, match="does not have 20 elements"):
+        linear(x, weight, slope=randn(4, 4))
+    with pytest.raises(ValueError, match="must be contiguous, and a slope"):
+        linear_vjp(d, weight, slope=randn(7, 5).T)
+    with pytest.raises(ValueError, match="dtypes"):
+        linear_activation(x.double(), weight.double(), None, Activation.GELU)
 
 
 def test_nan_passes_the_relu():

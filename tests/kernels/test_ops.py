@@ -8,6 +8,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from ibp_triton import ops
+from ibp_triton.kernels.smooth import Activation
 from ibp_triton.ops import straight
 from tests.kernels.support import last, randn
 
@@ -35,6 +36,7 @@ def samples():
     codes = ops.conv2d_max_pool2d(images(3, 2, 8, 9), images(4, 2, 2, 3), *CONV, None, *WINDOW, [1, 0], True)[1]
     return {
         "linear": (x, w, b, None, True),
+        "linear_activation": (x, w, b, Activation.GELU),
         "linear_vjp": (d, w, randn(3, 5)),
         "conv2d": (image, kernel, *CONV, leaf(4), None, True),
         "conv2d_vjp": (right, kernel, [6, 7], *CONV, last(randn(3, 5, 6, 7))),
@@ -84,7 +86,7 @@ def samples():
 
 
 NAMES = (
-    "linear", "linear_vjp", "conv2d", "conv2d_vjp", "weight_gradient",
+    "linear", "linear_activation", "linear_vjp", "conv2d", "conv2d_vjp", "weight_gradient",
     "max_pool2d", "max_pool2d_jvp", "max_pool2d_vjp", "avg_pool2d", "avg_pool2d_vjp",
     "conv2d_max_pool2d", "conv2d_max_pool2d_jvp",
     "relu", "cross_entropy", "hessian_product", "objective", "norm_seed",
@@ -176,6 +178,31 @@ def test_second_derivatives_of_linear_layers_with_a_relu():
         return ((F.relu(x @ w.T + b) @ v.T) ** 3).sum() + (x.abs() ** 3).sum() / 3
 
     twice(ours, theirs, (randn(4, 5), randn(6, 5), randn(6), randn(3, 6)))
+
+
+def test_second_derivatives_of_linear_layers_with_slopes():
+    """By the slopes too, forward with signs read on the way in."""
+
+    def ours(x, w, v, s):
+        back = ops.linear_vjp(ops.linear(x[None], w, None, None, False, False, s), v, None, s)
+        return (back**3).sum() + (ops.linear(x[None], w, None, None, False, True, s) ** 2).sum()
+
+    def theirs(x, w, v, s):
+        back = ((x @ w.T) * s) @ v * s
+        return (back**3).sum() + (((x.sign() @ w.T) * s) ** 2).sum()
+
+    twice(ours, theirs, (randn(4, 5), randn(6, 5), randn(6, 6), randn(4, 6)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_derivatives_of_a_linear_layer_with_its_activation(bias):
+    x, w, b = leaf(1, 3, 5), leaf(4, 5), leaf(4) if bias else None
+    y, _ = ops.linear_activation(x, w, b, Activation.GELU_TANH)
+    leaves = [t for t in (x, w, b) if t is not None]
+    found = torch.autograd.grad((y**3).sum(), leaves)
+    expected = torch.autograd.grad((F.gelu(F.linear(x, w, b), approximate="tanh") ** 3).sum(), leaves)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_ibp_by_double_backward_through_the_operators():
@@ -307,6 +334,8 @@ def test_what_has_no_derivative_says_so():
         ops.group_norm_vjp(leaf(1, 2, 3), x, statistics, 1, None, True)[1].sum().backward()
     with pytest.raises(NotImplementedError, match="curvature"):
         ops.group_norm_curvature(leaf(1, 2, 3), leaf(1, 2, 3), x, statistics, 1).sum().backward()
+    with pytest.raises(NotImplementedError, match="slope of an activation"):
+        ops.linear_activation(leaf(1, 2, 3), leaf(4, 3), None, Activation.SILU)[1].sum().backward()
     q, k, v = (leaf(1, 1, 3, 2) for _ in range(3))
     with pytest.raises(NotImplementedError, match="its mask"):
         ops.attention(q, k, v, 1.0, leaf(1, 1, 3, 3))[0].sum().backward()

@@ -10,9 +10,10 @@ from torch import Tensor
 import ibp_triton as ibp
 from ibp_triton import ops
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
-from ibp_triton.kernels.gemm import linear, linear_vjp
+from ibp_triton.kernels.gemm import linear, linear_activation, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import recording
+from ibp_triton.kernels.smooth import Activation
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 from ibp_triton.vmapped import Inputs, Vmapped
 from tests.kernels.support import DTYPES, assert_close, last, randn
@@ -62,8 +63,13 @@ def test_linear_layers_of_replicas(replicas, tangents, sharing):
     x, w, b = some("x", tangents, 5, 37), some("weight", 19, 37), some("bias", 19)
     held(linear, {"x": x, "weight": w, "bias": b}, replicas, relu=True)
     held(linear, {"x": x, "weight": w, "mask": some("mask", 5, 19)}, replicas, sign=True)
+    held(linear, {"x": x, "weight": w, "slope": some("mask", 5, 19)}, replicas)
     d = some("x", tangents, 5, 19)
     held(linear_vjp, {"d": d, "weight": w, "mask": some("mask", 5, 37)}, replicas)
+    held(linear_vjp, {"d": d, "weight": w, "slope": some("mask", 5, 37)}, replicas)
+    for part in (0, 1):  # the activation and its slope
+        held(lambda part=part, **given: linear_activation(**given)[part], {"x": x, "weight": w, "bias": b}, replicas,
+             activation=Activation.GELU)  # fmt: skip
 
 
 @pytest.mark.parametrize("sharing", SHARING)

@@ -1,0 +1,46 @@
+"""A linear layer with the smooth activation behind it as one operator, with fake implementation and derivative.
+
+The slope is what the sweeps of ``linear`` and ``linear_vjp`` multiply by. It has no derivative of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ibp_triton.kernels import gemm as _gemm
+from ibp_triton.ops import operators as ops
+from ibp_triton.ops.derivatives import keep_sparse, kept
+
+
+@custom_op("ibp_triton::linear_activation", mutates_args=())
+def linear_activation(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> tuple[Tensor, Tensor]:
+    """σ(z) and σ'(z) for z = x Wᵀ + b, x [T, N, I], weight [O, I], bias [O] → both [T, N, O].
+
+    ``activation`` is an ``ibp_triton.kernels.smooth.Activation``.
+    """
+    return _gemm.linear_activation(x, weight, bias, activation)
+
+
+@linear_activation.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:2], weight.shape[0]))
+    return y, torch.empty_like(y)
+
+
+def _backward(ctx: Any, g: Tensor | None, g_slope: Tensor | None) -> Any:
+    x, weight, bias, _, _, slope = kept(ctx)
+    if g_slope is not None:
+        raise NotImplementedError("the slope of an activation has no derivative: no second one of linear_activation")
+    if g is None:
+        return None, None, None, None
+    d, biased = (g * slope).contiguous(), bias is not None
+    left, right = (t.flatten(0, 1).contiguous() for t in (x, d))
+    w, b = ops.weight_gradient([left], [right], [1.0], [biased], [False], [], weight, [1, 1], [0, 0], [1, 1])
+    return ops.linear_vjp(d, weight), w, b if biased else None, None
+
+
+linear_activation.register_autograd(_backward, setup_context=keep_sparse)
