@@ -57,12 +57,16 @@ class Node:
 
 @dataclass(eq=False)
 class Graph:
-    """A model as nodes in order; ``input`` and ``output`` are positions, ``parameters`` maps position to name."""
+    """A model as nodes in order; ``input`` and ``output`` are positions, ``parameters`` maps position to name.
+
+    ``passed``: the calls that gave an argument back, as a dropout does that is off; they are no nodes.
+    """
 
     nodes: list[Node]
     input: int
     output: int
     parameters: dict[int, str]
+    passed: list[Any] = field(default_factory=list)
 
     @cached_property
     def computes_parameters(self) -> bool:

@@ -62,6 +62,7 @@ class Recorder(TorchFunctionMode):
         self.own, self._keep = settings.own, settings.keep
         self._apart = bool(opaque)  # whether some modules run by plain autograd
         self.nodes: list[Node] = []
+        self.passed: list[Any] = []
         self.values: list[Any] = []
         self.layers: list[Layer | None] = []
         self.memory = Memory(self.layers, self.values)
@@ -250,14 +251,17 @@ class Recorder(TorchFunctionMode):
         self.values.append(value if layer is None or self._keep or node.kind == "parametric" else None)
         self.layers.append(layer)
 
-    def _followed(self, call: Any) -> Node | None:
-        """The last recording's node at this place, if this is the same call; from the first difference on, none is."""
+    def _followed(self, call: Any, passing: bool = False) -> Node | None:
+        """The last recording's node at this place, if this is the same call; from the first difference on, none is.
+
+        ``passing``: the call may turn out to give an argument back, and to be no node.
+        """
         if not self.following:
             return None
         place = len(self.nodes)
         if place < len(self._ahead) and (node := self._ahead[place]).call == call:
             return node
-        if self.strict:
+        if self.strict and not (passing and self.last is not None and call in self.last.passed):
             raise Diverged
         self.following = False
         return None
@@ -265,7 +269,8 @@ class Recorder(TorchFunctionMode):
     def _evaluate(self, func: Any, call: Call) -> tuple[Any, int | None]:
         """The call by its rule: what the model gets, and its node (None for a constant or an argument given back)."""
         following, key = self.following, (func, call.keys, call.named_keys, call.generic)
-        node = self._followed(key) or self._made(func, key, call)
+        node = self._followed(key, passing=True) or self._made(func, key, call)
+        stray = self.strict and not self.following
         layer = node.rule(node)  # type: ignore[misc]
         for a in call.constants:
             self.memory.meet(a)
@@ -283,12 +288,15 @@ class Recorder(TorchFunctionMode):
                 out = layer.forward(*call.values, **call.named)
         finally:
             torch._C._set_grad_enabled(True)
-        if not self.strict:  # a lowering may let a layer pass its input on
+        if not self.strict or stray:  # a lowering may let a layer pass its input on
             generic = type(layer) is Generic
             for value, a in call.sources:
                 if out is value or (generic and _returned(layer, value)):
                     self.following = following
+                    self.passed.append(key)
                     return a, self._index(a)
+            if stray:
+                raise Diverged
             if generic and not layer.differentiable:  # type: ignore[union-attr]
                 self.following = following
                 return out, None
@@ -481,7 +489,7 @@ class Recorder(TorchFunctionMode):
         last = self.last
         if self.following and last is not None and len(self.nodes) == len(last.nodes) and output == last.output:
             return last
-        return Graph(self.nodes, 0, output, {i: name for name, i in self._positions.items()})
+        return Graph(self.nodes, 0, output, {i: name for name, i in self._positions.items()}, self.passed)
 
 
 @dataclass(frozen=True)

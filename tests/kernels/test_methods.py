@@ -239,6 +239,27 @@ def test_a_batch_of_one(key):
     assert errors(found, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_dropouts_that_are_off_leave_the_kernels_in_place(training):
+    """Such a call gives its argument back and is no node, in the lowered recording as in the plain one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.0 if training else 0.5), nn.ReLU(), nn.Linear(7, 10))
+    x, labels = torch.randn(3, 5), torch.tensor([0, 4, 9])
+    network = ibp.Network(model.train(training), backend="triton")
+    for _ in range(2):
+        with recording() as launches:
+            _, found = ibp.LossIBP(0.3).gradients(network, x, labels)
+        assert [launch.name for launch in launches].count("contract") == 5  # two layers there and back, one tangent
+        _, expected = ibp.LossIBP(0.3).gradients(ibp.Network(model, backend="torch"), x, labels)
+        assert errors(found, expected) < TOLERANCE
+    model.train()[1].p = 0.5  # now it takes part
+    torch.manual_seed(1)
+    _, found = ibp.LossIBP(0.3).gradients(network, x, labels)
+    torch.manual_seed(1)
+    _, expected = ibp.LossIBP(0.3).gradients(ibp.Network(model, backend="torch"), x, labels)
+    assert errors(found, expected) < TOLERANCE
+
+
 def test_frozen_weights_and_missing_biases():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.ReLU(), nn.Linear(7, 10))

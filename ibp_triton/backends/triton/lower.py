@@ -50,9 +50,8 @@ from ibp_triton.layer import Layer
 
 def lower(plain: Graph) -> Graph:
     """A recorded graph with its nodes given their kernels, and each ReLU fused."""
-    graph = Graph(
-        [replace(node, fused=set(), settings={}) for node in plain.nodes], plain.input, plain.output, plain.parameters
-    )
+    nodes = [replace(node, fused=set(), settings={}) for node in plain.nodes]
+    graph = Graph(nodes, plain.input, plain.output, plain.parameters, plain.passed)
     for node in graph.nodes:
         if node.kind == "active":
             node.rule = _replacement(node) or node.rule
