@@ -59,35 +59,39 @@ class Recordings:
         self.opaque: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.last: Graph | None = None
         self._plain: Graph | None = None
+        self._lowered: dict[bool, Graph] = {}  # what became of it, for passes with curvature and without
         self._plan: Plan | None = None
         self._copies_x = False  # because the model writes to it
 
     def record(self, settings: Settings, x: Tensor, extra: dict[str, Any], frugal: bool = False) -> Trace:
         """Run the model once on x and record it, by a backend's own layers where there is a lowering."""
-        recorder, graph = self._run(settings, x, extra)
+        recorder, graph = self._run(settings, x, extra, curved=not frugal)
         trainable = frozenset(i for i, name in graph.parameters.items() if recorder.own[name].requires_grad)
         if self._plan is None or self._plan.graph is not graph or self._plan.trainable != trainable:
             self._plan = Plan(graph, trainable)
         return Trace(graph, recorder.values, recorder.layers, self._plan, self.backend.head(graph), frugal)
 
-    def _run(self, settings: Settings, x: Tensor, extra: dict[str, Any]) -> tuple[Recorder, Graph]:
-        if self.backend.lower is None:
+    def _run(self, settings: Settings, x: Tensor, extra: dict[str, Any], curved: bool) -> tuple[Recorder, Graph]:
+        lower = self.backend.lower
+        if lower is None:
             recorder, self.last = self._recorded(settings, x, extra, self.last)
             return recorder, self.last
         start, settings = Snapshot.of(settings.model, x), replace(settings, watch=True)
         for _ in range(2):
-            if self.last is not None:
+            if self._lowered and self._plain is not None and curved not in self._lowered:
+                self._lowered[curved] = lower(self._plain, curved)
+            if curved in self._lowered:
                 try:
-                    recorder, self.last = self._once(settings, x, extra, self.last, strict=True)
+                    recorder, self.last = self._once(settings, x, extra, self._lowered[curved], strict=True)
                     return recorder, self.last
                 except (Diverged, Restart):
                     start.restore()
             recorder, self._plain = self._recorded(settings, x, extra, self._plain)
             if self.opaque:
                 return recorder, self._plain
-            self.last = self.backend.lower(self._plain)
+            self._lowered = {curved: lower(self._plain, curved)}
             start.restore()
-        self.last = None  # code that never runs alike twice: torch's layers
+        self.last, self._lowered = None, {}  # code that never runs alike twice: torch's layers
         return self._recorded(settings, x, extra, self._plain)
 
     def _recorded(self, settings: Settings, x: Tensor, extra: Any, last: Graph | None) -> tuple[Recorder, Graph]:

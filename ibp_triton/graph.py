@@ -45,6 +45,7 @@ class Node:
     observed: bool = False  # the model reads its numbers otherwise than through its consumers
     fused: set[str] = field(default_factory=set)  # what a backend's lowering makes this node do besides, or leave out
     settings: dict[str, Any] = field(default_factory=dict)  # and with which numbers
+    sloped_by: int | None = None  # an earlier node by whose layer's slope this one's reverse multiplies besides
 
     @property
     def label(self) -> str:
@@ -91,6 +92,13 @@ class Graph:
             for operand in dict.fromkeys(node.operands.values()):
                 found[operand].append(node.index)
         return found
+
+    def only_consumer(self, node: Node) -> Node | None:
+        """The node that reads a node's value, if it is the only one and the model does not look at the value itself."""
+        readers = self.consumers[node.index]
+        if len(readers) != 1 or node.index == self.output or node.observed:
+            return None
+        return self.nodes[readers[0]]
 
     @cached_property
     def reads(self) -> list[frozenset[str]]:

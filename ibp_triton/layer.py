@@ -45,6 +45,7 @@ class Layer:
     spared: str | None = None  # the operand whose numbers weight gradients alone read, so that ``spare`` can be asked
     heavy = False  # whether it keeps what is larger than its operands and result, and BP does not
     dear = False  # whether ``again`` makes later sweeps over the layer dearer, so that no more than one is to come
+    sloped_by: Layer | None = None  # the layer by whose slope ``vjp`` multiplies besides: see ``Node.sloped_by``
     rearranges = False  # whether ``jvp`` of an operand ``input``'s numbers is the output, and a view
 
     def __init__(self, node: Node) -> None:

@@ -20,7 +20,7 @@ class Backend:
     """Its name, what puts its layers into a recorded graph (None: the recording has them already), and its head."""
 
     name: str
-    lower: Callable[[Graph], Graph] | None
+    lower: Callable[[Graph, bool], Graph] | None  # the flag: whether curvature will be asked of the pass
     head: Callable[[Graph], Head]
 
 

@@ -272,6 +272,8 @@ class Recorder(TorchFunctionMode):
         node = self._followed(key, passing=True) or self._made(func, key, call)
         stray = self.strict and not self.following
         layer = node.rule(node)  # type: ignore[misc]
+        if node.sloped_by is not None:
+            layer.sloped_by = self.layers[node.sloped_by]
         for a in call.constants:
             self.memory.meet(a)
         torch._C._set_grad_enabled(False)

@@ -24,6 +24,7 @@ RELU = "relu"  # clip the output at zero, as the ReLU behind would
 ABSORBED = "absorbed"  # a ReLU or a max-pool that its producer applies
 GATED = "gated"  # a ReLU whose reverse its consumer or its producer applies
 MASKS = "masks"  # mask the reverse by the own input: the ReLU before it
+ACTIVATION = "activation"  # of Node.settings: a smooth activation that a linear layer applies
 CHANNELS_FIRST = "channels first"  # a flatten follows: leave it nothing to copy
 
 
@@ -85,22 +86,28 @@ class TritonLinear(_Joint, dense.Dense):
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in] → [..., out]."""
         self.input, self.weight = input, weight.contiguous()
-        flat = input.reshape(1, -1, input.shape[-1]).contiguous()
+        flat, shape = input.reshape(1, -1, input.shape[-1]).contiguous(), (*input.shape[:-1], weight.shape[0])
+        if ACTIVATION in self.node.settings:
+            output, slope = ops.linear_activation(flat, self.weight, bias, self.node.settings[ACTIVATION])
+            self.slope: Tensor = slope.view(shape)
+            return output.view(shape)  # type: ignore[no-any-return]
         output = ops.linear(flat, self.weight, bias, None, RELU in self.node.fused)
-        self.output: Tensor = output.view(*input.shape[:-1], weight.shape[0])
+        self.output: Tensor = output.view(shape)
         return self.output  # type: ignore[no-any-return]
 
     def jvp(self, t: Tangents) -> Tensor:
-        """t Wᵀ, masked by the ReLU that the layer applies."""
+        """t Wᵀ, masked by the ReLU or multiplied by the slope of the activation that the layer applies."""
         tangent, signed = read(t["input"])
-        mask = self.output.reshape(-1, self.output.shape[-1]) if RELU in self.node.fused else None
-        out = ops.linear(self._tangents(tangent), self.weight, None, mask, False, signed)
+        mask = _flat(self.output) if RELU in self.node.fused else None
+        slope = _flat(self.slope) if ACTIVATION in self.node.settings else None
+        out = ops.linear(self._tangents(tangent), self.weight, None, mask, False, signed, slope)
         return out.view(*tangent.shape[:-1], self.weight.shape[0])  # type: ignore[no-any-return]
 
     def input_vjp(self, d: Tensor) -> Tensor:
-        """d W, masked by the ReLU before the layer."""
-        mask = None if self._mask is None else self._mask.reshape(-1, self._mask.shape[-1])
-        out = ops.linear_vjp(self._tangents(d), self.weight, mask)
+        """d W, masked by the ReLU or multiplied by the slope of the activation before the layer."""
+        mask = None if self._mask is None else _flat(self._mask)
+        slope = _flat(self.sloped_by.slope) if isinstance(self.sloped_by, TritonLinear) else None
+        out = ops.linear_vjp(self._tangents(d), self.weight, mask, slope)
         return out.view(*d.shape[:-1], self.weight.shape[1])  # type: ignore[no-any-return]
 
     def _tangents(self, t: Tensor) -> Tensor:
@@ -306,6 +313,10 @@ class TritonReLU(pointwise.ReLU):
         axes = [*range(extra), *(i + extra for i in order)]
         back = sorted(range(t.dim()), key=lambda i: axes[i])
         return ops.relu(t.permute(axes).contiguous(), self.output.permute(order)).permute(back)  # type: ignore[no-any-return]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def windows(node: Node, kernel: Any, stride: Any, padding: Any, ceil: bool) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ A ReLU behind a max-pool costs nothing: the pool's byte says which windows it sw
 convolution layer is that layer's epilogue, forward and in the linear sweep; in the reverse sweep it is the epilogue of
 the layer behind it, which masks by its own input, or one launch of its own where there is no such layer. A max-pool
 behind a convolution, with what is fused into the pool, is the convolution's: where an image of few channels makes that
-cheap, both are one launch.
+cheap, both are one launch. GELU and SiLU behind a linear layer are its epilogue, see ``activation_rules``.
 What has no kernel keeps torch's rule, on the same device.
 """
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ibp_triton.backends.torch import attention, batch_norm, dense, multihead, normalisation, pointwise, pooling
 from ibp_triton.backends.torch.structural import BatchedMap, Reshape
+from ibp_triton.backends.triton.activation_rules import fuse_activation
 from ibp_triton.backends.triton.attention_rules import TritonAttention, TritonMultiHeadAttention
 from ibp_triton.backends.triton.kernel_rules import (
     ABSORBED,
@@ -48,8 +49,8 @@ from ibp_triton.kernels.norms import LARGEST as LONGEST
 from ibp_triton.layer import Layer
 
 
-def lower(plain: Graph) -> Graph:
-    """A recorded graph with its nodes given their kernels, and each ReLU fused."""
+def lower(plain: Graph, curved: bool) -> Graph:
+    """A recorded graph with its nodes given their kernels, and each ReLU fused; GELU and SiLU unless ``curved``."""
     nodes = [replace(node, fused=set(), settings={}) for node in plain.nodes]
     graph = Graph(nodes, plain.input, plain.output, plain.parameters, plain.passed)
     for node in graph.nodes:
@@ -60,10 +61,12 @@ def lower(plain: Graph) -> Graph:
             _absorb_margin(graph, node)
         if node.rule is TritonReLU:
             _fuse(graph, node)
+        if not curved and node.rule in (pointwise.GELU, pointwise.SiLU):
+            fuse_activation(graph, node)
     for node in graph.nodes:
-        follower = _only_consumer(graph, node)
+        follower = graph.only_consumer(node)
         if follower is not None and follower.rule is TritonReLU and ABSORBED in follower.fused:
-            follower = _only_consumer(graph, follower)
+            follower = graph.only_consumer(follower)
         if node.rule in (TritonMaxPool2d, TritonAvgPool2d) and follower is not None and follower.rule is Reshape:
             node.fused.add(CHANNELS_FIRST)
         if node.rule is TritonMaxPool2d:
@@ -130,8 +133,8 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 def _fuse(graph: Graph, relu: Node) -> None:
     """Into the producer, if it produces for this ReLU alone; its reverse into the only consumer, if that can mask."""
-    producer, consumer = graph.nodes[relu.operands["input"]], _only_consumer(graph, relu)
-    if producer.rule in (TritonLinear, TritonConv2d, TritonMaxPool2d) and _only_consumer(graph, producer) is relu:
+    producer, consumer = graph.nodes[relu.operands["input"]], graph.only_consumer(relu)
+    if producer.rule in (TritonLinear, TritonConv2d, TritonMaxPool2d) and graph.only_consumer(producer) is relu:
         producer.fused.add(RELU)
         relu.fused.add(ABSORBED)
         if producer.rule is TritonMaxPool2d:
@@ -144,7 +147,7 @@ def _fuse(graph: Graph, relu: Node) -> None:
 def _absorb_margin(graph: Graph, pad: Node) -> None:
     """Let a max-pool do the padding before it, where that is by -∞ and at the far ends alone."""
     call = dict(zip(("input", "pad", "mode", "value"), pad.args, strict=False)) | pad.kwargs
-    pool, sides = _only_consumer(graph, pad), list(call.get("pad", ()))
+    pool, sides = graph.only_consumer(pad), list(call.get("pad", ()))
     if (
         pool is None
         or pool.rule is not TritonMaxPool2d
@@ -168,17 +171,10 @@ def _join(graph: Graph, pool: Node) -> None:
     kernel, stride, padding, ceil = (call.get(name, default) for name, default in _WINDOW)
     sizes = windows(pool, kernel, stride, padding, bool(ceil))
     # larger windows leave nothing to gain, and the model may take their size from the convolution's result
-    if conv.rule is not TritonConv2d or math.prod(sizes[0]) > LARGEST or _only_consumer(graph, conv) is not inner:
+    if conv.rule is not TritonConv2d or math.prod(sizes[0]) > LARGEST or graph.only_consumer(conv) is not inner:
         return
-    if inner is not pool and _only_consumer(graph, inner) is not pool:
+    if inner is not pool and graph.only_consumer(inner) is not pool:
         return
     conv.settings["pool"] = sizes
     conv.fused |= {POOLED, *pool.fused}
     pool.fused.add(ABSORBED)
-
-
-def _only_consumer(graph: Graph, node: Node) -> Node | None:
-    readers = graph.consumers[node.index]
-    if len(readers) != 1 or node.index == graph.output or node.observed:
-        return None
-    return graph.nodes[readers[0]]
