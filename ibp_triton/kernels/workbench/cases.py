@@ -13,7 +13,7 @@ from ibp_triton.kernels.attentions import attention, attention_jvp, attention_vj
 from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
-from ibp_triton.kernels.gemm import linear, linear_vjp
+from ibp_triton.kernels.gemm import linear, linear_activation, linear_vjp
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import Launch, recording
 from ibp_triton.kernels.loss import cross_entropy, hessian_product, objective
@@ -28,6 +28,7 @@ from ibp_triton.kernels.norms import (
 )
 from ibp_triton.kernels.pool import max_pool2d, pool2d_jvp, pool2d_vjp
 from ibp_triton.kernels.pooled_conv import conv_max_pool, conv_max_pool_jvp
+from ibp_triton.kernels.smooth import Activation
 from ibp_triton.kernels.tiles import on_chip
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
 
@@ -139,6 +140,19 @@ def norm_cases(make: Make) -> None:
     x = make(BATCH * 64, 768)
     _, statistics = group_norm(x, 1, x[0], centred=False)
     group_norm_jvp(x[None], x, statistics, 1, x[0])
+
+
+def activation_cases(make: Make) -> None:
+    """Linear layers with smooth activations: a ViT-tiny's block at 197 tokens, an MLP, and one that is split."""
+    smooth = [activation for activation in Activation if activation != Activation.NONE]
+    for rows, inputs, hidden, outputs in ((BATCH * 197, 192, 768, 192), (BATCH, 784, 512, 512), (BATCH, 3136, 256, 10)):
+        x, w, b, slope = make(1, rows, inputs), make(hidden, inputs), make(hidden), make(rows, hidden)
+        for activation in smooth:
+            linear_activation(x, w, b, activation)
+        for tangents in (1, 5):
+            linear(make(tangents, rows, inputs), w, slope=slope)
+            linear_vjp(make(tangents, rows, outputs), make(outputs, hidden), slope=slope)
+        linear(x, w, slope=slope, sign=True)
 
 
 def attention_cases(make: Make) -> None:
