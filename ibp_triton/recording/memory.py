@@ -72,6 +72,10 @@ class Memory:
         entry = self._nodes.get(id(a))
         return entry[1] if entry is not None and entry[0]() is a else None
 
+    def alive(self) -> list[Tensor]:
+        """The tensors of nodes other than x that somebody holds."""
+        return [a for ref, node in self._nodes.values() if node and (a := ref()) is not None]
+
     def node_then(self, a: Tensor, number: int) -> int | None:
         """The node that it was when autograd's function of this sequence number took it."""
         for until, node in self._history.get(id(a), ()):

@@ -484,6 +484,9 @@ class Recorder(TorchFunctionMode):
                 "torch.no_grad or torch.inference_mode, or from integers"
             )
         self.values[index] = logits.detach()
+        if self.settings.watch:  # whoever holds a tensor still, as a hook or a module does, will look at it
+            self._call = Call()
+            self._look([a for a in self.memory.alive() if a is not logits])
         return index
 
     def graph(self, output: int) -> Graph:

@@ -246,6 +246,25 @@ def test_hooks_see_the_layers_own_numbers():
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("activation", [nn.GELU, nn.ReLU])
+@pytest.mark.parametrize("late", [False, True])
+def test_tensors_that_somebody_holds_are_the_layers_own(activation, late):
+    """A hook that only keeps z, from the first step or from a later one: no function of torch's sees it."""
+    model, x, labels, _ = setting(lambda: mlp(activation))
+    network, held, counts = ibp.Network(model, backend="triton"), [], []
+    for step in range(3):
+        if step == late:
+            model[2].register_forward_hook(lambda _, __, z: held.append(z))
+        with recording() as launches:
+            METHODS[1].gradients(network, x, labels)
+        counts.append(fused(launches)[0])
+    found = held[-1]  # what follows calls the hook again
+    torch.testing.assert_close(found, model[2](activation()(model[0](x))), rtol=1e-5, atol=1e-6)
+    assert found.min() < -0.2  # neither of the activations' values
+    if activation is nn.GELU:
+        assert counts[-1] == 1  # the other layer's
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_dropouts_behind_an_activation(p):
     """The layer behind it multiplies by the slope, since the mask's product commutes with it."""
