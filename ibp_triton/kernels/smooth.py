@@ -45,3 +45,25 @@ def activated(z, ACTIVATION: tl.constexpr):
         y = z * gate
         slope = gate + y * (1 - gate)
     return y, slope
+
+
+@triton.jit
+def _bell(z):
+    """sigmoid(z)(1 − sigmoid(z)), whose second factor would lose its digits where z is large."""
+    small = tl.exp(-tl.abs(z))
+    return small / ((1 + small) * (1 + small))
+
+
+@triton.jit
+def bent(z, ACTIVATION: tl.constexpr):
+    """σ''(z) of a float32 tile."""
+    if ACTIVATION == _GELU:
+        second = 0.3989422804014327 * tl.exp(-0.5 * z * z) * (2 - z * z)
+    elif ACTIVATION == _GELU_TANH:
+        square = z * z
+        twice = z * (1.5957691216057308 + 0.07135481627260025 * square)  # 2u
+        rise = 1.5957691216057308 + 0.21406444881780076 * square  # (2u)', and 0.428… z is (2u)''
+        second = _bell(twice) * (2 * rise + z * ((1 - 2 * _sigmoid(twice)) * rise * rise + 0.4281288976356015 * z))
+    else:
+        second = _bell(z) * (2 + z * (1 - 2 * _sigmoid(z)))
+    return second

@@ -3,7 +3,7 @@
 from ibp_triton.ops import batching as _batching  # noqa: F401 - registers them
 from ibp_triton.ops import derivatives as _derivatives  # noqa: F401 - registers them
 from ibp_triton.ops import shapes as _shapes  # noqa: F401 - registers them
-from ibp_triton.ops.activation_operators import linear_activation
+from ibp_triton.ops.activation_operators import activation_curvature, linear_activation
 from ibp_triton.ops.attention_operators import attention, attention_jvp, attention_vjp
 from ibp_triton.ops.norm_operators import (
     batch_norm_cross,
@@ -38,6 +38,7 @@ from ibp_triton.ops.operators import (
 )
 
 __all__ = [
+    "activation_curvature",
     "attention",
     "attention_jvp",
     "attention_vjp",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ibp_triton.kernels import bends as _bends
 from ibp_triton.kernels import gemm as _gemm
 from ibp_triton.ops import operators as ops
 from ibp_triton.ops.derivatives import keep_sparse, kept
@@ -31,6 +32,15 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> tuple[
     return y, torch.empty_like(y)
 
 
+@custom_op("ibp_triton::activation_curvature", mutates_args=())
+def activation_curvature(d: Tensor, t: Tensor, z: Tensor, activation: int) -> Tensor:
+    """σ''(z) Σ_j d_j t_j for d and t [T, *S], z [*S] → [*S], contiguous; what is not is copied."""
+    return _bends.activation_curvature(d.contiguous(), t.contiguous(), z.contiguous(), activation)
+
+
+activation_curvature.register_fake(lambda d, t, z, activation: z.new_empty(z.shape))
+
+
 def _backward(ctx: Any, g: Tensor | None, g_slope: Tensor | None) -> Any:
     x, weight, bias, _, _, slope = kept(ctx)
     if g_slope is not None:
@@ -43,4 +53,9 @@ def _backward(ctx: Any, g: Tensor | None, g_slope: Tensor | None) -> Any:
     return ops.linear_vjp(d, weight), w, b if biased else None, None
 
 
+def _no_third(ctx: Any, g: Tensor) -> Any:
+    raise NotImplementedError("the curvature of an activation has no derivative")
+
+
+activation_curvature.register_autograd(_no_third)
 linear_activation.register_autograd(_backward, setup_context=keep_sparse)

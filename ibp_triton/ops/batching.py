@@ -51,6 +51,7 @@ REPLICATED: dict[Any, Callable[..., Any]] = {
     ops.relu: partial(gates.relu, replicated=True),
 }
 EACH = (
+    activations.activation_curvature,
     *(attention.attention, attention.attention_jvp, attention.attention_vjp),
     norms.group_norm,
     norms.group_norm_vjp,

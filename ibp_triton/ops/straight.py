@@ -36,6 +36,7 @@ def straight(operator: CustomOpDef) -> Callable[..., Any]:
     return call
 
 
+activation_curvature = straight(activation_operators.activation_curvature)
 attention = straight(attention_operators.attention)
 attention_jvp = straight(attention_operators.attention_jvp)
 attention_vjp = straight(attention_operators.attention_vjp)

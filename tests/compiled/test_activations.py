@@ -28,11 +28,16 @@ def test_nothing_spills(family, dtype):
         what = f"{launch.name} {aot.signature(launch)[2]} {launch.config}: {built}"
         assert (built.fits, built.spills) == (True, 0), what
         stored += launch.arguments["ACTIVATION"] > 0
-        read += launch.arguments["FACTOR"]
+        read += launch.arguments.get("FACTOR", False)
+        if launch.name == "curve":
+            few = (
+                family == "gfx942" and dtype != torch.float32
+            )  # 1024 halves for 256 threads, as every pointwise kernel
+            assert all(set(built.by_pointer[name]) == {64 if few else 128} for name in "dtz"), what
         if launch.name == "contract":
             allowed = aot.wide_operands(launch)
             assert {name: set(built.by_pointer[name]) == {128} for name in allowed} == allowed, what
-    assert stored >= 3 * 2
+    assert stored >= 3 * 3
     assert read >= 6
 
 

@@ -77,10 +77,11 @@ def fused(launches):
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_networks_have_the_gradients_of_torchs_rules(name, method):
-    """Each activation twice in an MLP; curvature runs by torch's rules."""
+    """Each activation twice in an MLP; with curvature, which is a launch each, sweeps run by torch's rules."""
     launches = agrees(*(s := setting(lambda: mlp(ACTIVATIONS[name])))[:1], method, *s[1:])
     exact = getattr(method, "semantics", "paper") == "exact"
     stores, multiplies = fused(launches)
+    assert sum(launch.name == "curve" for launch in launches) == 2 * exact
     assert (stores == 0) == exact
     assert (multiplies == 0) == exact
 
@@ -223,6 +224,13 @@ def test_slopes_where_others_read_the_activation(way):
     agrees(model, METHODS[3], *rest)
 
 
+def test_curvature_of_inputs_that_lie_otherwise():
+    """Channels last, behind a convolution: by torch's formulas."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.SiLU(), nn.Flatten(), nn.Linear(36, 10))
+    launches = agrees(model, METHODS[6], torch.randn(2, 2, 5, 5), torch.tensor([1, 7]), None)
+    assert all(launch.name != "curve" for launch in launches)
+
+
 def test_float64_and_other_layers_keep_torchs_rules():
     model, x, labels, tangents = setting(lambda: mlp(nn.GELU))
     assert agrees(model.double(), METHODS[1], x.double(), labels, tangents) == []
@@ -324,7 +332,7 @@ def test_half_precision_is_no_further_from_float64_than_torchs_rules(dtype):
     assert off["triton"] < max(1.5 * off["torch"], 0.02)
 
 
-@pytest.mark.parametrize("key", ["loss_ibp", "fast_tbp"])
+@pytest.mark.parametrize("key", ["loss_ibp", "one beta"])
 def test_replicas_are_what_each_is_alone(key, monkeypatch):
     """The step holds both ways against one another, and warns, which is an error here, where they differ."""
     from ibp_triton import replicated_step

@@ -5,6 +5,7 @@ import torch
 
 from ibp_triton.kernels import conv
 from ibp_triton.kernels.attentions import attention, attention_jvp, attention_vjp
+from ibp_triton.kernels.bends import activation_curvature
 from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
@@ -46,6 +47,7 @@ def everything():
         linear_activation(x, w, randn(19), Activation.SILU)
         linear(x, w, slope=randn(5, 19))
         linear_vjp(d, w, slope=randn(5, inputs))
+        activation_curvature(d, d, d[0], Activation.GELU)
     image, kernel = last(randn(3, 2, 5, 9, 7)), last(randn(11, 5, 3, 2))
     d = last(randn(3, 2, 11, *GEOMETRY.out))
     conv2d(image, kernel, GEOMETRY, randn(11))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ibp_triton.kernels.bends import activation_curvature
 from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_activation, linear_vjp
 from ibp_triton.kernels.launcher import recording, span
@@ -99,6 +100,35 @@ def test_sweeps_multiply_by_a_slope(shape, dtype):
     assert_close(sweep, (X @ W.T) * after.double(), dtype)
     assert_close(signs, (X.sign() @ W.T) * after.double(), dtype)
     assert_close(reverse, (d.double() @ W) * before.double(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", TORCHS, ids=lambda a: a.name)
+@pytest.mark.parametrize("tangents", [0, 1, 5])
+def test_curvature_of_smooth_activations(tangents, activation, dtype):
+    """∇_z ⟨d, σ'(z) t⟩ by torch in float64, over more than one block, and far from zero."""
+    d, t, z = randn(tangents, 3, 371, dtype=dtype), randn(tangents, 3, 371, dtype=dtype), 3 * randn(3, 371, dtype=dtype)
+    z.view(-1)[:4] = torch.tensor([-1e4, -30.0, 30.0, 1e4])
+    with unchanged(d, t, z):
+        found = activation_curvature(d, t, z, activation)
+    wide = z.double().requires_grad_()
+    (slope,) = torch.autograd.grad(TORCHS[activation](wide).sum(), wide, create_graph=True)
+    (second,) = torch.autograd.grad(slope.sum(), wide)
+    assert_close(found, (d.double() * t.double()).sum(0) * second, dtype)
+
+
+def test_what_curvature_refuses():
+    d, z = randn(2, 3, 4), randn(3, 4)
+    with pytest.raises(ValueError, match="an activation in"):
+        activation_curvature(d, d, z, Activation.NONE)
+    with pytest.raises(ValueError, match="an activation in"):
+        activation_curvature(d.double(), d.double(), z.double(), Activation.SILU)
+    with pytest.raises(ValueError, match="does not meet"):
+        activation_curvature(d, d[:1], z, Activation.SILU)
+    with pytest.raises(ValueError, match="does not meet"):
+        activation_curvature(d, d, z.half(), Activation.SILU)
+    with pytest.raises(ValueError, match="contiguous"):
+        activation_curvature(d, d, z.T.contiguous().T, Activation.SILU)
 
 
 def test_what_activations_and_slopes_refuse():

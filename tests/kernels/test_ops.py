@@ -36,6 +36,7 @@ def samples():
     codes = ops.conv2d_max_pool2d(images(3, 2, 8, 9), images(4, 2, 2, 3), *CONV, None, *WINDOW, [1, 0], True)[1]
     return {
         "linear": (x, w, b, None, True),
+        "activation_curvature": (leaf(2, 3, 4), randn(2, 3, 4), randn(3, 4), Activation.GELU),
         "linear_activation": (x, w, b, Activation.GELU),
         "linear_vjp": (d, w, randn(3, 5)),
         "conv2d": (image, kernel, *CONV, leaf(4), None, True),
@@ -86,7 +87,7 @@ def samples():
 
 
 NAMES = (
-    "linear", "linear_activation", "linear_vjp", "conv2d", "conv2d_vjp", "weight_gradient",
+    "activation_curvature", "linear", "linear_activation", "linear_vjp", "conv2d", "conv2d_vjp", "weight_gradient",
     "max_pool2d", "max_pool2d_jvp", "max_pool2d_vjp", "avg_pool2d", "avg_pool2d_vjp",
     "conv2d_max_pool2d", "conv2d_max_pool2d_jvp",
     "relu", "cross_entropy", "hessian_product", "objective", "norm_seed",
@@ -336,6 +337,8 @@ def test_what_has_no_derivative_says_so():
         ops.group_norm_curvature(leaf(1, 2, 3), leaf(1, 2, 3), x, statistics, 1).sum().backward()
     with pytest.raises(NotImplementedError, match="slope of an activation"):
         ops.linear_activation(leaf(1, 2, 3), leaf(4, 3), None, Activation.SILU)[1].sum().backward()
+    with pytest.raises(NotImplementedError, match="curvature of an activation"):
+        ops.activation_curvature(leaf(1, 2, 3), randn(1, 2, 3), randn(2, 3), Activation.SILU).sum().backward()
     q, k, v = (leaf(1, 1, 3, 2) for _ in range(3))
     with pytest.raises(NotImplementedError, match="its mask"):
         ops.attention(q, k, v, 1.0, leaf(1, 1, 3, 3))[0].sum().backward()

@@ -2,7 +2,7 @@
 
 The layer's own linear sweep multiplies by the slope, and in the reverse sweep the layer that reads the activation, or
 where there is none the activation itself. Curvature wants derivative and tangent before they were multiplied: passes
-that have it run by torch's rules.
+that have it run by torch's rules, and the curvature itself is one launch.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ibp_triton.backends import KERNEL_DTYPES
 from ibp_triton.backends.torch import pointwise
 from ibp_triton.backends.triton.kernel_rules import ACTIVATION, TritonLinear
 from ibp_triton.errors import MethodError
 from ibp_triton.graph import Graph, Node
 from ibp_triton.kernels.smooth import Activation
-from ibp_triton.layer import Layer, Names, Tangents
+from ibp_triton.layer import Layer, Names, Tangents, matched
+from ibp_triton.ops import straight as ops
 
 
 class TritonActivation(Layer):
@@ -43,6 +45,39 @@ class TritonActivation(Layer):
             MethodError: always.
         """
         raise MethodError(f"{self.node.where}: curvature of a pass that was recorded without it: frugal=False")
+
+
+class _Bent(pointwise.Pointwise):
+    """Curvature in one launch; the sweeps, which it wants apart, by torch's operators."""
+
+    smooth: Activation
+
+    def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
+        """d t σ''(z), summed over tangents."""
+        z = self.input
+        d, t = matched(d, z.dim(), t, {"input": z})
+        sides = [side if side.dim() > z.dim() else side[None] for side in (d, t["input"])]
+        if not all(x.is_contiguous() and x.dtype == z.dtype for x in (*sides, z)) or z.dtype not in KERNEL_DTYPES:
+            return super().curvature(d, t, wanted)
+        return {"input": ops.activation_curvature(*sides, z, self.smooth)}
+
+
+class TritonGELU(_Bent, pointwise.GELU):
+    """In passes with curvature."""
+
+    @property
+    def smooth(self) -> Activation:  # type: ignore[override]
+        """Which of the two."""
+        return Activation.GELU if self.approximate == "none" else Activation.GELU_TANH
+
+
+class TritonSiLU(_Bent, pointwise.SiLU):
+    """In passes with curvature."""
+
+    smooth = Activation.SILU
+
+
+BENT: dict[type[Layer], type[Layer]] = {pointwise.GELU: TritonGELU, pointwise.SiLU: TritonSiLU}
 
 
 def steep(layer: Layer) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ibp_triton.backends.torch import attention, batch_norm, dense, multihead, normalisation, pointwise, pooling
 from ibp_triton.backends.torch.structural import BatchedMap, Reshape
-from ibp_triton.backends.triton.activation_rules import fuse_activation
+from ibp_triton.backends.triton.activation_rules import BENT, fuse_activation
 from ibp_triton.backends.triton.attention_rules import TritonAttention, TritonMultiHeadAttention
 from ibp_triton.backends.triton.kernel_rules import (
     ABSORBED,
@@ -61,7 +61,9 @@ def lower(plain: Graph, curved: bool) -> Graph:
             _absorb_margin(graph, node)
         if node.rule is TritonReLU:
             _fuse(graph, node)
-        if not curved and node.rule in (pointwise.GELU, pointwise.SiLU):
+        if node.rule in BENT and curved:
+            node.rule = BENT[node.rule]
+        elif node.rule in BENT:
             fuse_activation(graph, node)
     for node in graph.nodes:
         follower = graph.only_consumer(node)

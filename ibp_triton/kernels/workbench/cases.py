@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ibp_triton.kernels.attentions import attention, attention_jvp, attention_vjp
+from ibp_triton.kernels.bends import activation_curvature
 from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
@@ -153,6 +154,10 @@ def activation_cases(make: Make) -> None:
             linear(make(tangents, rows, inputs), w, slope=slope)
             linear_vjp(make(tangents, rows, outputs), make(outputs, hidden), slope=slope)
         linear(x, w, slope=slope, sign=True)
+    for activation in smooth:
+        for tangents in (1, 5):
+            v = make(tangents, BATCH * 197, 768)
+            activation_curvature(v, v, v[0], activation)
 
 
 def attention_cases(make: Make) -> None:
