@@ -121,7 +121,7 @@ class Recordings:
                 output = recorder.output(logits)
         except (RuntimeError, ValueError) as error:
             raise_explained(error, settings.model, settings.dtype)
-        return recorder, recorder.graph(output)
+        return recorder, recorder.transcript.graph(output)
 
 
 def raise_explained(error: Exception, model: nn.Module, dtype: torch.dtype | None) -> NoReturn:

@@ -39,6 +39,7 @@ from ibp_triton.recording.history import History
 from ibp_triton.recording.memory import Memory, Write, level, storage_of, tensors_in, wrapped
 from ibp_triton.recording.running import Running
 from ibp_triton.recording.settings import Diverged, Restart, Settings
+from ibp_triton.recording.transcript import Transcript
 
 _CONSTANT = Constant()
 _REFS = [Ref(i) for i in range(256)]  # most keys, made once, compare by identity
@@ -52,25 +53,19 @@ _STATISTICS = {
 
 
 class Recorder(TorchFunctionMode):
-    """One recording: afterwards ``graph()`` has the nodes, ``values`` and ``layers`` what they computed."""
+    """One recording: afterwards ``transcript`` has the nodes and what they computed."""
 
     def __init__(
         self, settings: Settings, last: Graph | None, opaque: weakref.WeakSet[nn.Module], strict: bool = False
     ) -> None:
         super().__init__()
-        self.settings, self.last, self.opaque, self.strict = settings, last, opaque, strict
-        self.own, self._keep = settings.own, settings.keep
+        self.settings, self.opaque, self.strict = settings, opaque, strict
+        self.own = settings.own
         self._apart = bool(opaque)  # whether some modules run by plain autograd
-        self.nodes: list[Node] = []
-        self.passed: list[Any] = []
-        self.values: list[Any] = []
-        self.layers: list[Layer | None] = []
+        self.transcript = so_far = Transcript(last, settings.keep, strict)
+        self.nodes, self.values, self.layers = so_far.nodes, so_far.values, so_far.layers
         self.memory = Memory(self.layers, self.values)
-        self.following = last is not None
-        self._ahead = last.nodes if last is not None else []
         self._names = {id(p): name for name, p in self.own.items()}
-        self._positions: dict[str, int] = {}
-        self._complex: set[int] = set()
         self._history = History(self.own.values())
         self._running = Running(settings.model)
         self._level = level()
@@ -193,8 +188,8 @@ class Recorder(TorchFunctionMode):
             return (self._cast(a) if self._casting and id(a) in self._buffers else a), _CONSTANT
         assert index is not None
         call.operands.append(index)
-        if self._complex:
-            call.generic = call.generic or index in self._complex
+        if self.transcript.complex:
+            call.generic = call.generic or index in self.transcript.complex
         value = a.detach() if name is None else self.values[index]
         call.sources.append((value, a))
         return value, _REFS[index] if index < len(_REFS) else Ref(index)
@@ -225,52 +220,31 @@ class Recorder(TorchFunctionMode):
 
     def input(self, x: Tensor) -> Tensor:
         """The node of x; what the model gets for it."""
-        node = self._followed("x") or Node(0, "", "active", call="x")
+        node = self.transcript.followed("x") or Node(0, "", "active", call="x")
         value = self._in_dtype(x.detach())
-        self._append(node, value, None)
+        self.transcript.append(node, value, None)
         return self._publish(value, 0)  # type: ignore[no-any-return]
 
     def _parameter(self, name: str) -> int:
         """The node of a parameter, one for all its uses."""
-        position = self._positions.get(name)
+        position = self.transcript.parameters.get(name)
         if position is None:
             call, position = ("parameter", name), len(self.nodes)
-            node = self._followed(call) or Node(position, name, "parametric", call=call)
-            self._append(node, self._in_dtype(self.settings.parameters.get(name, self.own[name]).detach()), None)
-            self._positions[name] = position
+            node = self.transcript.followed(call) or Node(position, name, "parametric", call=call)
+            value = self.settings.parameters.get(name, self.own[name])
+            self.transcript.append(node, self._in_dtype(value.detach()), None)
+            self.transcript.parameters[name] = position
         return position
 
     def _in_dtype(self, value: Tensor) -> Tensor:
         dtype = self.settings.dtype
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
-    def _append(self, node: Node, value: Any, layer: Layer | None) -> None:
-        if isinstance(value, Tensor) and value.is_complex():
-            self._complex.add(len(self.nodes))
-        self.nodes.append(node)
-        self.values.append(value if layer is None or self._keep or node.kind == "parametric" else None)
-        self.layers.append(layer)
-
-    def _followed(self, call: Any, passing: bool = False) -> Node | None:
-        """The last recording's node at this place, if this is the same call; from the first difference on, none is.
-
-        ``passing``: the call may turn out to give an argument back, and to be no node.
-        """
-        if not self.following:
-            return None
-        place = len(self.nodes)
-        if place < len(self._ahead) and (node := self._ahead[place]).call == call:
-            return node
-        if self.strict and not (passing and self.last is not None and call in self.last.passed):
-            raise Diverged
-        self.following = False
-        return None
-
     def _evaluate(self, func: Any, call: Call) -> tuple[Any, int | None]:
         """The call by its rule: what the model gets, and its node (None for a constant or an argument given back)."""
-        following, key = self.following, (func, call.keys, call.named_keys, call.generic)
-        node = self._followed(key, passing=True) or self._made(func, key, call)
-        stray = self.strict and not self.following
+        following, key = self.transcript.following, (func, call.keys, call.named_keys, call.generic)
+        node = self.transcript.followed(key, passing=True) or self._made(func, key, call)
+        stray = self.strict and not self.transcript.following
         layer = node.rule(node)  # type: ignore[misc]
         if node.sloped_by is not None:
             layer.sloped_by = self.layers[node.sloped_by]
@@ -294,29 +268,28 @@ class Recorder(TorchFunctionMode):
             generic = type(layer) is Generic
             for value, a in call.sources:
                 if out is value or (generic and _returned(layer, value)):
-                    self.following = following
-                    self.passed.append(key)
+                    self.transcript.following = following
+                    self.transcript.passed.append(key)
                     return a, self._index(a)
             if stray:
                 raise Diverged
             if generic and not layer.differentiable:  # type: ignore[union-attr]
-                self.following = following
+                self.transcript.following = following
                 return out, None
         index = len(self.nodes)
         if layer.shapes_only:
             layer.let_go_of_numbers()
-        self._append(node, out, layer)
+        self.transcript.append(node, out, layer)
         return self._publish(out, index), index
 
     def _made(self, func: Any, key: Any, call: Call) -> Node:
         """A new node: its rule, and the names of its operands."""
         args, kwargs = tuple(map(unbind, call.keys)), {name: unbind(key) for name, key in call.named_keys}
-        node = Node(len(self.nodes), self._running.path(), self._kind(call.operands), func, args, kwargs, call=key)
+        node = Node(
+            len(self.nodes), self._running.path(), self.transcript.kind(call.operands), func, args, kwargs, call=key
+        )
         choose(node, self.nodes, generic=call.generic)
         return node
-
-    def _kind(self, operands: Any) -> str:
-        return "active" if any(self.nodes[i].kind == "active" for i in operands) else "parametric"
 
     def _publish(self, out: Any, index: int) -> Any:
         """What the model gets for a node's value: tensors that require a gradient and have no history."""
@@ -339,12 +312,12 @@ class Recorder(TorchFunctionMode):
         if not isinstance(part, Tensor) or not (part.is_floating_point() or part.is_complex()):
             return part
         call, place = ("part", of, position), len(self.nodes)
-        node = self._followed(call)
+        node = self.transcript.followed(call)
         if node is None:
             whole = self.nodes[of]
             node = Node(place, whole.where, whole.kind, Part, rule=Part, operands={"input": of}, call=call)
         layer = Part(node)
-        self._append(node, layer.forward(part, position), layer)
+        self.transcript.append(node, layer.forward(part, position), layer)
         return self._publish(part, place)
 
     # ---------------------------------------------------------------------------------------- unseen code
@@ -366,15 +339,21 @@ class Recorder(TorchFunctionMode):
             self.memory.track(a, None)
             return None
         call, place = ("autograd", last.name(), tuple(found)), len(self.nodes)
-        node = self._followed(call)
+        node = self.transcript.followed(call)
         if node is None:
             rule, function = Hooked if hooked else Leaf, _Named(last.name().removesuffix("Backward"))
             operands = {str(k): i for k, i in enumerate(found)}
             node = Node(
-                place, self._running.path(), self._kind(found), function, rule=rule, operands=operands, call=call
+                place,
+                self._running.path(),
+                self.transcript.kind(found),
+                function,
+                rule=rule,
+                operands=operands,
+                call=call,
             )
         layer = node.rule(node)  # type: ignore[misc]
-        self._append(node, layer.forward(a, *found.values()), layer)
+        self.transcript.append(node, layer.forward(a, *found.values()), layer)
         self._history.add(a)
         self.memory.track(a, place)
         return place
@@ -418,12 +397,11 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)  # torch refuses this for a parameter that requires a gradient
         if not self.settings.own_input and storage_of(target) is storage_of(self.values[0]):
             raise Restart
-        count, following = len(self.nodes), self.following
+        count, following = len(self.nodes), self.transcript.following
         pure = how.pure if how.pure is func or how.reshapes or has_rule(how.pure) else calls.Cloned(func)
         found, index = self._evaluate(pure, call.without(calls.flag_position(func)) if pure is func else call)
         if not how.reshapes and (found.shape != target.shape or found.dtype != target.dtype):
-            del self.nodes[count:], self.values[count:], self.layers[count:]
-            self.following = following
+            self.transcript.take_back(count, following)
             found, index = self._evaluate(calls.Cloned(func), call)
         memory.remember(target)
         with torch.no_grad():
@@ -460,13 +438,13 @@ class Recorder(TorchFunctionMode):
         if not operands or (positions < 0).all():
             return
         call = ("write", here, write.place, tuple(operands.items()))
-        node = self._followed(call)
+        node = self.transcript.followed(call)
         if node is None:
-            kind = self._kind(operands.values())
+            kind = self.transcript.kind(operands.values())
             node = Node(place, self._running.path(), kind, Written, rule=Written, operands=operands, call=call)
         layer = Written(node)
         now = layer.forward(a.detach(), torch.from_numpy(positions).to(a.device), write.place[0])
-        self._append(node, now, layer)
+        self.transcript.append(node, now, layer)
         self._requires_grad(a)
         self.memory.remember(a)
         self.memory.track(a, place)
@@ -488,13 +466,6 @@ class Recorder(TorchFunctionMode):
             self._call = Call()
             self._look([a for a in self.memory.alive() if a is not logits])
         return index
-
-    def graph(self, output: int) -> Graph:
-        """The last recording's graph where this one is the same, else a new one."""
-        last = self.last
-        if self.following and last is not None and len(self.nodes) == len(last.nodes) and output == last.output:
-            return last
-        return Graph(self.nodes, 0, output, {i: name for name, i in self._positions.items()}, self.passed)
 
 
 @dataclass(frozen=True)
