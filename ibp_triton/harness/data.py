@@ -64,9 +64,10 @@ def _draw(train: Examples, data: Data, seed: int) -> tuple[Examples, Examples]:
     available = len(train.labels)
     wanted = data.subset or available - data.validation
     if wanted < 1 or wanted + data.validation > available:
+        subset = "one example to train on" if data.subset is None else f"data.subset {data.subset}"
         raise DataError(
-            f"data.subset {data.subset} and data.validation {data.validation} do not fit into the {available} "
-            f"training examples of {data.source}; make them smaller"
+            f"{subset} and data.validation {data.validation} do not fit into the {available} training examples of "
+            f"{data.source}; make them smaller"
         )
     order = torch.randperm(available, generator=stream(seed, "subset"))
     chosen, held = order[:wanted], order[wanted : wanted + data.validation]

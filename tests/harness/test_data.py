@@ -89,6 +89,8 @@ def test_damaged_files_are_named(mnist: Path, damage: object, expected: str) -> 
 
 def test_missing_files_and_too_large_splits_are_named(mnist: Path) -> None:
     assert "do not fit into the 40 training examples" in refusal(Data(source="mnist", dir=str(mnist), subset=41))
+    held = refusal(Data(source="mnist", dir=str(mnist), validation=40))
+    assert "one example to train on and data.validation 40 do not fit into the 40 training examples" in held
     assert "the test set has 8" in refusal(Data(source="mnist", dir=str(mnist), test=9))
     assert "30 is larger than the images (28×28)" in refusal(Data(source="mnist", dir=str(mnist), crop=30))
     (mnist / "mnist" / "t10k-images-idx3-ubyte.gz").unlink()
