@@ -23,8 +23,6 @@ from ibp_triton.replicas import ReplicatedNetwork
 from ibp_triton.step import SEEN, EagerStep, Reduce
 from ibp_triton.vmapped import Inputs, Together, Vmapped
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of gradients, relative to the largest entry; else 0.1
-
 
 class ReplicatedStep:
     """``step(x, y)`` trains every replica on one batch and returns their ``Parts``, [R] and [R, N, M], detached.
@@ -154,7 +152,7 @@ class ReplicatedStep:
         """Hold the gradients found together against those found one by one, which the replicas have now."""
         off = [self._off(r, found, parts) for r in range(len(self.network))]
         worst = max((one for one in off if one is not None), default=None)
-        limit = TOLERANCE.get(parts.logits.dtype, 0.1)
+        limit = tolerance(parts.logits.dtype)
         if worst is not None and not worst <= limit:
             self._give_up(kind, f"together they are off by {worst:.2g} of the largest entry, more than {limit:g}")
         elif worst is not None:
@@ -175,6 +173,11 @@ class ReplicatedStep:
     def _give_up(self, kind: Any, reason: str) -> None:
         self._trials = with_latest(self._trials, kind, None, SEEN)
         warnings.warn(f"ReplicatedStep: replicas are trained one after another; {reason}", stacklevel=5)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far gradients found together may be off those found one by one, relative to the largest entry."""
+    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 0.1)
 
 
 def _stacked(parts: Sequence[Parts]) -> Parts:

@@ -7,17 +7,16 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
-from ibp_triton.bench.suite import Suite
+from ibp_triton.bench.candidates import word
+from ibp_triton.bench.suite import AXES, Suite
 from ibp_triton.outcomes import csv_cell
 
 Cells = list[dict[str, Any]]  # the JSON of each cell
 COLUMNS = (
-    "network", "family", "batch", "precision", "layout", "backend", "device", "tangents", "replicas", "candidate",
-    "method", "step", "clock", "median", "q1", "q3", "wall_median", "peak_memory", "parity",
-    "predicted_ratio", "making_seconds",
+    "network", "family", *AXES, "candidate", "method", "step", "clock", "median", "q1", "q3", "wall_median",
+    "peak_memory", "parity", "predicted_ratio", "making_seconds",
 )  # fmt: skip
-_FACTS = ("network", "batch", "precision", "layout", "backend", "device", "tangents", "replicas")
-_LETTERS = {"tangents": "T", "replicas": "R"}  # what counts of the cell are called
+_FACTS = ("network", *AXES)
 
 
 def markdown(suite: Suite, cells: Cells) -> str:
@@ -39,7 +38,7 @@ def _plain(text: str) -> str:
 def _heads(infos: list[dict[str, Any]]) -> list[str]:
     """The network, and of the other facts those in which cells differ."""
     told = [key for key in _FACTS if key == "network" or len({str(info[key]) for info in infos}) > 1]
-    return [" ".join(_word(info, key) for key in told) for info in infos]
+    return [" ".join(word(key, info[key]) for key in told) for info in infos]
 
 
 def _names(suite: Suite, cells: Cells) -> list[str]:
@@ -77,11 +76,7 @@ def figure(over: dict[str, float]) -> float:
 def words(cell: dict[str, Any]) -> set[str]:
     """What targets may ask of a measured cell."""
     info = cell["benchmarks"][0]["extra_info"]
-    return {_word(info, key) for key in (*_FACTS, "family")}
-
-
-def _word(info: dict[str, Any], key: str) -> str:
-    return f"{_LETTERS[key]}={info[key]}" if key in _LETTERS else str(info[key])
+    return {word(key, info[key]) for key in (*_FACTS, "family")}
 
 
 def _refusals(cells: Cells) -> list[str]:

@@ -15,6 +15,7 @@ from ibp_triton.bench import modern
 from ibp_triton.harness.models import PRECISIONS, paper_cifar10, paper_mnist
 
 TANGENTS = 5
+COUNTS = {"tangents": "T", "replicas": "R"}  # of a cell, and their letters
 METHODS: dict[str, ibp.Method] = {
     "bp": ibp.BP(),
     "loss_ibp": ibp.LossIBP(0.03),
@@ -69,6 +70,11 @@ NETWORKS: dict[str, Entry] = {
 }
 
 
+def word(key: str, value: object) -> str:
+    """One fact of a cell as its name, targets and `skip` have it: T=5 of its tangents, else the value alone."""
+    return f"{COUNTS[key]}={value}" if key in COUNTS else str(value)
+
+
 @dataclass(frozen=True)
 class Case:
     """One network at one batch size, precision and memory layout, on CPU or CUDA."""
@@ -108,8 +114,8 @@ class Case:
         """Unlike that of any other case of a suite."""
         layout = "channels_last" if self.channels_last else "contiguous"
         parts = [self.network, str(self.batch), self.precision, layout, self.backend, self.device]
-        parts += [f"T={self.tangents}"] if self.tangents != TANGENTS else []
-        return "-".join([*parts, f"R={self.replicas}"] if self.replicas != 1 else parts)
+        usual = {"tangents": TANGENTS, "replicas": 1}
+        return "-".join(parts + [word(key, getattr(self, key)) for key in usual if getattr(self, key) != usual[key]])
 
     def model(self, seed: int = 0) -> nn.Module:
         """The network, always the same weights of a seed, float32, in train mode."""

@@ -20,7 +20,7 @@ from ibp_triton.alike import in_short
 from ibp_triton.bench import bench_json, by_hand, candidates, measure, parity, whole_steps
 from ibp_triton.bench.candidates import Case
 from ibp_triton.bench.replicated_gradients import ReplicatedGradients
-from ibp_triton.bench.suite import Suite
+from ibp_triton.bench.suite import AXES, Suite
 from ibp_triton.errors import IBPError
 from ibp_triton.harness import store
 
@@ -275,14 +275,11 @@ def faults(cell: dict[str, Any]) -> list[dict[str, str]]:
 def signature(suite: Suite, case: Case) -> str:
     """Of all that a cell's figures come from: its settings, this package's code, the machine."""
     settings = suite.model_dump(
-        mode="json", exclude={"name", "title", "targets", "output", "networks", *_AXES}, by_alias=True
+        mode="json", exclude={"name", "title", "targets", "output", "networks", *AXES}, by_alias=True
     )
     own = suite.networks[case.network].model_dump(mode="json", by_alias=True)
     told = [case.name, own, settings, code_digest(), measure.machine()]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-_AXES = ("batch", "precision", "layout", "backend", "device", "tangents", "replicas")
 
 
 @cache

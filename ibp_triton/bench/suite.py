@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 import ibp_triton as ibp
-from ibp_triton.bench.candidates import METHODS, MORE, NETWORKS, TANGENTS, Case, Entry
+from ibp_triton.bench.candidates import COUNTS, METHODS, MORE, NETWORKS, TANGENTS, Case, Entry, word
 from ibp_triton.errors import ConfigError
 from ibp_triton.harness import loading, models
 from ibp_triton.harness.config import Precision
@@ -23,6 +23,7 @@ from ibp_triton.harness.schedule import Count, Positive, Strict
 Layout = Literal["channels_last", "contiguous"]
 StepKind = Literal["gradient", "together", "eager", "compiled", "captured"]
 Baseline = Literal["eager_bp", "eager_bp_nchw", "by_hand", "by_hand_step", "one_by_one", "floor"]
+AXES = ("batch", "precision", "layout", "backend", "device", *COUNTS)  # of the cells of a network
 Family = Literal["convnet", "transformer", "mlp", "paper", "own"]
 
 
@@ -103,7 +104,7 @@ class Suite(Strict):
             return given
         return {label: _method_row(label, row) for label, row in given.items()}
 
-    @field_validator("batch", "precision", "layout", "backend", "device", "tangents", "replicas", "step", "baselines")
+    @field_validator(*AXES, "step", "baselines")
     @classmethod
     def _each_once(cls, given: list[Any]) -> list[Any]:
         return list(once(given))
@@ -163,7 +164,7 @@ def case_words(case: Case) -> set[str]:
     """What targets and `skip` may ask of a cell."""
     layout = "channels_last" if case.channels_last else "contiguous"
     own = {case.network, case.entry.family, str(case.batch), case.precision, layout, case.backend, case.device}
-    return own | {f"T={case.tangents}", f"R={case.replicas}"}
+    return own | {word(key, getattr(case, key)) for key in COUNTS}
 
 
 def _network_row(label: str, row: Any) -> Any:
