@@ -14,7 +14,7 @@ from torch.library import custom_op
 from ibp_triton.kernels import bends as _bends
 from ibp_triton.kernels import gemm as _gemm
 from ibp_triton.ops import operators as ops
-from ibp_triton.ops.derivatives import keep_sparse, kept
+from ibp_triton.ops.derivatives import LINEAR, keep_sparse, kept, parameters
 
 
 @custom_op("ibp_triton::linear_activation", mutates_args=())
@@ -47,10 +47,9 @@ def _backward(ctx: Any, g: Tensor | None, g_slope: Tensor | None) -> Any:
         raise NotImplementedError("the slope of an activation has no derivative: no second one of linear_activation")
     if g is None:
         return None, None, None, None
-    d, biased = (g * slope).contiguous(), bias is not None
-    left, right = (t.flatten(0, 1).contiguous() for t in (x, d))
-    w, b = ops.weight_gradient([left], [right], [1.0], [biased], [False], [], weight, [1, 1], [0, 0], [1, 1])
-    return ops.linear_vjp(d, weight), w, b if biased else None, None
+    g = (g * slope).contiguous()
+    d = ops.linear_vjp(g, weight) if ctx.needs_input_grad[0] else None
+    return d, *parameters(ctx, 1, x, g, weight, LINEAR, bias is not None), None
 
 
 def _no_third(ctx: Any, g: Tensor) -> Any:

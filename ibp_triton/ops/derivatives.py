@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ibp_triton.ops import operators as ops
 
-_LINEAR: tuple[list[int], list[int], list[int]] = ([1, 1], [0, 0], [1, 1])  # stride, padding, dilation
+LINEAR: tuple[list[int], list[int], list[int]] = ([1, 1], [0, 0], [1, 1])  # stride, padding, dilation
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -58,7 +58,7 @@ def _rows(t: Tensor) -> Tensor:
     return flat.contiguous(memory_format=torch.channels_last) if flat.dim() == 4 else flat.contiguous()
 
 
-def _parameters(ctx: Any, at: int, left: Tensor, right: Tensor, weight: Tensor, geometry: Any, bias: bool) -> Any:
+def parameters(ctx: Any, at: int, left: Tensor, right: Tensor, weight: Tensor, geometry: Any, bias: bool) -> Any:
     """The gradients of weight and bias where they are wanted: inputs `at` and, with `bias`, one more."""
     if not (ctx.needs_input_grad[at] or bias):
         return None, None
@@ -73,7 +73,7 @@ def _linear(ctx: Any, g: Tensor) -> Any:
         steep = (g * ops.linear(x, weight, bias, None, False, sign)).sum(0)
     g = (_gated(g, out if relu else mask) if slope is None else g * slope).contiguous()
     d = None if sign or not ctx.needs_input_grad[0] else ops.linear_vjp(g, weight)
-    w, b = _parameters(ctx, 1, x.sign() if sign else x, g, weight, _LINEAR, bias is not None)
+    w, b = parameters(ctx, 1, x.sign() if sign else x, g, weight, LINEAR, bias is not None)
     return d, w, b, None, None, None, steep
 
 
@@ -83,7 +83,7 @@ def _linear_vjp(ctx: Any, g: Tensor) -> Any:
     if slope is not None and ctx.needs_input_grad[3]:
         steep = (g * ops.linear_vjp(d, weight)).sum(0)
     g = (_gated(g, mask) if slope is None else g * slope).contiguous()
-    return ops.linear(g, weight), _parameters(ctx, 1, g, d, weight, _LINEAR, False)[0], None, steep
+    return ops.linear(g, weight), parameters(ctx, 1, g, d, weight, LINEAR, False)[0], None, steep
 
 
 def _conv2d(ctx: Any, g: Tensor) -> Any:
@@ -92,14 +92,14 @@ def _conv2d(ctx: Any, g: Tensor) -> Any:
     d = None
     if ctx.needs_input_grad[0] and not sign:
         d = ops.conv2d_vjp(g, weight, x.shape[3:], *geometry)
-    w, b = _parameters(ctx, 1, x.sign() if sign else x, g, weight, geometry, bias is not None)
+    w, b = parameters(ctx, 1, x.sign() if sign else x, g, weight, geometry, bias is not None)
     return d, w, None, None, None, b, None, None, None
 
 
 def _conv2d_vjp(ctx: Any, g: Tensor) -> Any:
     d, weight, _, *geometry, mask, _ = kept(ctx)
     g = _gated(g, mask)
-    w = _parameters(ctx, 1, g, d, weight, geometry, False)[0]
+    w = parameters(ctx, 1, g, d, weight, geometry, False)[0]
     return ops.conv2d(g, weight, *geometry), w, None, None, None, None, None
 
 
@@ -162,7 +162,7 @@ def _joined(
     """The gradients of image, weight and bias of a convolution whose result is read where a pool's code says."""
     g = ops.max_pool2d_vjp(g, code, ops.conv_geometry(x.shape[3:], weight.shape[2:], *geometry).out, *sizes)
     d = ops.conv2d_vjp(g, weight, x.shape[3:], *geometry) if ctx.needs_input_grad[0] else None
-    return d, *_parameters(ctx, 1, x, g, weight, geometry, bias is not None)
+    return d, *parameters(ctx, 1, x, g, weight, geometry, bias is not None)
 
 
 def _avg_pool2d(ctx: Any, g: Tensor) -> Any:

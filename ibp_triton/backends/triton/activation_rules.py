@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ibp_triton.backends import KERNEL_DTYPES
 from ibp_triton.backends.torch import pointwise
-from ibp_triton.backends.triton.kernel_rules import ACTIVATION, TritonLinear
+from ibp_triton.backends.triton.kernel_rules import ACTIVATION, TritonLinear, steep
 from ibp_triton.errors import MethodError
 from ibp_triton.graph import Graph, Node
 from ibp_triton.kernels.smooth import Activation
@@ -47,6 +47,9 @@ class TritonActivation(Layer):
         raise MethodError(f"{self.node.where}: curvature of a pass that was recorded without it: frugal=False")
 
 
+_GELUS = {"none": Activation.GELU, "tanh": Activation.GELU_TANH}  # by torch's ``approximate``
+
+
 class _Bent(pointwise.Pointwise):
     """Curvature in one launch; the sweeps, which it wants apart, by torch's operators."""
 
@@ -68,7 +71,7 @@ class TritonGELU(_Bent, pointwise.GELU):
     @property
     def smooth(self) -> Activation:  # type: ignore[override]
         """Which of the two."""
-        return Activation.GELU if self.approximate == "none" else Activation.GELU_TANH
+        return _GELUS[self.approximate]
 
 
 class TritonSiLU(_Bent, pointwise.SiLU):
@@ -78,12 +81,6 @@ class TritonSiLU(_Bent, pointwise.SiLU):
 
 
 BENT: dict[type[Layer], type[Layer]] = {pointwise.GELU: TritonGELU, pointwise.SiLU: TritonSiLU}
-
-
-def steep(layer: Layer) -> Tensor:
-    """The slope that a linear layer keeps, [N, ..., O]."""
-    assert isinstance(layer, TritonLinear)
-    return layer.slope
 
 
 def fuse_activation(graph: Graph, node: Node) -> None:
@@ -105,4 +102,4 @@ def _smooth(node: Node) -> Activation | None:
     if node.rule is not pointwise.GELU:
         return None
     approximate = dict(zip(("input", "approximate"), node.args, strict=False)) | node.kwargs
-    return {"none": Activation.GELU, "tanh": Activation.GELU_TANH}.get(approximate.get("approximate", "none"))
+    return _GELUS.get(approximate.get("approximate", "none"))

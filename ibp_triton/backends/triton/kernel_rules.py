@@ -106,7 +106,7 @@ class TritonLinear(_Joint, dense.Dense):
     def input_vjp(self, d: Tensor) -> Tensor:
         """d W, masked by the ReLU or multiplied by the slope of the activation before the layer."""
         mask = None if self._mask is None else _flat(self._mask)
-        slope = _flat(self.sloped_by.slope) if isinstance(self.sloped_by, TritonLinear) else None
+        slope = None if self.sloped_by is None else _flat(steep(self.sloped_by))
         out = ops.linear_vjp(self._tangents(d), self.weight, mask, slope)
         return out.view(*d.shape[:-1], self.weight.shape[1])  # type: ignore[no-any-return]
 
@@ -313,6 +313,12 @@ class TritonReLU(pointwise.ReLU):
         axes = [*range(extra), *(i + extra for i in order)]
         back = sorted(range(t.dim()), key=lambda i: axes[i])
         return ops.relu(t.permute(axes).contiguous(), self.output.permute(order)).permute(back)  # type: ignore[no-any-return]
+
+
+def steep(layer: Layer) -> Tensor:
+    """The slope that a linear layer keeps, [N, ..., O]."""
+    assert isinstance(layer, TritonLinear)
+    return layer.slope
 
 
 def _flat(x: Tensor) -> Tensor:
