@@ -30,7 +30,7 @@ def _plus_product(total: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
     """total + u v, in the place of the first where that is allowed; a number for each row broadcasts."""
     if total is None:
         return u * v
-    fits = torch.broadcast_shapes(total.shape, u.shape, v.shape) == total.shape
+    fits = all(x.shape in (total.shape, (*total.shape[:-1], 1)) for x in (u, v))
     return plus_product(total, u, v) if fits else total + u * v
 
 
