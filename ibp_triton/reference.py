@@ -49,7 +49,8 @@ def gradients(
         KeyError: for an unknown ``method.key``.
         ModelError: for a method with a tangent on a model with a scripted module, or with another function of which
             torch's forward mode is not the adjoint of its reverse mode, such as one of torch.library.custom_op; for one
-            with detach_.
+            with detach_; in the paper's semantics for one that calls torch.func.jvp or vmap, or solves by a
+            parameter's matrix.
     """
     run = ORACLES[method.key]
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
@@ -329,9 +330,37 @@ class _NoGradConstants(TorchFunctionMode):
         return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, func(*args, **kwargs))
 
 
+_SOLVERS = (torch.linalg.solve, torch.linalg.solve_ex, torch.linalg.tensorsolve)
+
+
 class _CutPrimals(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.level = torch._C._functorch.maybe_current_level()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return tree_map(_cut, func(*args, **(kwargs or {})))
+        kwargs = kwargs or {}
+        if self._is_below_another():
+            raise ModelError(
+                "the reference cannot judge, in the paper's semantics, a model that calls torch.func.jvp or vmap itself"
+            )
+        if func in _SOLVERS and not _moves(args[0] if args else kwargs["A"]):
+            raise ModelError(
+                "the reference cannot judge, in the paper's semantics, a model that solves by a parameter's matrix "
+                "(torch.linalg.solve): torch's forward mode forgets that its factors depend on that"
+            )
+        return tree_map(_cut, func(*args, **kwargs))
+
+    def _is_below_another(self) -> bool:
+        """Whether the duals found here would be those of the model's own forward mode, or of single samples."""
+        if torch._C._functorch.maybe_current_level() == self.level:
+            return False
+        return torch._C._functorch.peek_interpreter_stack().key() != torch._C._functorch.TransformType.Grad
+
+
+def _moves(value: Any) -> bool:
+    """Whether it has a tangent."""
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 def _cut(value: Any) -> Any:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import ibp_triton as ibp
+from ibp_triton.errors import ModelError
 from tests.library.networks import build
 
 
@@ -107,3 +108,55 @@ def test_reference_leaves_buffers_and_random_numbers_alone():
     ibp.reference.gradients(model, ibp.LossIBP(0.1), x, labels)
     assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
     assert torch.equal(state, torch.get_rng_state())
+
+
+class SolvedBy(nn.Module):
+    """The solution of Λ u = x for a trained matrix Λ, whose factors torch's forward mode takes for constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(9, 9) + 9 * torch.eye(9))
+
+    def forward(self, x):
+        return torch.linalg.solve(self.matrix, x.flatten(1).unsqueeze(-1)).squeeze(-1)
+
+
+class Mapped(nn.Module):
+    """A layer under one of torch.func's transformations."""
+
+    def __init__(self, transformed):
+        super().__init__()
+        self.linear, self.transformed = nn.Linear(9, 9), transformed
+
+    def forward(self, x):
+        return self.transformed(lambda u: self.linear(u).tanh(), x.flatten(1))
+
+
+UNJUDGED = {
+    "solves by a parameter's matrix": SolvedBy,
+    "torch.func.jvp or vmap itself": lambda: Mapped(lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]),
+    "torch.func.jvp or vmap": lambda: Mapped(lambda f, x: torch.func.vmap(f)(x)),
+}
+
+
+@pytest.mark.parametrize("message", UNJUDGED)
+def test_models_of_which_the_paper_s_semantics_cannot_be_judged_are_refused(message):
+    """Each of the first two gave wrong numbers; of the exact semantics they are right."""
+    torch.manual_seed(0)
+    model, (x, labels, tau) = nn.Sequential(UNJUDGED[message](), nn.Linear(9, 5)).double(), batch()
+    for method in (ibp.LossIBP(0.3), ibp.TangentBP(0.3)):
+        with pytest.raises(ModelError, match=message):
+            ibp.reference.gradients(model, method, x, labels, tau if method.needs_tangents else None)
+    exact = ibp.LossIBP(0.3, semantics="exact")
+    expected = ibp.reference.gradients(model, exact, x, labels)[1]
+    found = exact.gradients(model, x, labels)[1]
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-10, atol=1e-12) for name in expected)
+
+
+def test_a_model_that_takes_gradients_itself_is_judged():
+    torch.manual_seed(0)
+    inner = Mapped(lambda f, x: torch.func.grad(lambda u: f(u).sum())(x))
+    model, (x, labels, _) = nn.Sequential(inner, nn.Linear(9, 5)).double(), batch()
+    expected = ibp.reference.gradients(model, ibp.LossIBP(0.3), x, labels)[1]
+    found = ibp.LossIBP(0.3).gradients(model, x, labels)[1]
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-10, atol=1e-12) for name in expected)
