@@ -125,7 +125,12 @@ class Recordings:
 
 
 def raise_explained(error: Exception, model: nn.Module, dtype: torch.dtype | None) -> NoReturn:
-    """Raise torch's complaint about writes out of sight or mixed dtypes with the cure, any other error as it is."""
+    """Raise torch's complaint about writes out of sight, control flow or mixed dtypes with the cure, others as is."""
+    if type(error).__name__ == "UncapturedHigherOrderOpError":  # its module would import the compiler
+        raise ModelError(
+            "the model calls torch.cond, while_loop or another of torch's operators for control flow, which compile "
+            "their branches and are not followed: write them in Python (if, while, for), which is"
+        ) from error
     if "a leaf Variable that requires grad" in str(error):
         raise ModelError(
             "a custom autograd.Function marks an activation dirty, which is not followed: give it a copy (x.clone())"

@@ -368,6 +368,24 @@ def test_what_network_refuses_names_the_cure():
         ibp.Network(model, dtype=torch.int8)
 
 
+class Branching(nn.Module):
+    """One of two branches, by torch's operator for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(torch.cond(x.sum() > 0, lambda u: self.first(u).tanh(), lambda u: self.first(u).sin(), (x,)))
+
+
+def test_control_flow_by_operators_is_refused_where_layers_are_followed():
+    model, x, labels = Branching(), torch.rand(2, 3), torch.tensor([0, 1])
+    ibp.BP().gradients(model, x, labels)
+    with pytest.raises(TypeError, match=r"write them in Python \(if, while, for\)"):
+        ibp.LossIBP(0.1).gradients(model, x, labels)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
