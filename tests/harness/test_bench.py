@@ -356,7 +356,7 @@ def test_names_of_suites_and_cells(tmp_path: Path) -> None:
 def test_the_shipped_suites_can_be_read_and_their_targets_can_be_met(path: Path) -> None:
     plan = suite.load(path)
     assert plan.name == path.stem
-    labels = {*plan.methods, *(f"{label} {kind} step" for label in plan.methods for kind in ("compiled", "captured"))}
+    labels = {*plan.methods, *(f"{label} {kind} step" for label in plan.methods for kind in whole_steps.STEPS)}
     for name, bounds in plan.targets.items():
         assert name.removeprefix("memory ").split(" / ")[0] in labels
         if isinstance(bounds, dict):
