@@ -47,6 +47,11 @@ class KernelRow:
     flops: int
     padded_flops: int
 
+    @property
+    def excess(self) -> float:
+        """Bytes moved over those that must be."""
+        return (self.loaded + self.stored) / max(1, self.unique_bytes)
+
 
 def kernel_rows(target: str, only: Sequence[str] = ()) -> list[KernelRow]:
     """Every case of `workbench.cases`, compiled for a chip family; a kernel that compiles alike twice stands once.
@@ -59,7 +64,9 @@ def kernel_rows(target: str, only: Sequence[str] = ()) -> list[KernelRow]:
     for dtype in DTYPES:
         if dtype == "tf32" and target == "gfx1100":
             continue
-        for record in cases.launches(target, KINDS[dtype], dtype == "tf32"):
+        settings = (target, KINDS[dtype], dtype == "tf32")
+        others = cases.collected(*settings, cases.activation_cases, cases.attention_cases)
+        for record in cases.launches(*settings) + others:
             if not has_words(only, record.name, _case(record.arguments), dtype, target):
                 continue
             signature = aot.signature(record)
@@ -80,6 +87,8 @@ def _row(record: Any, dtype: str, target: str, built: Any) -> KernelRow:
 
 def _case(arguments: dict[str, Any]) -> str:
     """The launch in a few words: sizes, direction, what is fused."""
+    from ibp_triton.kernels.smooth import Activation
+
     words = []
     if "J" in arguments:
         kernel = (arguments["CONV"] if "CONV" in arguments else arguments["GEOMETRY"])[4:6]
@@ -91,11 +100,16 @@ def _case(arguments: dict[str, Any]) -> str:
         words += [] if arguments["CENTRED"] else ["RMS"]
     if "IMAGE" in arguments:
         words.append(f"{arguments['IMAGE'][0]} channels")
+    if "SIZES" in arguments:
+        _, queries, _, width = arguments["SIZES"]
+        words.append(f"{queries} tokens, heads of {width}")
+    if arguments.get("ACTIVATION"):
+        words.append(Activation(arguments["ACTIVATION"]).name.replace("_", " "))
     for name, word in (
         ("TRANSPOSED", "reverse"),
         ("SIGN", "sign"),
         ("RELU", "relu"),
-        ("MASK", "mask"),
+        ("MASK", "slope" if arguments.get("FACTOR") else "mask"),
         ("MEAN", "mean"),
         ("CHOSEN", "at the code"),
         ("INNER", "reverse"),
@@ -213,7 +227,7 @@ NOTE = (
 )
 KERNEL_HEAD = (
     *("kernel", "case", "dtype", "target", "regs", "spills", "shared", "occup.", "matrix", "load bits"),
-    *("loaded kB", "stored kB", "unique kB", "MFLOP", "padded"),
+    *("loaded kB", "stored kB", "unique kB", "moved/unique", "MFLOP", "padded"),
 )
 STEP_HEAD = (
     *("network", "batch", "method", "semantics", "launches", "moved MB", "unique MB", "GFLOP", "floor µs"),
@@ -228,6 +242,7 @@ def kernel_cells(row: KernelRow) -> list[str]:
         *(row.kernel, row.case, row.dtype, row.target, f"{row.registers}", f"{row.spills}", f"{row.shared}"),
         *(f"{row.occupancy:.2f}", row.matrix or "–", f"{row.load_bits}"),
         *(f"{n / 1e3:,.1f}" for n in (row.loaded, row.stored, row.unique_bytes)),
+        f"{row.excess:.2f}",
         *(f"{n / 1e6:,.1f}" for n in (row.flops, row.padded_flops)),
     ]
 

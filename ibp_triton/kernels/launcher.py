@@ -36,7 +36,7 @@ class Cost:
     stored: int  # bytes
     flops: int = 0  # multiplications and additions inside matrix products, without padding
     padded_flops: int = 0  # with the padding of the tiles
-    pointers: dict[str, int] = field(default_factory=dict)  # bytes loaded through some of the pointers
+    pointers: dict[str, int] = field(default_factory=dict)  # bytes loaded through some; of 0, unused
 
     def times(self, replicas: int) -> "Cost":
         """That of so many in one launch."""
@@ -66,8 +66,14 @@ class Launch:
 
         An upper bound: a kernel may leave a part of a tensor alone.
         """
-        tensors = {(v.data_ptr(), v.numel()): v for v in self.arguments.values() if isinstance(v, Tensor)}
-        return sum(_distinct(v) * v.element_size() for v in tensors.values())
+        used = {name: v for name, v in self.arguments.items() if self.cost.pointers.get(name) != 0}
+        tensors = {(v.data_ptr(), v.numel()): v for v in used.values() if isinstance(v, Tensor)}.values()
+        runs = [_run(v) for v in tensors if v.numel() == span(v)]  # without gaps: others may lie inside
+        return sum(
+            _distinct(v) * v.element_size()
+            for v in tensors
+            if not any(low <= v.data_ptr() and _run(v)[1] <= high and _run(v) != (low, high) for low, high in runs)
+        )
 
 
 class LaunchPlan:
@@ -188,6 +194,11 @@ def span(tensor: Tensor) -> int:
     if tensor.numel() == 0:
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _run(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of its first byte and of the one behind its last."""
+    return tensor.data_ptr(), tensor.data_ptr() + span(tensor) * tensor.element_size()
 
 
 def _distinct(tensor: Tensor) -> int:

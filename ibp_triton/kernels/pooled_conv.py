@@ -264,8 +264,9 @@ def _plan(
         "x": size * tiles[1] * tangents * samples * seen.inside * channels,
         "w": size * tiles[0] * tangents * weight.numel(),
         "bias": 0 if bias is None else size * rows * outputs,
-        "code": 0 if code is None else tangents * picked.bytes,
     }
+    if code is not None:
+        pointers["code"] = tangents * picked.bytes
     constants = {
         "samples": samples,
         "tangents": tangents,

@@ -12,8 +12,7 @@ from ibp_triton.kernels.workbench import aot, cases
 
 def kernels(family, dtype, collect):
     """One launch for each kernel."""
-    with tiles.on_chip(family), cases.allowing_tf32(False), recording(execute=False) as launches:
-        collect(cases.zeros(dtype))
+    launches = cases.collected(family, dtype, False, collect)
     return {aot.signature(launch): launch for launch in launches}.values()
 
 

@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from ibp_triton.kernels import tiles
-from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.workbench import aot, cases
 
 CHIPS = [(family, dtype) for family in aot.CHIPS for dtype in ("float32", "tf32", "bfloat16", "float16")]
@@ -14,9 +12,7 @@ SPILLING = {"gfx1100": 128}  # width of heads from which a sweep spills
 def launches(family, kind):
     """The cases' launches, tf32 being float32 whose products are."""
     dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
-    with tiles.on_chip(family), cases.allowing_tf32(kind == "tf32"), recording(execute=False) as record:
-        cases.attention_cases(cases.zeros(dtype))
-    return record
+    return cases.collected(family, dtype, kind == "tf32", cases.attention_cases)
 
 
 KERNELS = [

@@ -12,6 +12,7 @@ import ibp_triton as ibp
 from ibp_triton.harness import eager, host_costs, kernel_report, predictions, step_counts
 from ibp_triton.harness.cli import app
 from ibp_triton.kernels.launcher import recording
+from ibp_triton.kernels.workbench import cases
 
 
 def test_loss_ibp_on_mnist():
@@ -65,6 +66,18 @@ def test_a_step_adds_up():
     assert {r.name: r.cost.flops for r in launches if r.cost.flops} == {"contract": 2 * 16 * 32, "wgrad": 2 * 16 * 32}
 
 
+def test_what_a_launch_does_not_read_and_what_lies_in_another_counts_once():
+    """Sums in parts are one workspace under two names; attention in one tile never reads its output."""
+    x = torch.zeros(512, 96)
+    with recording(execute=False) as launches:
+        _, statistics = cases.group_norm(x, 1)
+        cases.group_norm_vjp(torch.zeros(1, 512, 96), x, statistics, 1, sums=True)
+        cases.attention_cases(cases.zeros(torch.float32))
+    sums, short = launches[1], next(one for one in launches if one.name == "push")
+    for launch in (sums, short):
+        assert launch.cost.loaded + launch.cost.stored == launch.unique_bytes
+
+
 @pytest.mark.parametrize("method", [m for m in step_counts.all_methods() if m.key != "bp"], ids=repr)
 def test_the_eager_baseline_computes_the_same_gradient(method):
     torch.manual_seed(0)
@@ -77,13 +90,15 @@ def test_the_eager_baseline_computes_the_same_gradient(method):
         torch.testing.assert_close(found[name], gradient)
 
 
+def only(monkeypatch, kept):
+    """The report has one group of cases alone."""
+    for name in [name for name in vars(cases) if name.endswith("_cases") and name != kept]:
+        monkeypatch.setattr(cases, name, lambda make: None)
+
+
 def test_the_command(monkeypatch, tmp_path):
     """One small table from end to end; the full one is compiled in test_table."""
-    from ibp_triton.kernels.workbench import cases
-
-    monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
-    monkeypatch.setattr(cases, "merged_cases", lambda make: None)
-    monkeypatch.setattr(cases, "norm_cases", lambda make: None)
+    only(monkeypatch, "other_cases")
     monkeypatch.setattr(kernel_report, "DTYPES", ("float32",))
     monkeypatch.setattr(kernel_report, "steps", lambda: [step_counts.count("mnist", ibp.BP(), 32)])
     forecast = [predictions.Prediction("H100", "mnist", "loss_ibp", 32, "float32", 231.0, 358.0)]
@@ -118,11 +133,7 @@ def kernels(*arguments):
 
 
 def test_rows_are_filtered_and_sorted(monkeypatch):
-    from ibp_triton.kernels.workbench import cases
-
-    monkeypatch.setattr(cases, "matrix_cases", lambda make: None)
-    monkeypatch.setattr(cases, "merged_cases", lambda make: None)
-    monkeypatch.setattr(cases, "norm_cases", lambda make: None)
+    only(monkeypatch, "other_cases")
     methods = [ibp.BP(), ibp.FastAdversarialTraining(0.1)]
     counted = [step_counts.count("mnist", method, 32) for method in methods]
     monkeypatch.setattr(kernel_report, "steps", lambda: counted)
@@ -140,6 +151,22 @@ def test_rows_are_filtered_and_sorted(monkeypatch):
     sizes = [float(line.split("│")[11].replace(",", "")) for line in table.splitlines() if "│ pool_gather" in line]
     assert len(sizes) > 1
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_activations_and_attention_have_rows(monkeypatch):
+    """Each of their kernels, in words that tell them apart; what attention moves on an H100 is what it must."""
+    monkeypatch.setattr(kernel_report, "steps", list)
+    result = kernels("--only", "64 tokens, heads of 64", "--only", "bfloat16", "--json", "-")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)["kernels"]
+    assert {row["kernel"] for row in found} == {"attend", "push", "pull"}
+    assert all((row["spills"], row["loaded"] + row["stored"]) == (0, row["unique_bytes"]) for row in found)
+    result = kernels("--only", "784→512", "--only", "float32", "--json", "-")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.output)["kernels"]
+    words = {"784→512, GELU", "784→512, GELU TANH", "784→512, SILU", "784→512, slope", "784→512, sign, slope"}
+    assert {row["case"].split(", 7 splits")[0] for row in rows} >= words
+    assert all(row["spills"] == 0 for row in rows)
 
 
 def test_a_filter_without_rows_and_an_unknown_column_are_refused(monkeypatch):

@@ -3,15 +3,12 @@
 import pytest
 import torch
 
-from ibp_triton.kernels import tiles
-from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.workbench import aot, cases
 
 
 def compiled(family, dtype, collect):
     """Launches with what came of them, each kernel once."""
-    with tiles.on_chip(family), recording(execute=False) as launches:
-        collect(cases.zeros(dtype))
+    launches = cases.collected(family, dtype, False, collect)
     kernels = {aot.signature(launch): launch for launch in launches if launch.name != "combine"}
     return [(launch, aot.compile_launch(launch, family)) for launch in kernels.values()]
 

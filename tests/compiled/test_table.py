@@ -60,8 +60,7 @@ def test_the_table_compiles(family, dtype, tf32):
 @pytest.mark.slow
 def test_kernels_of_replicas_compile_as_those_of_one(family, dtype, tf32):
     """No spills, and every load of an operand as wide as alignment allows."""
-    with tiles.on_chip(family), cases.allowing_tf32(tf32), recording(execute=False) as launches:
-        cases.replicated_cases(cases.zeros(getattr(torch, dtype)))
+    launches = cases.collected(family, getattr(torch, dtype), tf32, cases.replicated_cases)
     assert all(launch.arguments["REPLICATED"] for launch in launches)
     for launch in {aot.signature(launch): launch for launch in launches}.values():
         built = aot.compile_launch(launch, family)
@@ -139,9 +138,8 @@ def test_every_row_of_the_table_is_reached():
     for family, dtype, tf32 in PAIRS:
         for launch in cases.launches(family, getattr(torch, dtype), tf32):
             reached.add(launch.config)
-        with tiles.on_chip(family), cases.allowing_tf32(tf32), recording(execute=False) as launches:
-            cases.attention_cases(cases.zeros(getattr(torch, dtype)))
-        reached |= {launch.config for launch in launches}
+        others = cases.collected(family, getattr(torch, dtype), tf32, cases.attention_cases)
+        reached |= {launch.config for launch in others}
     assert {row.config for row in tiles.TABLE} == reached
 
 

@@ -127,17 +127,18 @@ def norm_cases(make: Make) -> None:
         weight = make(x.shape[1])
         _, statistics = group_norm(x, groups, weight, weight)
         for tangents in (1, 5):
-            v = make(tangents, *x.shape)
+            v, right = make(tangents, *x.shape), make(tangents, *x.shape)
             group_norm_vjp(v, x, statistics, groups, weight, sums=tangents == 1)
-            group_norm_jvp(v, x, statistics, groups, weight, right=v if tangents == 1 else None)
-            group_norm_cross(v, v, x, statistics, groups)
+            group_norm_jvp(v, x, statistics, groups, weight, right=right if tangents == 1 else None)
+            group_norm_cross(v, right, x, statistics, groups)
             if whole(x, groups):
-                group_norm_curvature(v, v, x, statistics, groups, weight)
+                group_norm_curvature(v, right, x, statistics, groups, weight)
     for x in (make(BATCH, 64, 32, 32), make(BATCH * 64, 256)):
-        one, v = torch.zeros(x.shape[1]), make(1, *x.shape)
-        for some in (v, make(5, *x.shape)):
-            _, sums = batch_norm_project(some, x, one, one, make(x.shape[1]))
-            batch_norm_cross(some, some, sums, x, one, one)
+        mean, rstd = torch.zeros(x.shape[1]), torch.zeros(x.shape[1])
+        for tangents in (1, 5):
+            v, right = make(tangents, *x.shape), make(tangents, *x.shape)
+            _, sums = batch_norm_project(v, x, mean, rstd, make(x.shape[1]))
+            batch_norm_cross(v, right, sums, x, mean, rstd)
     x = make(BATCH * 64, 768)
     _, statistics = group_norm(x, 1, x[0], centred=False)
     group_norm_jvp(x[None], x, statistics, 1, x[0])
@@ -156,8 +157,8 @@ def activation_cases(make: Make) -> None:
         linear(x, w, slope=slope, sign=True)
     for activation in smooth:
         for tangents in (1, 5):
-            v = make(tangents, BATCH * 197, 768)
-            activation_curvature(v, v, v[0], activation)
+            v, right = make(tangents, BATCH * 197, 768), make(tangents, BATCH * 197, 768)
+            activation_curvature(v, right, make(BATCH * 197, 768), activation)
 
 
 def attention_cases(make: Make) -> None:
@@ -182,17 +183,22 @@ def zeros(dtype: torch.dtype) -> Make:
     return make
 
 
-def launches(family: str, dtype: torch.dtype, tf32: bool = False) -> list[Launch]:
-    """The launches of all cases on a chip family in a dtype, none of them run; float32 with or without tf32."""
-    make = zeros(dtype)
+def collected(family: str, dtype: torch.dtype, tf32: bool, *cases: Callable[[Make], None]) -> list[Launch]:
+    """The launches of cases on a chip family in a dtype, none of them run; float32 with or without tf32."""
     with on_chip(family), allowing_tf32(tf32), recording(execute=False) as record:
-        matrix_cases(make)
-        if dtype == torch.float32 and not tf32:
-            merged_cases(make)
-        if not tf32 and dtype != torch.float16:  # as in bfloat16: they widen what they load
-            other_cases(make)
-            norm_cases(make)
+        for some in cases:
+            some(zeros(dtype))
     return record
+
+
+def launches(family: str, dtype: torch.dtype, tf32: bool = False) -> list[Launch]:
+    """Those of the table's cases."""
+    chosen = [matrix_cases]
+    if dtype == torch.float32 and not tf32:
+        chosen.append(merged_cases)
+    if not tf32 and dtype != torch.float16:  # as in bfloat16: they widen what they load
+        chosen += [other_cases, norm_cases]
+    return collected(family, dtype, tf32, *chosen)
 
 
 @contextmanager
