@@ -4,6 +4,7 @@ VENV ?= .venv
 RUN = . $(VENV)/bin/activate &&
 STAMP = $(VENV)/.complete
 CPUS ?= 2
+FAMILIES = sm_80 sm_90 sm_100 gfx942 gfx1100
 VERSIONS = 3.10 3.11 3.12 3.13
 EXTRAS = --extra all --extra dev --extra zoo --extra docs --extra ray --extra slurm --extra optuna --extra s3
 # An object store for tests.
@@ -15,7 +16,7 @@ TIED = timm torchvision accelerate lightning lightning-utilities pytorch-lightni
 # A test that needs one thread gives the same bits on every machine; two pytest workers fill two cores.
 TEST_ENV = OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: setup quickstart test suites wheel zoo boards cluster browser docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full gpu gpu-quick mutants clean
+.PHONY: setup quickstart test suites wheel zoo boards cluster browser docs resolve constraints lint format bench bench-ratios bench-modern bench-modern-full gpu gpu-quick kernel-report mutants clean
 
 setup: $(STAMP)
 
@@ -138,6 +139,10 @@ bench-ratios bench-modern bench-modern-full: bench-%: setup
 # All that there is to prove on a GPU, in 20 minutes, or the essential in 3: results in benchmarks/gpu, named by the card.
 gpu gpu-quick: gpu%: setup
 	$(RUN) python -m benchmarks.gpu $(if $*,--quick)
+
+# What the compiler makes of each kernel for each chip family, which need not be there, and what a step launches: minutes.
+kernel-report: setup
+	$(RUN) ibp-triton kernels $(FAMILIES:%=--target %) --markdown docs/kernel_report.md --figure docs/kernels.svg > /dev/null
 
 # A seeded sample of small faults, and whether the tests notice: 90 minutes at most, goes on where it stopped.
 mutants: setup

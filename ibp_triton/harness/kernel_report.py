@@ -8,8 +8,9 @@ interpreter's, kernel by kernel, are equal to them in the tests), the floor is a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,39 +54,47 @@ class KernelRow:
         return (self.loaded + self.stored) / max(1, self.unique_bytes)
 
 
-def kernel_rows(target: str, only: Sequence[str] = ()) -> list[KernelRow]:
-    """Every case of `workbench.cases`, compiled for a chip family; a kernel that compiles alike twice stands once.
-
-    With `only` those that have each of these words in kernel, case, dtype or target; no other is compiled.
-    """
+def distinct(target: str) -> Iterator[tuple[str, Any]]:
+    """Every case of `workbench.cases` on a chip family, with its dtype; what compiles alike comes once."""
     from ibp_triton.kernels.workbench import aot, cases  # here, so that the harness does without triton
 
-    rows, seen = [], set()
+    seen = set()
     for dtype in DTYPES:
         if dtype == "tf32" and target == "gfx1100":
             continue
         settings = (target, KINDS[dtype], dtype == "tf32")
         others = cases.collected(*settings, cases.activation_cases, cases.attention_cases)
         for record in cases.launches(*settings) + others:
-            if not has_words(only, record.name, _case(record.arguments), dtype, target):
-                continue
             signature = aot.signature(record)
             if signature not in seen:
                 seen.add(signature)
-                rows.append(_row(record, dtype, target, aot.compile_launch(record, target)))
-    return rows
+                yield dtype, record
+
+
+def kernel_rows(target: str, only: Sequence[str] = ()) -> list[KernelRow]:
+    """The distinct kernels, compiled for a chip family.
+
+    With `only` those that have each of these words in kernel, case, dtype or target; no other is compiled.
+    """
+    from ibp_triton.kernels.workbench import aot
+
+    return [
+        _row(record, dtype, target, aot.compile_launch(record, target))
+        for dtype, record in distinct(target)
+        if has_words(only, record.name, case(record.arguments), dtype, target)
+    ]
 
 
 def _row(record: Any, dtype: str, target: str, built: Any) -> KernelRow:
     cost = record.cost
     return KernelRow(
-        record.name, _case(record.arguments), dtype, target, built.registers, built.spills, built.shared,
+        record.name, case(record.arguments), dtype, target, built.registers, built.spills, built.shared,
         round(built.occupancy, 3), built.matrix, built.load_bits, cost.loaded, cost.stored, record.unique_bytes,
         cost.flops, cost.padded_flops,
     )  # fmt: skip
 
 
-def _case(arguments: dict[str, Any]) -> str:
+def case(arguments: dict[str, Any]) -> str:
     """The launch in a few words: sizes, direction, what is fused."""
     from ibp_triton.kernels.smooth import Activation
 
@@ -225,6 +234,12 @@ NOTE = (
     f"at {BANDWIDTH / 1e12:g} TB/s and FLOPs at {PEAK / 1e12:g} TFLOP/s (float32 without matrix units): no measure. "
     "Eager: the operators that PyTorch's autograd runs for the same gradient, the bytes of their inputs and outputs."
 )
+KERNEL_NOTE = (
+    "One launch of each kind, compiled ahead of time by Triton {version}: registers a thread, spills (bytes; registers "
+    "on AMD), shared bytes a program, occupancy as registers and shared memory bound it, the matrix instruction, the "
+    "widest load. FLOPs are those of matrix products: one column and `pooled_conv` have none. Moved/unique is below 1 "
+    "where a launch leaves a part of its tensors alone."
+)
 KERNEL_HEAD = (
     *("kernel", "case", "dtype", "target", "regs", "spills", "shared", "occup.", "matrix", "load bits"),
     *("loaded kB", "stored kB", "unique kB", "moved/unique", "MFLOP", "padded"),
@@ -272,15 +287,18 @@ def as_markdown(
     forecast: Sequence[Prediction] = (),
     costs: Sequence[HostCost] = (),
 ) -> str:
-    """The tables with their notes, as Markdown."""
-    parts = ["### One training step before the optimizer\n", _pipes(STEP_HEAD, map(step_cells, counted)), NOTE + "\n"]
+    """The tables with their notes, as a page of Markdown."""
+    note = KERNEL_NOTE.format(version=version("triton"))
+    parts = ["## One training step before the optimizer\n", _pipes(STEP_HEAD, map(step_cells, counted)), NOTE + "\n"]
     if forecast:
         table = _pipes(predictions.head(forecast), predictions.lines(forecast))
-        parts = ["### One captured step, predicted µs\n", table, predictions.NOTE + "\n", *parts]
+        parts = ["## One captured step, predicted µs\n", table, predictions.NOTE + "\n", *parts]
     if costs:
         table = _pipes(host_costs.HEAD, map(host_costs.cells, costs))
-        parts = ["### The host's part of a step\n", table, host_costs.NOTE + "\n", *parts]
-    return "\n".join([*parts, "### Kernels\n", _pipes(KERNEL_HEAD, map(kernel_cells, rows))])
+        parts = ["## The host's part of a step\n", table, host_costs.NOTE + "\n", *parts]
+    return "\n".join(
+        ["# Kernel report\n", *parts, "## Kernels\n", note + "\n", _pipes(KERNEL_HEAD, map(kernel_cells, rows))]
+    )
 
 
 def _pipes(head: Sequence[str], rows: Any) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import ibp_triton as ibp
 from ibp_triton.harness import eager, host_costs, kernel_report, predictions, step_counts
 from ibp_triton.harness.cli import app
 from ibp_triton.kernels.launcher import recording
-from ibp_triton.kernels.workbench import cases
+from ibp_triton.kernels.workbench import aot, cases
 
 
 def test_loss_ibp_on_mnist():
@@ -167,6 +168,17 @@ def test_activations_and_attention_have_rows(monkeypatch):
     words = {"784→512, GELU", "784→512, GELU TANH", "784→512, SILU", "784→512, slope", "784→512, sign, slope"}
     assert {row["case"].split(", 7 splits")[0] for row in rows} >= words
     assert all(row["spills"] == 0 for row in rows)
+
+
+def test_the_page_has_todays_kernels_and_steps():
+    """By their words: what the compiler makes of them depends on its version."""
+    page = (Path(__file__).parents[2] / "docs" / "kernel_report.md").read_text(encoding="utf-8")
+    step = step_counts.count("mnist", ibp.LossIBP(0.1), 32)
+    assert f"| {' | '.join(kernel_report.step_cells(step))} |" in page
+    for family in aot.CHIPS:
+        found = [(one.name, kernel_report.case(one.arguments), dtype) for dtype, one in kernel_report.distinct(family)]
+        lines = [line[2:].split(" | ") for line in page.splitlines() if f" | {family} | " in line]
+        assert [tuple(line[:3]) for line in lines] == found
 
 
 def test_a_filter_without_rows_and_an_unknown_column_are_refused(monkeypatch):
