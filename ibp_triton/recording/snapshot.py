@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ibp_triton.layer import wrapped
 from ibp_triton.members import buffers_of, modules_of
 from ibp_triton.randomness import RandomState
 
@@ -38,7 +39,8 @@ class Snapshot:
         with torch.no_grad():
             for module, name, buffer, numbers in self.buffers:
                 module._buffers[name] = buffer
-                buffer.data.copy_(numbers)  # unseen by autograd, as a layer's graph may hold the buffer
+                # unseen by autograd, as a layer's graph may hold the buffer; vmap refuses `data`
+                (buffer if wrapped(buffer) else buffer.data).copy_(numbers)
 
     @contextmanager
     def again(self, x: Tensor) -> Iterator[None]:
