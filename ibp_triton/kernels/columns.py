@@ -7,6 +7,9 @@ for all tangents in the first and in the last. Of E numbers of B bytes, C channe
     sums        B E (1 + T) + 8 C parts (1 + T)                                 needed B E (1 + T) + 8 C (1 + T)
     its parts   8 C T (parts + 1)
     sweep       B E (1 + 2 T) + (8 C + G) programs + 8 C T blocks of positions  needed B E (1 + 2 T) + 8 C (1 + T) + G
+
+If REPLICATED the third axis of the grid is that of replicas, and with ``replicated`` all tensors have it in front, as
+in `norm_rows`.
 """
 
 # Device code under @triton.jit has no Python types:
@@ -24,11 +27,12 @@ from ibp_triton.kernels.combine import combination
 from ibp_triton.kernels.gates import same_layout
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
 from ibp_triton.kernels.norms import dense
-from ibp_triton.kernels.plans import Layout, planned
+from ibp_triton.kernels.plans import Layout, Result, planned
+from ibp_triton.kernels.replica_axis import beside, taken_apart
 from ibp_triton.kernels.tiles import multiprocessors, select
 
 
-@triton.jit(do_not_specialize=["samples", "tangents"])
+@triton.jit(do_not_specialize=["samples", "tangents", "v_r", "r_r", "x_r", "mean_r", "rstd_r", "sums_r"])
 def column_sums(
     v,
     r,
@@ -40,13 +44,22 @@ def column_sums(
     share,
     samples,
     tangents,
+    v_r,
+    r_r,
+    x_r,
+    mean_r,
+    rstd_r,
+    sums_r,
     IMAGE: tl.constexpr,
+    REPLICATED: tl.constexpr,
     CROSS: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Σ x̂ v[t] and Σ v[t] over a part of the positions, or Σ_t r[t] P(v[t]) if CROSS; grid (channel blocks, parts).
+    """Σ x̂ v[t] and Σ v[t] over a part of the positions, or Σ_t r[t] P(v[t]) if CROSS.
+
+    Grid (channel blocks, parts, replicas).
 
     Pointers:
         v, r: [tangents, samples, C, pixels], dense in a tangent by IMAGE's strides, any float type; r if CROSS.
@@ -59,6 +72,15 @@ def column_sums(
     """
     C: tl.constexpr = IMAGE[0]
     positions = samples * IMAGE[1]
+    if REPLICATED:
+        replica = tl.program_id(2).to(tl.int64)
+        v += replica * v_r * tangents * positions * C
+        r += replica * r_r * tangents * positions * C
+        x += replica * x_r * positions * C
+        mean += replica * mean_r * C
+        rstd += replica * rstd_r * C
+        sums += replica * sums_r * tangents * (2 * C)
+        partial += replica * tl.num_programs(1) * C * (1 if CROSS else 2 * tangents)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     lane = tl.arange(0, LANES)
     inside = c < C
@@ -92,7 +114,7 @@ def column_sums(
         tl.store(out + C, tl.sum(second, 1), mask=kept)
 
 
-@triton.jit(do_not_specialize=["samples", "tangents"])
+@triton.jit(do_not_specialize=["samples", "tangents", "v_r", "x_r", "mean_r", "rstd_r", "weight_r"])
 def column_sweep(
     v,
     x,
@@ -104,17 +126,32 @@ def column_sweep(
     share,
     samples,
     tangents,
+    v_r,
+    x_r,
+    mean_r,
+    rstd_r,
+    weight_r,
     IMAGE: tl.constexpr,
+    REPLICATED: tl.constexpr,
     WEIGHT: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out[t] = γ P(v[t])/s by the sums of `column_sums`; grid (channel blocks, blocks of positions).
+    """out[t] = γ P(v[t])/s by the sums of `column_sums`; grid (channel blocks, blocks of positions, replicas).
 
     Pointers as there; out is like v, weight [C] of any float type, read when WEIGHT.
     """
     C: tl.constexpr = IMAGE[0]
     positions = samples * IMAGE[1]
+    if REPLICATED:
+        replica = tl.program_id(2).to(tl.int64)
+        v += replica * v_r * tangents * positions * C
+        x += replica * x_r * positions * C
+        mean += replica * mean_r * C
+        rstd += replica * rstd_r * C
+        sums += replica * tangents * (2 * C)
+        weight += replica * weight_r * C
+        out += replica * tangents * positions * C
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     middle = tl.load(mean + c, mask=inside, other=0.0)[None, :]
@@ -136,7 +173,7 @@ def column_sweep(
 
 
 def batch_norm_project(
-    v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None = None
+    v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None = None, *, replicated: bool = False
 ) -> tuple[Tensor, Tensor]:
     """γ P(v)/s, a batch norm's reverse and linear sweep alike, and the sums of each channel, in two or three launches.
 
@@ -145,27 +182,32 @@ def batch_norm_project(
         x: [N, C, ...], contiguous or channels last; float32, bfloat16 or float16.
         mean, rstd: μ and 1/s of each channel over the batch, [C] float32.
         weight: γ, [C], any float type; 1 without.
+        replicated: tensors have an axis of replicas in front, of stride 0 where these share one.
 
     Returns: like v; Σ x̂ v and Σ v, [T, 2, C] float32: the gradients of γ and b for a derivative v.
     Raises: ValueError for shapes, dtypes or strides that do not match, and for T over 64.
     """
-    plan = planned(_sums, (), v, None, x, mean, rstd)
-    sums = _summed(plan, v, v, x, mean, rstd, mean)
-    out = torch.empty_like(v)
-    launch(planned(_sweep, (), v, x, mean, rstd, weight), v, x, mean, rstd, sums, x if weight is None else weight, out)
-    return out, sums.view(len(v), 2, x.shape[1])
+    v, x, mean, rstd, weight = beside(replicated, v, x, mean, rstd, weight)
+    sums = _summed(planned(_sums, (replicated,), v, None, x, mean, rstd, None), v, v, x, mean, rstd, mean)
+    sweep = planned(_sweep, (replicated,), v, x, mean, rstd, weight)
+    out = sweep.out.empty(v)
+    launch(sweep.plan, v, x, mean, rstd, sums, x if weight is None else weight, out)
+    return out, sums
 
 
-def batch_norm_cross(v: Tensor, right: Tensor, sums: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+def batch_norm_cross(
+    v: Tensor, right: Tensor, sums: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *, replicated: bool = False
+) -> Tensor:
     """Σ r P(v) of each channel, over tangents as well: γ's tangent term times s, [C] float32.
 
     Args:
-        v, x, mean, rstd: as for `batch_norm_project`; right is like v.
+        v, x, mean, rstd, replicated: as for `batch_norm_project`; right is like v.
         sums: [T, 2, C], those of v that `batch_norm_project` gives.
 
     Raises: ValueError for shapes, dtypes or strides that do not match, and for T over 64.
     """
-    plan = planned(_sums, (), v, right, x, mean, rstd)
+    v, right, x, mean, rstd, sums = beside(replicated, v, right, x, mean, rstd, sums)
+    plan = planned(_sums, (replicated,), v, right, x, mean, rstd, sums)
     return _summed(plan, v, right, x, mean, rstd, sums)
 
 
@@ -187,37 +229,48 @@ def _summed(plan: _Columns, v: Tensor, r: Tensor, x: Tensor, mean: Tensor, rstd:
     return out
 
 
-def _sums(v: Tensor, right: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor) -> _Columns:
+def _sums(
+    axis: bool, v: Tensor, right: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, sums: Tensor | None
+) -> _Columns:
+    replicas, (v, right, x, mean, rstd, sums) = taken_apart(axis, v, right, x, mean, rstd, sums)
     _check(x, mean, rstd, None, v, *([] if right is None else [right]))
     channels, tangents, cross = x.shape[1], len(v), right is not None
+    if sums is not None and (sums.shape != (tangents, 2, channels) or not sums.is_contiguous()):
+        raise ValueError(f"sums must be [{tangents}, 2, {channels}], contiguous, not {tuple(sums.shape)}")
     positions = x.numel() // channels
     lanes = triton.next_power_of_2(max(tangents, 1))
     config = select("columns", "sums", x)
     block_p, block_c = _tile(x, config.block_m // lanes)
     columns = cdiv(channels, block_c)
-    parts = max(1, min(cdiv(positions, 4 * block_p), cdiv(2 * multiprocessors(x), columns)))
-    width = channels * (1 if cross else 2 * tangents)
-    partial, out = Layout.dense((parts, 1, width), torch.float32), Layout.dense((width,), torch.float32)
+    most = cdiv(2 * multiprocessors(x), columns * replicas.count)
+    parts = max(1, min(cdiv(positions, 4 * block_p), most))
+    shape = (channels,) if cross else (tangents, 2, channels)
+    partial = Layout.dense((parts, 1, math.prod(shape)), torch.float32)
+    out = Layout.dense(shape, torch.float32)
     numbers = v.numel() * (2 if cross else 1) + x.numel()
     first = LaunchPlan(
         column_sums,
-        (columns, parts, 1),
+        (columns, parts, replicas.count),
         {
-            "share": _share(positions), "samples": len(x), "tangents": tangents, "IMAGE": _view(x), "CROSS": cross,
-            "LANES": lanes, "BLOCK_P": block_p, "BLOCK_C": block_c,
+            "share": _share(positions), "samples": len(x), "tangents": tangents,
+            **dict(zip(("v_r", "r_r", "x_r", "mean_r", "rstd_r", "sums_r"), replicas.owned, strict=True)),
+            "IMAGE": _view(x), "REPLICATED": replicas.several, "CROSS": cross, "LANES": lanes,
+            "BLOCK_P": block_p, "BLOCK_C": block_c,
         },
         config,
         Cost(
             numbers * x.element_size() + 8 * channels * parts * (1 + (tangents if cross else 0)),
             partial.bytes,
             pointers={"x": x.numel() * x.element_size()},
-        ),
+        ).times(replicas.count),
+        replicas.count,
     )  # fmt: skip
-    second = None if parts == 1 or width == 0 else combination(x, partial, out)
-    return _Columns(first, partial, out, second)
+    second = None if parts == 1 or out.numel == 0 else combination(x, partial, out, replicas=replicas.only(0, 0))
+    return _Columns(first, replicas.layout(partial), replicas.layout(out), second)
 
 
-def _sweep(v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> LaunchPlan:
+def _sweep(axis: bool, v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Result:
+    replicas, (v, x, mean, rstd, weight) = taken_apart(axis, v, x, mean, rstd, weight)
     _check(x, mean, rstd, weight, v)
     channels, tangents, positions = x.shape[1], len(v), x.numel() // x.shape[1]
     config = select("columns", "sweep", x)
@@ -225,20 +278,24 @@ def _sweep(v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | No
     columns, blocks = cdiv(channels, block_c), cdiv(positions, block_p)
     rows = min(blocks, 65535)
     gain = 0 if weight is None else weight.element_size()
-    return LaunchPlan(
+    plan = LaunchPlan(
         column_sweep,
-        (columns, rows, 1),
+        (columns, rows, replicas.count),
         {
-            "share": _share(positions), "samples": len(x), "tangents": tangents, "IMAGE": _view(x),
-            "WEIGHT": weight is not None, "BLOCK_P": block_p, "BLOCK_C": block_c,
+            "share": _share(positions), "samples": len(x), "tangents": tangents,
+            **dict(zip(("v_r", "x_r", "mean_r", "rstd_r", "weight_r"), replicas.owned, strict=True)),
+            "IMAGE": _view(x), "REPLICATED": replicas.several, "WEIGHT": weight is not None,
+            "BLOCK_P": block_p, "BLOCK_C": block_c,
         },
         config,
         Cost(
             (x.numel() + v.numel()) * x.element_size() + channels * ((8 + gain) * rows + 8 * tangents * blocks),
             v.numel() * x.element_size(),
             pointers={"x": x.numel() * x.element_size()},
-        ),
+        ).times(replicas.count),
+        replicas.count,
     )  # fmt: skip
+    return Result(replicas.layout(Layout.of(torch.empty_like(v, device="meta"))), plan)
 
 
 def _share(positions: int) -> float:

@@ -9,6 +9,9 @@ With P(v) = v − mean(v) − x̂ mean(x̂ v), u = γ d, b = mean(x̂ u) and c =
 
 RMS norm has neither μ nor mean(v). Pixels of a row that is longer than a tile are walked in blocks, twice. Statistics
 and sums are float32.
+
+If REPLICATED the second axis of the grid is that of replicas: each tensor has it in front, without gaps, or is shared
+where the number in its name's `_r` is 0 instead of 1.
 """
 
 # Device code under @triton.jit has no Python types:
@@ -59,7 +62,7 @@ def parameter(pointer, channel, inside, READ: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["samples"])
+@triton.jit(do_not_specialize=["samples", "x_r", "weight_r", "bias_r"])
 def normalise(
     x,
     weight,
@@ -68,7 +71,11 @@ def normalise(
     statistics,
     samples,
     eps,
+    x_r,
+    weight_r,
+    bias_r,
     VIEW: tl.constexpr,
+    REPLICATED: tl.constexpr,
     CENTRED: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -76,7 +83,9 @@ def normalise(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out = γ (x − μ)/s + b with s² = mean((x − μ)²) + eps over each row, μ = 0 unless CENTRED; grid (groups × parts).
+    """out = γ (x − μ)/s + b with s² = mean((x − μ)²) + eps over each row, μ = 0 unless CENTRED.
+
+    Grid (groups × parts, replicas).
 
     Pointers:
         x, out: [samples, C, pixels] by VIEW's strides; any float type.
@@ -92,6 +101,13 @@ def normalise(
     group = tl.program_id(0) % GROUPS
     part = tl.program_id(0) // GROUPS
     parts = tl.num_programs(0) // GROUPS
+    if REPLICATED:
+        replica = tl.program_id(1).to(tl.int64)
+        x += replica * x_r * samples * VIEW[3]
+        out += replica * samples * VIEW[3]
+        statistics += replica * samples * (GROUPS * (2 if CENTRED else 1))
+        weight += replica * weight_r * (GROUPS * WIDTH)
+        bias += replica * bias_r * (GROUPS * WIDTH)
     c = tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)[None, :, None]
     channel = group * WIDTH + c
@@ -144,7 +160,7 @@ def normalise(
             tl.store(statistics + samples * GROUPS + row, mean, mask=live)
 
 
-@triton.jit(do_not_specialize=["samples", "tangents"])
+@triton.jit(do_not_specialize=["samples", "tangents", "v_r", "r_r", "x_r", "statistics_r", "weight_r"])
 def project(
     v,
     r,
@@ -157,7 +173,13 @@ def project(
     samples,
     tangents,
     beyond,
+    v_r,
+    r_r,
+    x_r,
+    statistics_r,
+    weight_r,
     VIEW: tl.constexpr,
+    REPLICATED: tl.constexpr,
     CENTRED: tl.constexpr,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
@@ -169,7 +191,9 @@ def project(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out[t] = P(γ v[t])/s if INNER, γ P(v[t])/s if OUTER, and sums of each part for γ and b; grid (groups × parts).
+    """out[t] = P(γ v[t])/s if INNER, γ P(v[t])/s if OUTER, and sums of each part for γ and b.
+
+    Grid (groups × parts, replicas).
 
     Pointers:
         v, out: [tangents, samples, C, pixels], dense in a tangent by VIEW's strides, any float type; out when STORE.
@@ -177,7 +201,8 @@ def project(
         x: [samples, C, pixels] by VIEW's strides; read once for all tangents (twice where a row is over a tile).
         statistics: as of `normalise`.
         weight: [C], any float type; read when INNER or OUTER.
-        total: [C], `beyond` elements from part to part, float32: Σ v x̂ if SUMS, Σ r P(v)/s if CROSS.
+        total: [C], `beyond` elements from part to part (and from the last to the next replica's first), float32: Σ v x̂
+            if SUMS, Σ r P(v)/s if CROSS.
         shift: likewise Σ v; written when SUMS.
 
     VIEW as of `normalise`. LANES is a power of two, at least `tangents`, where a row is over a tile.
@@ -190,6 +215,16 @@ def project(
     part = tl.program_id(0) // GROUPS
     parts = tl.num_programs(0) // GROUPS
     size = samples * GROUPS * COUNT
+    if REPLICATED:
+        replica = tl.program_id(1).to(tl.int64)
+        v += replica * v_r * tangents * size
+        r += replica * r_r * tangents * size
+        x += replica * x_r * size
+        statistics += replica * statistics_r * samples * (GROUPS * (2 if CENTRED else 1))
+        weight += replica * weight_r * (GROUPS * WIDTH)
+        out += replica * tangents * size
+        total += replica * parts * beyond
+        shift += replica * parts * beyond
     c = tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)[None, :, None]
     lanes = tl.arange(0, LANES)[None, None, :]
@@ -270,7 +305,7 @@ def project(
             tl.store(shift + place, tl.sum(tl.sum(second_sum, 1), 0), mask=c < WIDTH)
 
 
-@triton.jit(do_not_specialize=["samples", "tangents"])
+@triton.jit(do_not_specialize=["samples", "tangents", "d_r", "v_r", "x_r", "statistics_r", "weight_r"])
 def bend(
     d,
     v,
@@ -280,14 +315,20 @@ def bend(
     out,
     samples,
     tangents,
+    d_r,
+    v_r,
+    x_r,
+    statistics_r,
+    weight_r,
     VIEW: tl.constexpr,
+    REPLICATED: tl.constexpr,
     CENTRED: tl.constexpr,
     WEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out = the curvature of d[t] along v[t], summed over t: grid (groups × parts).
+    """out = the curvature of d[t] along v[t], summed over t: grid (groups × parts, replicas).
 
     Pointers:
         d, v: [tangents, samples, C, pixels], dense in a tangent by VIEW's strides, any float type.
@@ -304,6 +345,14 @@ def bend(
     part = tl.program_id(0) // GROUPS
     parts = tl.num_programs(0) // GROUPS
     size = samples * GROUPS * COUNT
+    if REPLICATED:
+        replica = tl.program_id(1).to(tl.int64)
+        d += replica * d_r * tangents * size
+        v += replica * v_r * tangents * size
+        x += replica * x_r * size
+        statistics += replica * statistics_r * samples * (GROUPS * (2 if CENTRED else 1))
+        weight += replica * weight_r * (GROUPS * WIDTH)
+        out += replica * size
     c = tl.arange(0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)[None, :, None]
     channel = group * WIDTH + c

@@ -26,6 +26,11 @@ class Replicas:
         """REPLICATED of the kernels."""
         return self.count > 1
 
+    @property
+    def owned(self) -> tuple[int, ...]:
+        """Of tensors `side_by_side`: 1 for one of which each replica has its own, 0 for one that all share."""
+        return tuple(int(step > 0) for step in self.strides)
+
     def layout(self, one: Layout) -> Layout:
         """Of all replicas' results, each laid out like `one`, one behind the other."""
         return Layout((self.count, *one.shape), (one.numel, *one.strides), one.dtype) if self.axis else one
@@ -41,6 +46,11 @@ def side_by_side(tensor: Tensor) -> Tensor:
         return tensor
     one = Layout.of(torch.empty_like(tensor[0], device="meta"))
     return Replicas(len(tensor), True, ()).layout(one).empty(tensor).copy_(tensor)
+
+
+def beside(axis: bool, *tensors: Tensor | None) -> list[Any]:
+    """Each of several `side_by_side`, if there is an axis of replicas."""
+    return [side_by_side(t) if axis and t is not None else t for t in tensors]
 
 
 def in_place(number: float | Tensor) -> float | Tensor:

@@ -49,17 +49,17 @@ REPLICATED: dict[Any, Callable[..., Any]] = {
     ops.objective: _objective,
     ops.fgsm_step: _fgsm_step,
     ops.relu: partial(gates.relu, replicated=True),
+    norms.group_norm: partial(norms.norm, replicated=True),
+    norms.group_norm_vjp: partial(norms.norm_vjp, replicated=True),
+    norms.group_norm_jvp: partial(norms.norm_jvp, replicated=True),
+    norms.group_norm_cross: partial(norms.norm_cross, replicated=True),
+    norms.group_norm_curvature: partial(norms.norm_curvature, replicated=True),
+    norms.batch_norm_project: partial(norms.column_project, replicated=True),
+    norms.batch_norm_cross: partial(norms.column_cross, replicated=True),
 }
 EACH = (
     activations.activation_curvature,
     *(attention.attention, attention.attention_jvp, attention.attention_vjp),
-    norms.group_norm,
-    norms.group_norm_vjp,
-    norms.group_norm_jvp,
-    norms.group_norm_cross,
-    norms.group_norm_curvature,
-    norms.batch_norm_project,
-    norms.batch_norm_cross,
 )
 # operator → the axis of samples in each tensor that it takes and gives; from the end where tangents may precede it
 JOINED: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {

@@ -3,6 +3,8 @@
 x [N, C, ...] in groups of channels: 1 for a layer norm of x [rows, C], C for instance norm. ``statistics`` is what
 ``group_norm`` returns beside y; it counts as a part of x, whose derivatives hold its own. Second derivatives are there,
 third ones are not. Derivatives and tangents in another order of axes than x's are copied.
+
+Behind each operator is a function that also takes an axis of replicas in front of all tensors, for vmap's rules.
 """
 
 from __future__ import annotations
@@ -18,6 +20,76 @@ from ibp_triton.kernels import norms as _norms
 from ibp_triton.ops.derivatives import keep_sparse, kept
 
 
+def norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    centred: bool = True,
+    *,
+    replicated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Of ``group_norm``."""
+    return _norms.group_norm(x, groups, weight, bias, eps=eps, centred=centred, replicated=replicated)
+
+
+def norm_vjp(
+    d: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    sums: bool = False,
+    *,
+    replicated: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``group_norm_vjp``."""
+    d = like_x(d, x, replicated)
+    out, *found = _norms.group_norm_vjp(d, x, statistics, groups, weight, sums=sums, replicated=replicated)
+    gain, shift = (_or_empty(one, x, replicated) for one in found)
+    return out, gain, shift
+
+
+def norm_jvp(
+    t: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    right: Tensor | None = None,
+    *,
+    replicated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Of ``group_norm_jvp``."""
+    t, right = like_x(t, x, replicated), None if right is None else like_x(right, x, replicated)
+    out, cross = _norms.group_norm_jvp(t, x, statistics, groups, weight, right=right, replicated=replicated)
+    return out, _or_empty(cross, x, replicated)
+
+
+def norm_cross(
+    t: Tensor, right: Tensor, x: Tensor, statistics: Tensor, groups: int, *, replicated: bool = False
+) -> Tensor:
+    """Of ``group_norm_cross``."""
+    t, right = like_x(t, x, replicated), like_x(right, x, replicated)
+    return _norms.group_norm_cross(t, right, x, statistics, groups, replicated=replicated)
+
+
+def norm_curvature(
+    d: Tensor,
+    t: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    *,
+    replicated: bool = False,
+) -> Tensor:
+    """Of ``group_norm_curvature``."""
+    d, t = like_x(d, x, replicated), like_x(t, x, replicated)
+    return _norms.group_norm_curvature(d, t, x, statistics, groups, weight, replicated=replicated)
+
+
 @custom_op("ibp_triton::group_norm", mutates_args=())
 def group_norm(
     x: Tensor,
@@ -28,7 +100,7 @@ def group_norm(
     centred: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """γ x̂ + b like x, and the statistics [2, N, groups] float32; without ``centred`` an RMS norm, [1, N, groups]."""
-    return _norms.group_norm(x, groups, weight, bias, eps=eps, centred=centred)
+    return norm(x, groups, weight, bias, eps, centred)
 
 
 @custom_op("ibp_triton::group_norm_vjp", mutates_args=())
@@ -36,8 +108,7 @@ def group_norm_vjp(
     d: Tensor, x: Tensor, statistics: Tensor, groups: int, weight: Tensor | None = None, sums: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P(γ d)/s for d [T, N, C, ...], and with ``sums`` Σ d x̂ and Σ d, [C] float32 (else [0])."""
-    out, gain, shift = _norms.group_norm_vjp(like_x(d, x), x, statistics, groups, weight, sums=sums)
-    return out, _or_none(gain, x), _or_none(shift, x)
+    return norm_vjp(d, x, statistics, groups, weight, sums)
 
 
 @custom_op("ibp_triton::group_norm_jvp", mutates_args=())
@@ -45,15 +116,13 @@ def group_norm_jvp(
     t: Tensor, x: Tensor, statistics: Tensor, groups: int, weight: Tensor | None = None, right: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """γ P(t)/s for t [T, N, C, ...], and with ``right`` like t γ's tangent term Σ r P(t)/s, [C] float32 (else [0])."""
-    right = None if right is None else like_x(right, x)
-    out, cross = _norms.group_norm_jvp(like_x(t, x), x, statistics, groups, weight, right=right)
-    return out, _or_none(cross, x)
+    return norm_jvp(t, x, statistics, groups, weight, right)
 
 
 @custom_op("ibp_triton::group_norm_cross", mutates_args=())
 def group_norm_cross(t: Tensor, right: Tensor, x: Tensor, statistics: Tensor, groups: int) -> Tensor:
     """γ's tangent term Σ r P(t)/s alone: t and right [T, N, C, ...] → [C] float32."""
-    return _norms.group_norm_cross(like_x(t, x), like_x(right, x), x, statistics, groups)
+    return norm_cross(t, right, x, statistics, groups)
 
 
 @custom_op("ibp_triton::group_norm_curvature", mutates_args=())
@@ -61,7 +130,22 @@ def group_norm_curvature(
     d: Tensor, t: Tensor, x: Tensor, statistics: Tensor, groups: int, weight: Tensor | None = None
 ) -> Tensor:
     """The derivative of P(γ d)/s along t, d held fixed, summed over tangents: d and t [T, N, C, ...] → like x."""
-    return _norms.group_norm_curvature(like_x(d, x), like_x(t, x), x, statistics, groups, weight)
+    return norm_curvature(d, t, x, statistics, groups, weight)
+
+
+def column_project(
+    v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None = None, *, replicated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Of ``batch_norm_project``."""
+    return _columns.batch_norm_project(like_x(v, x, replicated), x, mean, rstd, weight, replicated=replicated)
+
+
+def column_cross(
+    v: Tensor, right: Tensor, sums: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *, replicated: bool = False
+) -> Tensor:
+    """Of ``batch_norm_cross``."""
+    v, right = like_x(v, x, replicated), like_x(right, x, replicated)
+    return _columns.batch_norm_cross(v, right, sums, x, mean, rstd, replicated=replicated)
 
 
 @custom_op("ibp_triton::batch_norm_project", mutates_args=())
@@ -69,22 +153,30 @@ def batch_norm_project(
     v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """γ P(v)/s over the batch for v [T, N, C, ...], both sweeps of a batch norm, and Σ x̂ v, Σ v: [T, 2, C] float32."""
-    return _columns.batch_norm_project(like_x(v, x), x, mean, rstd, weight)
+    return column_project(v, x, mean, rstd, weight)
 
 
 @custom_op("ibp_triton::batch_norm_cross", mutates_args=())
 def batch_norm_cross(v: Tensor, right: Tensor, sums: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """Σ r P(v) over the batch and tangents, with the sums of ``batch_norm_project``: [C] float32."""
-    return _columns.batch_norm_cross(like_x(v, x), like_x(right, x), sums, x, mean, rstd)
+    return column_cross(v, right, sums, x, mean, rstd)
 
 
-def _or_none(found: Tensor | None, x: Tensor) -> Tensor:
-    return x.new_empty((0,), dtype=torch.float32) if found is None else found
+def _or_empty(found: Tensor | None, x: Tensor, replicated: bool) -> Tensor:
+    return x.new_empty((len(x), 0) if replicated else (0,), dtype=torch.float32) if found is None else found
 
 
-def like_x(v: Tensor, x: Tensor) -> Tensor:
-    """v [T, N, C, ...] in x's order of axes, without gaps; a copy where it lies otherwise."""
-    return v.contiguous() if x.is_contiguous() else v.movedim(2, -1).contiguous().movedim(-1, 2)
+def like_x(v: Tensor, x: Tensor, replicated: bool = False) -> Tensor:
+    """v [T, N, C, ...] in x's order of axes, without gaps; a copy where it lies otherwise.
+
+    With ``replicated`` both have an axis of replicas in front; a v that all share stays so.
+    """
+    if replicated and v.stride(0) == 0:
+        return like_x(v[0], x[0]).expand(v.shape)
+    if (x[0] if replicated else x).is_contiguous():
+        return v.contiguous()
+    channels = 3 if replicated else 2
+    return v.movedim(channels, -1).contiguous().movedim(-1, channels)
 
 
 def _sums(x: Tensor, count: int) -> Tensor:

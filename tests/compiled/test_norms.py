@@ -13,20 +13,30 @@ def compiled(family, dtype, collect):
     return [(launch, aot.compile_launch(launch, family)) for launch in kernels.values()]
 
 
+@pytest.mark.parametrize("collect", [cases.norm_cases, cases.replicated_norm_cases])
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [("sm_90", torch.float32), ("sm_90", torch.bfloat16), ("sm_90", torch.float16), ("gfx942", torch.bfloat16)],
 )
-def test_loads_are_as_wide_as_they_can_be(family, dtype):
+def test_loads_are_as_wide_as_they_can_be(family, dtype, collect):
     """On the other chips the table's test compiles them."""
-    found = compiled(family, dtype, cases.norm_cases)
-    assert len(found) > 30
+    found = compiled(family, dtype, collect)
+    assert len(found) > 25
     for launch, built in found:
         what = f"{launch.name} {aot.signature(launch)[2]} {launch.config}: {built}"
         assert (built.spills, built.fits) == (0, True), what
         names = ("v", "r", "d") if launch.arguments.get("LANES", 1) > 1 else ("x", "v", "r", "d")
         images = [name for name in names if built.by_pointer.get(name)]  # x is the smaller part beside many tangents
         assert all(set(built.by_pointer[name]) == {128} for name in images), what
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", [family for family in aot.CHIPS if family != "sm_90"])
+@pytest.mark.slow
+def test_those_of_replicas_spill_nothing(family, dtype):
+    for launch, built in compiled(family, dtype, cases.replicated_norm_cases):
+        assert launch.arguments["REPLICATED"]
+        assert (built.spills, built.fits) == (0, True), f"{launch.name} {launch.config}: {built}"
 
 
 def odd_cases(make):

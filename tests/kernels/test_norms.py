@@ -193,16 +193,16 @@ def test_bytes_are_within_a_third_of_what_is_needed(shape, groups, dtype):
 
 
 def required(launch):
-    """Bytes of x, the statistics, what is swept and made, γ, b and their gradients, each once."""
+    """Bytes of x, the statistics, what is swept and made, γ, b and their gradients, each once; of all replicas."""
     a = launch.arguments
     size = {name: v.numel() * v.element_size() for name, v in a.items() if isinstance(v, torch.Tensor)}
-    channels = a["weight"].numel()
     if launch.name == "normalise":
         return 2 * size["x"] + size["statistics"] + 2 * size["weight"]
     if launch.name == "bend":
         return 2 * size["x"] + size["d"] + size["v"] + size["statistics"] + size["weight"]
-    results = 4 * channels * (2 * a["SUMS"] + a["CROSS"])
-    return size["x"] + size["v"] * (2 + a["CROSS"]) + size["statistics"] + size["weight"] + results
+    gain = size["weight"] if a["INNER"] or a["OUTER"] else 0
+    results = 4 * a["VIEW"][0] * a["VIEW"][1] * launch.grid[1] * (2 * a["SUMS"] + a["CROSS"])
+    return size["x"] + size["v"] * (1 + a["STORE"] + a["CROSS"]) + size["statistics"] + gain + results
 
 
 def test_what_is_rejected():

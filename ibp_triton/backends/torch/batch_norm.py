@@ -14,7 +14,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ibp_triton.backends.torch.normalisation import Normalisation
 from ibp_triton.checks import readable
-from ibp_triton.layer import HALF, Layer, Names, Tangents, memory_format, wide, without, without_tangents, wrapped
+from ibp_triton.layer import (
+    HALF,
+    Layer,
+    Names,
+    Tangents,
+    memory_format,
+    plus_product,
+    wide,
+    without,
+    without_tangents,
+    wrapped,
+)
 
 
 class BatchNorm(Normalisation):
@@ -86,6 +97,10 @@ class BatchNorm(Normalisation):
         """1/s, [C, 1, ...]."""
         return self.save_rstd.reshape(self.affine)
 
+    def _by_formulas(self, *sides: Tensor) -> bool:
+        """Whether the formulas in plain torch serve: inside vmap, where torch's kernel has no batching rule."""
+        return wrapped(*sides, self.input, self.weight)
+
     def _backward(self, v: Tensor, outer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """γ P(v)/s, Σ x̂ v and Σ v."""
         return self._kernel(v, self.input, self.weight, self.save_mean, self.save_rstd, outer)
@@ -145,7 +160,7 @@ class BatchNorm(Normalisation):
         """γ P(d)/s for x, Σ d x̂ for γ and Σ d for b, all by one call."""
         if isinstance(d, Condensed):
             return {name: d.along if name == "weight" else d.total for name in wanted}
-        if wrapped(d, self.input, self.weight):
+        if self._by_formulas(d):
             return super().vjp(d, wanted)
         if d.dim() == self.input.dim():
             sums = self._sums(d) if set(wanted) - {"input"} else ()
@@ -164,7 +179,7 @@ class BatchNorm(Normalisation):
 
     def jvp(self, t: Tangents) -> Tensor:
         """γ P(t)/s, the same map: γ is constant over a group."""
-        if wrapped(t["input"], self.input, self.weight):
+        if self._by_formulas(t["input"]):
             return super().jvp(t)
         return self._pull_each(t["input"])
 
@@ -172,7 +187,7 @@ class BatchNorm(Normalisation):
         """Σ r P(t)/s for γ."""
         if isinstance(r, Condensed):
             return {"weight": self._condensed_cross(r.pulled, t["input"])} if "weight" in wanted else {}
-        if wrapped(r, t["input"], self.input, self.weight):
+        if self._by_formulas(r, t["input"]):
             return super().tangent_param_vjp(t, r, wanted)
         if "weight" not in wanted:
             return {}
@@ -189,7 +204,7 @@ class BatchNorm(Normalisation):
 
     def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
         """−(x̂ mean(u p) + mean(x̂ u) p + mean(x̂ t) q)/s², gathered into one factor a channel for each of d, t and x."""
-        if wrapped(d, t["input"], self.input, self.weight):
+        if self._by_formulas(d, t["input"]):
             return super().curvature(d, t, wanted)
         parts = [self._bend(d, t) for d, t in self._pairs(d, t["input"])]
         return {"input": sum(parts[1:], parts[0]).to(self.input.dtype)}
@@ -202,7 +217,7 @@ class BatchNorm(Normalisation):
         slope = (self._cross(d, t) / m - 2 * b * c) * self.save_rstd
         shift = -(b * sum_t + c * sum_d) / m - slope * self.save_mean
         shift, b, c, slope = ((outer * part).reshape(self.affine) for part in (shift, b, c, slope))
-        return torch.addcmul(shift, b, wide(t)).addcmul_(c, wide(d)).addcmul_(slope, wide(self.input))
+        return plus_product(plus_product(torch.addcmul(shift, b, wide(t)), c, wide(d)), slope, wide(self.input))
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,7 +320,9 @@ _NAMES = ("input", "weight", "bias")
 
 def _dense(x: Tensor) -> Tensor:
     """In one of the memory formats that torch's kernels are written for."""
-    return x.contiguous() if wrapped(x) or x.is_contiguous() else x.contiguous(memory_format=memory_format(x))
+    if wrapped(x):  # vmap knows of one memory format alone
+        return x if x.movedim(1, -1).is_contiguous() else x.contiguous()
+    return x.contiguous(memory_format=memory_format(x))
 
 
 def _alike(v: Tensor, x: Tensor) -> Tensor:

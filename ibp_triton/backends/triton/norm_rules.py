@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ibp_triton.backends.torch.batch_norm import BatchNorm, Condensed
 from ibp_triton.backends.torch.normalisation import GroupNorm, InstanceNorm, LayerNorm, Normalisation, RMSNorm
 from ibp_triton.kernels.norms import dense, fits, whole
-from ibp_triton.layer import Names, Tangents, matched, product, wrapped
+from ibp_triton.layer import Names, Tangents, matched, product
 from ibp_triton.ops import straight as ops
 
 
@@ -24,7 +24,7 @@ class _OnKernels(Normalisation):
     """The rules by kernels over x as [N, C, ...] in groups of channels, where ``taken`` says so, else by torch's rule.
 
     What one launch gives beside what is asked for is kept for the call that asks: γ's and b's gradients of a reverse,
-    the linear sweep behind γ's tangent term.
+    the linear sweep behind γ's tangent term (``ahead``), unless it was asked for before (``passed``).
     """
 
     taken = False
@@ -36,9 +36,11 @@ class _OnKernels(Normalisation):
         self.taken = fits(x, groups)
         if not self.taken:
             return None
-        self.x, self.groups, self.bias = (x if dense(x) and not wrapped(x) else x.contiguous()), groups, bias
+        self.x, self.groups, self.bias = (x if dense(x) else x.contiguous()), groups, bias
         self.input = self.x.view(self.input.shape)
-        self.memory, self.swept = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+        self.memory = WeakTensorKeyDictionary()  # by derivative: what is known beside what was asked for
+        self.ahead = WeakTensorKeyDictionary()  # by tangent: its linear sweep, not asked for yet
+        self.passed = WeakTensorKeyDictionary()  # tangents whose linear sweep was asked for
         self.gain = None if self.weight is None else self.weight.reshape(-1).contiguous()
         return self._again()
 
@@ -60,15 +62,14 @@ class _OnKernels(Normalisation):
         if batched and names:  # one gradient for each
             parts = [self.vjp(one, wanted) for one in d.unbind(0)]
             return {name: torch.stack([part[name] for part in parts]) for name in wanted}
-        remembers = not batched and not wrapped(d)
-        known = self.memory.pop(d, {}) if remembers else {}
+        known = {} if batched else self.memory.pop(d, {})
         if not all(name in known for name in wanted):
-            sums = bool(names) or (remembers and (self.gain is not None or self.bias is not None))
+            sums = bool(names) or (not batched and (self.gain is not None or self.bias is not None))
             found = ops.group_norm_vjp(self._vectors(d), self.x, self.statistics, self.groups, self.gain, sums)
             shapes = (d.shape, self.shape, self.shape) if sums else (d.shape,)
             known = {name: v.reshape(s) for name, v, s in zip(("input", "weight", "bias"), found, shapes, strict=False)}
         out = {name: known.pop(name) for name in wanted}
-        if remembers:
+        if not batched:
             self.memory[d] = known
         return out
 
@@ -77,10 +78,9 @@ class _OnKernels(Normalisation):
         if not self.taken:
             return super().jvp(t)
         tangent = t["input"]
-        if not wrapped(tangent):
-            if tangent in self.swept and self.swept[tangent] is not None:
-                return self.swept.pop(tangent)  # type: ignore[no-any-return]
-            self.swept[tangent] = None
+        self.passed[tangent] = True
+        if tangent in self.ahead:
+            return self.ahead.pop(tangent)  # type: ignore[no-any-return]
         out, _ = ops.group_norm_jvp(self._vectors(tangent), self.x, self.statistics, self.groups, self.gain)
         return out.reshape(tangent.shape)  # type: ignore[no-any-return]
 
@@ -93,11 +93,11 @@ class _OnKernels(Normalisation):
         r, pairs = matched(r, self.input.dim(), t, {"input": self.input})
         tangent = pairs["input"]
         sides = (self._vectors(tangent), self._vectors(r))
-        if wrapped(*sides) or tangent is not t["input"] or tangent in self.swept:
+        if tangent is not t["input"] or tangent in self.ahead or tangent in self.passed:
             cross = ops.group_norm_cross(*sides, self.x, self.statistics, self.groups)
         else:
             out, cross = ops.group_norm_jvp(sides[0], self.x, self.statistics, self.groups, self.gain, sides[1])
-            self.swept[tangent] = out.reshape(tangent.shape)
+            self.ahead[tangent] = out.reshape(tangent.shape)
         return {"weight": cross.reshape(self.shape)}
 
     def curvature(self, d: Tensor, t: Tangents, wanted: Names) -> dict[str, Tensor]:
@@ -167,6 +167,10 @@ class TritonGroupNorm(_OnKernels, GroupNorm):
 class TritonBatchNorm(BatchNorm):
     """Both sweeps of all tangents over the batch's statistics, three launches each; forward and curvature by torch."""
 
+    def _by_formulas(self, *sides: Tensor) -> bool:
+        """Inside vmap, where the kernels do not take the input."""
+        return super()._by_formulas(*sides) and not self._taken
+
     def _backward(self, v: Tensor, outer: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """γ P(v)/s, Σ x̂ v and Σ v."""
         if not self._covered(v[None]):
@@ -174,8 +178,12 @@ class TritonBatchNorm(BatchNorm):
         out, sums = self._project(v[None])
         return out[0], sums[0, 0], sums[0, 1]
 
+    @property
+    def _taken(self) -> bool:
+        return fits(self.input, 1) and dense(self.input) and len(self.input) > 0
+
     def _covered(self, v: Tensor) -> bool:
-        return fits(self.input, 1) and dense(self.input) and len(self.input) > 0 and 0 < len(v) <= 64
+        return self._taken and 0 < len(v) <= 64
 
     def _project(self, v: Tensor) -> tuple[Tensor, Tensor]:
         mean, rstd = self.save_mean.float(), self.save_rstd.float()
@@ -223,7 +231,6 @@ class TritonBatchNorm(BatchNorm):
         if (
             "weight" not in wanted
             or isinstance(r, Condensed)
-            or wrapped(r, tangent, self.input, self.weight)
             or r.dim() != rank
             or tangent.dim() != rank
             or not self._covered(tangent)

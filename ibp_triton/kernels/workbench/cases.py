@@ -119,6 +119,33 @@ def replicated_cases(make: Make) -> None:
     conv_max_pool_jvp(image, kernel, code, FIRST, POOL, sign=True)
 
 
+def replicated_norm_cases(make: Make) -> None:
+    """Three replicas of norms, with parameters of their own: rows of tokens, groups of channels, long ones, columns."""
+    three = 3
+
+    def swept(x: torch.Tensor, tangents: int) -> torch.Tensor:
+        return make(three, tangents * x.shape[1], *x.shape[2:]).view(three, tangents, *x.shape[1:])
+
+    layers = [(make(three, BATCH * 64, n), 1) for n in (96, 768)]
+    images = [(make(three, BATCH, 64, 16, 16), 8), (make(three, BATCH, 128, 64, 64), 8)]
+    for x, groups in layers + images:
+        weight = make(three, x.shape[2])
+        _, statistics = group_norm(x, groups, weight, weight, replicated=True)
+        for tangents in (1, 5):
+            v, right = swept(x, tangents), swept(x, tangents)
+            group_norm_vjp(v, x, statistics, groups, weight, sums=tangents == 1, replicated=True)
+            group_norm_jvp(v, x, statistics, groups, weight, right=right if tangents == 1 else None, replicated=True)
+            group_norm_cross(v, right, x, statistics, groups, replicated=True)
+            if whole(x[0], groups):
+                group_norm_curvature(v, right, x, statistics, groups, weight, replicated=True)
+    for x in (make(three, BATCH, 64, 32, 32), make(three, BATCH * 64, 256)):
+        mean, rstd = torch.zeros(three, x.shape[2]), torch.zeros(three, x.shape[2])
+        for tangents in (1, 5):
+            v, right = swept(x, tangents), swept(x, tangents)
+            _, sums = batch_norm_project(v, x, mean, rstd, make(three, x.shape[2]), replicated=True)
+            batch_norm_cross(v, right, sums, x, mean, rstd, replicated=True)
+
+
 def norm_cases(make: Make) -> None:
     """Layer norms of short, middle and long rows, group norms, the last with rows over a tile, batch norms."""
     layers = [(make(BATCH * rows, n), 1) for rows, n in ((64, 96), (64, 768), (8, 4096), (8, 8192))]
