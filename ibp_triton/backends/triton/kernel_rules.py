@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ibp_triton.backends.torch import dense, pointwise, pooling
 from ibp_triton.graph import Node
@@ -127,16 +128,13 @@ class TritonConv2d(_Joint, dense.Conv2d):
     Its output, derivatives and tangents are then those behind the pool.
     """
 
-    def __init__(self, node: Node) -> None:
-        super().__init__(node)
-        self.spread: list[tuple[Tensor, Tensor]] = []  # derivatives behind the pool, and before it: asked for again
-
     def _conv(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The forward pass, once: its input is kept channels last for all the passes that read it again."""
         self.input = _last(self.input)
         self.geometry = (self.stride, self.padding, self.dilation)
         if POOLED in self.node.fused:
             self.sizes, self.first = self.node.settings["pool"], CHANNELS_FIRST in self.node.fused
+            self.unpooled = WeakTensorKeyDictionary()  # by derivative behind the pool: that before it, asked for again
             output, self.code = ops.conv2d_max_pool2d(
                 self.input, self.weight, *self.geometry, bias, *self.sizes, self._relu, self.first
             )
@@ -190,13 +188,12 @@ class TritonConv2d(_Joint, dense.Conv2d):
         """d at the convolution's own result, once for the input's derivative and the weight gradient."""
         if POOLED not in self.node.fused:
             return d
-        for i, (behind, before) in enumerate(self.spread):
-            if behind is d:
-                del self.spread[i]  # nothing asks a third time
-                return before
+        known: Tensor | None = self.unpooled.pop(d, None)  # nothing asks a third time
+        if known is not None:
+            return known
         size = conv_geometry(self.input.shape[2:], self.weight.shape[2:], *self.geometry).out
         before = _like(ops.max_pool2d_vjp(_tangents(d, 4), self.code, list(size), *self.sizes), d, 4)
-        self.spread.append((d, before))
+        self.unpooled[d] = before
         return before
 
     def _samples(self, left: Tensor, rank: int) -> Tensor:
