@@ -1,7 +1,7 @@
 """The operators under torch.func.vmap: over replicas, each with weights of its own, or over anything else.
 
 What has no weights acts on each sample alone, so that the samples of all are one batch and one launch. Where
-weights are in it the kernels have an axis of replicas, and where one has none yet there is a launch for each.
+weights are in it the kernels have an axis of replicas.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ REPLICATED: dict[Any, Callable[..., Any]] = {
     norms.batch_norm_project: partial(norms.column_project, replicated=True),
     norms.batch_norm_cross: partial(norms.column_cross, replicated=True),
 }
-EACH = (
-    activations.activation_curvature,
-    *(attention.attention, attention.attention_jvp, attention.attention_vjp),
-)
-# operator → the axis of samples in each tensor that it takes and gives; from the end where tangents may precede it
-JOINED: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] = {
+# operator → the axis of samples in each tensor that it takes and gives; from the end where tangents may precede it, and
+# None where a number stands among them
+JOINED: dict[Any, tuple[tuple[int | None, ...], tuple[int, ...]]] = {
+    activations.activation_curvature: ((1, 1, 0), (0,)),
+    attention.attention: ((0, 0, 0, None, 0), (0, 0)),
+    attention.attention_jvp: ((0, 0, 0, 0, 0, 1, 1, 1, None, 0), (1,)),
+    attention.attention_vjp: ((1, 0, 0, 0, 0, 0, None, 0), (1, 1, 1)),
     ops.max_pool2d: ((0,), (0, 0)),
     ops.max_pool2d_jvp: ((1, 0), (1,)),
     ops.max_pool2d_vjp: ((1, 0), (1,)),
@@ -100,16 +101,21 @@ def replicated(operator: Any, function: Callable[..., Any]) -> Rule:
     return rule
 
 
-def joined(operator: Any, given: tuple[int, ...], gives: tuple[int, ...]) -> Rule:
+def joined(operator: Any, given: tuple[int | None, ...], gives: tuple[int, ...]) -> Rule:
     """One call on the samples of all."""
 
     def rule(info: Any, axes: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         count, tensors = info.batch_size, len(given)
-        folded = [_folded(a, axis, at, count) for a, axis, at in zip(args, axes, given, strict=False)]
+        folded = [
+            a if a is None or at is None else _folded(a, axis, at, count)
+            for a, axis, at in zip(args, axes, given, strict=False)
+        ]
         out = operator(*folded, *args[tensors:], **kwargs)
         parts = out if isinstance(out, tuple) else (out,)
         places = [at % part.dim() for part, at in zip(parts, gives, strict=True)]
-        apart = tuple(part.unflatten(at, (count, -1)) for part, at in zip(parts, places, strict=True))
+        apart = tuple(
+            part.unflatten(at, (count, part.shape[at] // count)) for part, at in zip(parts, places, strict=True)
+        )
         return (apart, tuple(places)) if isinstance(out, tuple) else (apart[0], places[0])
 
     return rule
@@ -156,8 +162,6 @@ def _folded(a: Tensor, axis: int | None, samples: int, count: int) -> Tensor:
     return moved.flatten(at, at + 1)
 
 
-for _operator in EACH:
-    torch.library.register_vmap(_operator, each(_operator))
 for _operator, _function in REPLICATED.items():
     torch.library.register_vmap(_operator, replicated(_operator, _function))
 for _operator, (_given, _gives) in JOINED.items():

@@ -9,6 +9,7 @@ import ibp_triton as ibp
 from ibp_triton.backends.torch.attention import Attention
 from ibp_triton.backends.triton.attention_rules import KernelAttention, attention
 from ibp_triton.kernels.launcher import recording
+from ibp_triton.vmapped import Inputs, Vmapped
 from tests.kernels.support import randn
 from tests.kernels.test_methods import TOLERANCE, errors
 
@@ -92,6 +93,29 @@ def setting(name):
     torch.manual_seed(5)
     model = vit(NETWORKS[name])
     return model, torch.randn(2, TOKENS, 6), torch.tensor([1, 7]), torch.randn(2, 2, TOKENS, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("self", METHODS[2]), ("self", METHODS[3]), ("multi-head", METHODS[1]), ("booleans", METHODS[1])],
+)
+def test_replicas_share_launches(name, method):
+    """Gradients up to rounding, and as many launches as of one."""
+    model, x, labels, tangents = setting(name)
+    tau, counts = tangents if method.needs_tangents else None, []
+    models = [model, vit(NETWORKS[name])]
+    for some in (models[:1], models):
+        replicas = ibp.ReplicatedNetwork(some, seeds=range(len(some)), backend="triton")
+        with recording() as launches:
+            found = Vmapped(replicas)([method] * len(some), Inputs(x, labels, tau, {}))
+        counts.append([launch.name for launch in launches])
+    assert counts[0] == counts[1]
+    for r, one in enumerate(models):
+        with recording() as launches:
+            _, expected = method.gradients(ibp.Network(one, backend="triton"), x, labels, tau)
+        own = [launch.name for launch in launches]
+        assert [own.count(kernel) for kernel in KERNELS] == [counts[1].count(kernel) for kernel in KERNELS]
+        assert errors({key: g[r] for key, g in found.gradients.items()}, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)

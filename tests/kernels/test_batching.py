@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 import ibp_triton as ibp
 from ibp_triton import ops, replicated_step
 from ibp_triton.kernels.launcher import recording
-from ibp_triton.ops.batching import EACH
 from tests.kernels.support import randn
 from tests.kernels.test_ops import NAMES, samples
 
@@ -35,7 +34,7 @@ def test_an_operator_under_vmap_is_a_loop(name, most):
         with recording() as one:
             expected = tree_leaves(call(*(a[r] for a in stacks)))
         assert all(torch.equal(a[r], b) for a, b in zip(found, expected, strict=True))
-    assert len(together) == len(one) * (3 if operator in EACH else 1)
+    assert len(together) == len(one)
 
 
 def test_what_follows_operators_outside_vmap_sees_them():
