@@ -271,7 +271,7 @@ class Network:
             return table
         plain = "bp, at, fast_at, pgd_training and trades, which need no tangent, run as plain autograd, at its cost"
         if self.bends_by_autograd():
-            plain += "\nexact loss_ibp and fast_tbp go by autograd's second derivatives"
+            plain += "\nexact loss_ibp, fast_tbp and jacobian go by autograd's second derivatives"
         return f"{table}\n{plain}"
 
     def multiply_adds(

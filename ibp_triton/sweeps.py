@@ -76,6 +76,7 @@ class Reverse(Sweep):
         d: the derivative of the output.
         to_input: whether the input's own derivative is wanted; without it the first layer's vjp is skipped.
         bends: pairs (reverse sweep r, linear sweep t); each adds curvature_i(r_i, t_{i−1}) to δ_{i−1}.
+        bent_by: that often, a number or a 0-d tensor.
         passing: nothing else will read the forward pass: its layers are let go of one by one.
     """
 
@@ -86,10 +87,12 @@ class Reverse(Sweep):
         *,
         to_input: bool,
         bends: Sequence[tuple[Sweep, Sweep]] = (),
+        bent_by: Any = 1,
         passing: bool = False,
     ) -> None:
         super().__init__([None] * len(trace.graph.nodes))
         self.trace, self.to_input, self.bends, self.passing = trace, to_input, bends, passing
+        self.bent_by = bent_by
         self.start = d  # before it was rounded to the logits' dtype
         self[trace.graph.output] = d
 
@@ -122,7 +125,7 @@ class Reverse(Sweep):
         for r, t in self.bends if wanted else ():
             tangents, side = _tangents_of(node, t), r.at(index)
             if side is not None and tangents:
-                self._receive(node, layer.curvature(side, tangents, wanted))
+                self._receive(node, _times(layer.curvature(side, tangents, wanted), self.bent_by))
         if trace.frugal:
             layer.let_go_of_bends()
             if not keeps:
@@ -214,6 +217,12 @@ def _again(trace: Trace, index: int, reader: Node) -> Callable[[], Tensor] | Non
         return None if layer.dear and not trace.lean else layer.again()
     source = _again(trace, node.operands["input"], node)
     return None if source is None else lambda: layer.jvp({"input": source()})
+
+
+def _times(parts: dict[str, Any], factor: Any) -> dict[str, Any]:
+    if isinstance(factor, int) and factor == 1:
+        return parts
+    return {name: scaled(part, factor) for name, part in parts.items()}
 
 
 def _tangents_of(node: Node, sweep: Sweep) -> dict[str, Any]:

@@ -166,15 +166,24 @@ class CurvedTape(Tape):
     ) -> None:
         super().__init__(output, x, parameters, divisor, runs=1)
         self.loss = loss
-        self.slope: Tensor | None = None  # ∇_x ℓ with its history
+        self.slope: Tensor | None = None  # what a climb found, with its history
 
-    def climb(self) -> Tensor:
-        """∇_x ℓ of each sample's own loss, [N, ...]."""
+    def climb(self, d: Tensor) -> Tensor:
+        """∇_x ⟨d, z⟩ of each sample, [N, ...], or [T, N, ...] for d [T, N, M]: for the loss's own c that of its loss.
+
+        Every other d is a constant.
+        """
         with torch.enable_grad():
-            c = _Slope.apply(self._output, self.loss)  # type: ignore[no-untyped-call]
-            found = torch.autograd.grad(self._output, self.input, c, create_graph=True, allow_unused=True)[0]
-        self.slope = torch.zeros_like(self.input) if found is None else found
+            if d is self.loss.c:
+                self.slope = self._climbed(_Slope.apply(self._output, self.loss))  # type: ignore[no-untyped-call]
+            else:
+                alone = d.dim() == self.logits.dim()
+                self.slope = self._climbed(d) if alone else torch.stack([self._climbed(one) for one in d])
         return self.slope.detach()
+
+    def _climbed(self, d: Tensor) -> Tensor:
+        found = torch.autograd.grad(self._output, self.input, d, create_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(self.input) if found is None else found
 
     def gradients(self, terms: Sequence[Term], made: Callable[[str, Tensor], None] | None = None) -> dict[str, Tensor]:
         """The sum of the terms, divided, in one walk back, which may fail half-way: ``made`` gets none early."""
@@ -204,15 +213,15 @@ class _Slope(torch.autograd.Function):
 
 
 class Climb(Backward):
-    """The reverse sweep from c over a curved tape."""
+    """A reverse sweep over a curved tape, whose end can be differentiated where it is read."""
 
     trace: CurvedTape
 
     @property
     def at_input(self) -> Tensor:
-        """∇_x ℓ, per sample."""
+        """The derivative with respect to x, per sample."""
         if self._by_x is None:
-            self._by_x = self.trace.climb()
+            self._by_x = self.trace.climb(self.start)
         return self._by_x
 
 

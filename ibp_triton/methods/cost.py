@@ -113,10 +113,14 @@ class _Pass:
         self.tally.steep.add(self.number)
         return False
 
+    @property
+    def adds_up(self) -> bool:
+        return True
+
     def data(self, d: _Sweep) -> Term:
         return g(self, d)
 
-    def reverse(self, seed: Any, bends: Any = ()) -> _Sweep:
+    def reverse(self, seed: Any, bends: Any = (), bent_by: Any = 1) -> _Sweep:
         start = seed.tensor if isinstance(seed, Seed) else seed
         self.tally.bends = self.tally.bends or bool(bends)
         for _, t in bends:

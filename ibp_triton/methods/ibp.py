@@ -9,7 +9,7 @@ from typing import Any
 from ibp_triton.methods.base import Method, Strength
 from ibp_triton.methods.cost import none
 from ibp_triton.methods.passes import Pass, Recipe, Step
-from ibp_triton.sweeps import Reverse, Term, g
+from ibp_triton.sweeps import Linear, Reverse, Term, g
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -107,6 +107,16 @@ class PredictionIBP(Method):
         yield self.beta * g(t, e)
         yield self.beta * g(u, d)
         yield self.beta * g(a, a.reverse(a.hessian(u), bends=[(d, u), (e, t)]))
+
+
+def bent(a: Pass, beta: Any, r: Reverse, t: Linear) -> Iterator[Term]:
+    """g(a, d) + β g(a, η), η the curvature along r and t, where it may be as g(a, d + βη), by one sweep."""
+    c = a.counted(a.c)
+    if a.adds_up:
+        yield g(a, a.reverse(c, bends=[(r, t)], bent_by=beta))
+        return
+    yield g(a, a.reverse(c))
+    yield beta * g(a, a.reverse(None, bends=[(r, t)]))
 
 
 def along(a: Pass, d: Reverse, seed: Any, beta: Any, semantics: str) -> Iterator[Term]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ibp_triton.errors import MethodError
 from ibp_triton.layer import wide
 from ibp_triton.methods.base import Method, Strength
+from ibp_triton.methods.ibp import bent
 from ibp_triton.methods.passes import Recipe, Step
 from ibp_triton.sweeps import g
 
@@ -38,7 +39,7 @@ class JacobianRegularisation(Method):
     semantics: str = "exact"
 
     def recipe(self, s: Step) -> Recipe:
-        """g(a, d) + β Σ_j g(t^j, r^j) with r^j_K = v_j, t^j_0 = (M/n) r^j_0; exact: and g(a, η) of curved layers."""
+        """g(a, d) + β Σ_j g(t^j, r^j) with r^j_K = v_j, t^j_0 = (M/n) r^j_0; exact: d + βη of curved layers for d."""
         classes, count = s.classes(), s.x.shape[0]
         v = _basis(s.x, count, classes) if self.projections == "all" else _sphere(s, self.projections, count, classes)
         plain = s.without(self.beta)
@@ -52,11 +53,17 @@ class JacobianRegularisation(Method):
             yield from s.of_data(plain, penalty)
             return
         yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
-        t = a.tangent(scale * a.counted(r.at_input, rank))
-        yield g(a, a.reverse(a.counted(a.c)).run())  # so that t may run along with the weight gradients
-        yield self.beta * g(t, r)
+        seed = scale * a.counted(r.at_input, rank)
+        if self.semantics == "exact" and a.curved:
+            yield g(a, a.reverse(a.counted(a.c)))
+            yield self.beta * a.change(seed)
+            return
+        t = a.tangent(seed)
         if self.semantics == "exact":
-            yield self.beta * g(a, a.reverse(None, bends=[(r, t)]))
+            yield from bent(a, self.beta, r, t)
+        else:
+            yield g(a, a.reverse(a.counted(a.c)).run())  # so that t may run along with the weight gradients
+        yield self.beta * g(t, r)
 
 
 def _basis(x: Tensor, count: int, classes: int) -> Tensor:

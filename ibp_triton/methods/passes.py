@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ibp_triton import head
+from ibp_triton.backends.torch.unseen import Hooked
 from ibp_triton.criteria import Criterion, CrossEntropy, Loss
 from ibp_triton.errors import MethodError, ModelError
 from ibp_triton.head import Head
@@ -68,19 +69,19 @@ class Pass:
     def _tangent_dtype(self) -> torch.dtype:
         return self.trace.input.dtype  # type: ignore[no-any-return]
 
-    def reverse(self, seed: Any, bends: Sequence[tuple[Reverse, Linear]] = ()) -> Any:
-        """δ from δ_K = seed (None: 0), plus the curvature along each of ``bends``, pairs (reverse, tangent)."""
+    def reverse(self, seed: Any, bends: Sequence[tuple[Reverse, Linear]] = (), bent_by: Any = 1) -> Any:
+        """δ from δ_K = seed (None: 0), plus ``bent_by`` times the curvature along ``bends``, of (reverse, tangent)."""
         for _, t in bends:
             assert t.at_output is not None  # curvature reads the tangents of all layers
         start = seed.tensor if isinstance(seed, Seed) else seed
         sweep: Any
-        if isinstance(self.trace, CurvedTape) and start is self.loss.c:
+        if isinstance(self.trace, CurvedTape):
             sweep = Climb(self.trace, start)
         elif isinstance(self.trace, Tape):
             sweep = Backward(self.trace, start)
         else:
             own = start if start is None else start.to(self.logits.dtype)
-            sweep = Reverse(self.trace, own, to_input=False, bends=bends, passing=self.passing)
+            sweep = Reverse(self.trace, own, to_input=False, bends=bends, bent_by=bent_by, passing=self.passing)
         sweep.start = start
         return sweep
 
@@ -92,17 +93,25 @@ class Pass:
 
     @property
     def curved(self) -> bool:
-        """Whether autograd can differentiate ∇_x ℓ of this pass: ``change`` stands for tangent and curvature then."""
+        """Whether autograd can differentiate a reverse sweep of it: ``change`` is tangent and curvature in one then."""
         return isinstance(self.trace, CurvedTape)
 
     def change(self, seed: Any) -> Term:
-        """∇_w ⟨∇_x ℓ, seed⟩, the exact gradient of a penalty along the seed, of a curved pass."""
+        """∇_w ⟨δ_0, seed⟩ of the reverse sweep that was read, a penalty's exact gradient along it, of a curved pass."""
         start = seed.tensor if isinstance(seed, Seed) else seed
         return Term(1, self.trace, Descent(self.trace, start))
 
     def data(self, d: Reverse) -> Term:
         """The criterion's own gradient, d being the reverse sweep from c: one more where samples count differently."""
         return g(self, d if self.loss.weights is None else self.reverse(self.counted(self.c)).run())
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether one reverse sweep may carry derivatives of the loss and of the penalty.
+
+        Not in half precision, where the sum would round the penalty's away, nor where hooks shall see the loss's.
+        """
+        return self.logits.dtype not in HALF and all(node.rule is not Hooked for node in self.trace.graph.nodes)
 
     def _slopes(self, d: Any) -> Tensor:
         """d_0 up to a positive factor for each sample, for those that read its signs alone.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ibp_triton.methods.base import Method, Strength
-from ibp_triton.methods.ibp import along
+from ibp_triton.methods.ibp import along, bent
 from ibp_triton.methods.passes import Recipe, Step
 from ibp_triton.sweeps import g
 
@@ -33,7 +33,7 @@ class TangentBP(Method):
     semantics: str = "paper"
 
     def recipe(self, s: Step) -> Recipe:
-        """g(a, d) + β Σ_j g(t^j, e^j) with t^j_0 = τ_j, e^j_K = ψ(t^j_K); exact: and g(a, η) of curved layers."""
+        """g(a, d) + β Σ_j g(t^j, e^j) with t^j_0 = τ_j, e^j_K = ψ(t^j_K); exact: d + βη of curved layers for d."""
         plain = s.without(self.beta)
         a = s.forward()
         t = a.tangent(s.tangents)
@@ -43,10 +43,11 @@ class TangentBP(Method):
             return
         yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
         e = a.reverse(seed)
-        yield g(a, a.reverse(a.counted(a.c)))
-        yield self.beta * g(t, e)
         if self.semantics == "exact":
-            yield self.beta * g(a, a.reverse(None, bends=[(e, t)]))
+            yield from bent(a, self.beta, e, t)
+        else:
+            yield g(a, a.reverse(a.counted(a.c)))
+        yield self.beta * g(t, e)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -256,6 +256,11 @@ STEEP = {
     "fast_tbp": ibp.FastTangentBP(0.4, 1.5, "exact"),
     "weighted": ibp.LossIBP(0.4, 1, "exact", criterion=nn.CrossEntropyLoss(weight=torch.rand(4, dtype=torch.float64))),
     "a tensor": ibp.LossIBP(torch.tensor(0.4, dtype=torch.float64), 2, "exact"),
+    "jacobian": ibp.JacobianRegularisation(0.4, 2),
+    "all of it": ibp.JacobianRegularisation(0.4, "all"),
+    "weighted jacobian": ibp.JacobianRegularisation(
+        0.4, criterion=nn.CrossEntropyLoss(weight=torch.rand(4, dtype=torch.float64))
+    ),
 }
 
 
@@ -311,7 +316,9 @@ def test_without_second_derivatives_of_torchs_the_sweeps_take_over():
     assert all(torch.equal(b, moved[k]) for k, b in model.named_buffers())
 
 
-@pytest.mark.parametrize("method", [ibp.LossIBP(0.4, 2, "exact"), ibp.FastTangentBP(0.4, 2, "exact")])
+@pytest.mark.parametrize(
+    "method", [ibp.LossIBP(0.4, 2, "exact"), ibp.FastTangentBP(0.4, 2, "exact"), ibp.JacobianRegularisation(0.4, 3)]
+)
 @pytest.mark.parametrize("name", ["attention", "encoder"])
 def test_with_attention_second_derivatives_are_autograds_and_sweeps_agree(name, method):
     if name == "attention":
@@ -405,6 +412,21 @@ def test_backward_hooks_are_called_once_a_pass_and_keep_a_network_to_sweeps():
         method.gradients(network, torch.randn(5, 4, 6), torch.tensor([0, 2, 1, 1, 2]))
         assert len(seen) == number + 1
     assert not network.bends_by_autograd()
+
+
+@pytest.mark.parametrize("method", [ibp.TangentBP(0.4, 2, "exact"), ibp.JacobianRegularisation(0.4)])
+def test_backward_hooks_see_the_losss_derivative_alone(method):
+    """A sweep that carried the penalty's besides would show them both."""
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double(), []
+    x, labels = torch.randn(5, 6).double(), torch.tensor([0, 2, 1, 1, 2])
+    tau = torch.randn(2, 5, 6).double() if method.needs_tangents else None
+    expected = oracle(method, model, x, labels, tau)[1]
+    model[1].register_full_backward_hook(lambda module, given, got: seen.append(got[0].clone()))
+    assert error(ours(method, ibp.Network(model), x, labels, tau)[1], expected) < 1e-10
+    ibp.BP().gradients(ibp.Network(model), x, labels)
+    with_penalty, alone = seen
+    assert float((with_penalty - len(x) * alone).abs().max()) < 1e-12  # per sample, and of the mean
 
 
 def test_networks_of_layers_with_rules_keep_to_sweeps():

@@ -53,11 +53,11 @@ class Hooked(Leaf):
     label = "backward hook"
 
     def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
-        """d, after the hooks have seen it, once a pass."""
-        if not getattr(self, "called", False):
-            self.called = True
-            return super().vjp(d, wanted) if not carries_tangents(d, self.output) else {"0": d}
-        return {"0": d}
+        """d, after the hooks have seen it, once a pass; they are not made for several derivatives at a time."""
+        if getattr(self, "called", False) or carries_tangents(d, self.output):
+            return {"0": d}
+        self.called = True
+        return super().vjp(d, wanted)
 
     def jvp(self, t: Tangents) -> Any:
         """t."""
