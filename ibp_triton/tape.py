@@ -172,7 +172,12 @@ class CurvedTape(Tape):
         """∇_x ⟨d, z⟩ of each sample, [N, ...], or [T, N, ...] for d [T, N, M]: for the loss's own c that of its loss.
 
         Every other d is a constant.
+
+        Raises:
+            MethodError: for a second one, of which nobody could tell whose change is asked for.
         """
+        if self.slope is not None:
+            raise MethodError("of a curved pass one reverse sweep can be read: ask for .curved, or read two, not both")
         with torch.enable_grad():
             if d is self.loss.c:
                 self.slope = self._climbed(_Slope.apply(self._output, self.loss))  # type: ignore[no-untyped-call]

@@ -414,6 +414,25 @@ def test_backward_hooks_are_called_once_a_pass_and_keep_a_network_to_sweeps():
     assert not network.bends_by_autograd()
 
 
+def test_of_a_curved_pass_one_reverse_sweep_is_read():
+    class Two(ibp.LossIBP):
+        def recipe(self, s):
+            a = s.forward()
+            first, second = a.reverse(a.c), a.reverse(2 * a.c)
+            penalty = (first.at_input * second.at_input).sum()
+            yield s.objective(a, (1, a.losses), penalty=(self.beta, penalty))
+            yield a.data(first)
+            if a.curved:
+                yield self.beta * a.change(second.at_input)
+            else:
+                yield self.beta * g(a.tangent(second.at_input), first)
+
+    network, x, labels = ibp.Network(Recurrent()), torch.randn(4, 7, 6), torch.arange(4)
+    ibp.LossIBP(0.1).gradients(network, x, labels)
+    with pytest.raises(MethodError, match="one reverse sweep can be read"):
+        Two(0.1, semantics="exact").gradients(network, x, labels)
+
+
 @pytest.mark.parametrize("method", [ibp.TangentBP(0.4, 2, "exact"), ibp.JacobianRegularisation(0.4)])
 def test_backward_hooks_see_the_losss_derivative_alone(method):
     """A sweep that carried the penalty's besides would show them both."""
