@@ -85,6 +85,11 @@ class Graph:
         return any(node.rule is not None and node.rule.heavy for node in self.nodes)
 
     @cached_property
+    def watched(self) -> bool:
+        """Whether hooks of the model shall see derivatives."""
+        return any(node.rule is not None and node.rule.watched for node in self.nodes)
+
+    @cached_property
     def consumers(self) -> list[list[int]]:
         """For each node those that read its value, in order, each once."""
         found: list[list[int]] = [[] for _ in self.nodes]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.attacks import fgsm_step
-from ibp_triton.layer import HALF
+from ibp_triton.layer import HALF, is_one
 from ibp_triton.seeds import Seed
 
 __all__ = [
@@ -117,5 +117,5 @@ def objective(batch: int, *parts: tuple[Any, Tensor]) -> Tensor:
     total: Any = 0
     for coefficient, numbers in parts:
         part = numbers.sum()
-        total = total + (part if isinstance(coefficient, int) and coefficient == 1 else coefficient * part)
+        total = total + (part if is_one(coefficient) else coefficient * part)
     return total / batch  # type: ignore[no-any-return]

@@ -45,6 +45,7 @@ class Layer:
     spared: str | None = None  # the operand whose numbers weight gradients alone read, so that ``spare`` can be asked
     heavy = False  # whether it keeps what is larger than its operands and result, and BP does not
     dear = False  # whether ``again`` makes later sweeps over the layer dearer, so that no more than one is to come
+    watched = False  # whether a model's hooks shall see the derivative that comes back here
     sloped_by: Layer | None = None  # the layer by whose slope ``vjp`` multiplies besides: see ``Node.sloped_by``
     rearranges = False  # whether ``jvp`` of an operand ``input``'s numbers is the output, and a view
 
@@ -260,11 +261,16 @@ def summed(a: Any, b: Any) -> Any:
     return a + b
 
 
+def is_one(coefficient: Any) -> bool:
+    """Whether it is the number 1, by which nothing needs to be multiplied: a tensor's number is not known."""
+    return isinstance(coefficient, int) and coefficient == 1
+
+
 def scaled(part: Any, scale: Any) -> Any:
     """scale · part, in float32 at least."""
     if isinstance(part, Pieces):
         return Pieces({k: scaled(v, scale) for k, v in part.items()})
-    return wide(part) if isinstance(scale, int) and scale == 1 else scale * wide(part)
+    return wide(part) if is_one(scale) else scale * wide(part)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from dataclasses import astuple, dataclass
 from torch import Tensor
 
 from ibp_triton.backends.torch.generic import Generic
-from ibp_triton.backends.torch.unseen import Hooked
 from ibp_triton.forward import Trace
 
 
@@ -48,7 +47,7 @@ def rows(trace: Trace) -> list[Row]:
         work = MultiplyAdds(macs, macs, macs * moves, macs * outer, macs * inner, macs * plan.takes[index])
         rule = "generic" if isinstance(layer, Generic) else type(layer).__name__
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        unseen = isinstance(layer, Generic) and layer.unseen and type(layer) is not Hooked
+        unseen = isinstance(layer, Generic) and layer.unseen and not layer.watched
         result.append(Row(node.where or "(root)", node.label, rule, shape, work, unseen))
     return result
 

@@ -15,7 +15,6 @@ from ibp_triton import ledger
 from ibp_triton.backends import Backend, backend_for
 from ibp_triton.backends.torch.generic import Generic
 from ibp_triton.backends.torch.sync_batch_norm import Synchronised
-from ibp_triton.backends.torch.unseen import Hooked
 from ibp_triton.errors import InputError, MethodError, ModelError
 from ibp_triton.forward import Recordings, Trace, raise_explained
 from ibp_triton.graph import Graph
@@ -206,9 +205,7 @@ class Network:
         return self._whole[1]
 
     def _sweeps_save_nothing(self, graph: Graph) -> bool:
-        if any(node.rule is Hooked for node in graph.nodes):
-            return False
-        return graph.heavy or self._mostly_whole(graph)
+        return not graph.watched and (graph.heavy or self._mostly_whole(graph))
 
     def _mostly_whole(self, graph: Graph) -> bool:
         sizes = {name: p.numel() for name, p in self.parameters().items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from ibp_triton.errors import MethodError
 from ibp_triton.forward import Trace
 from ibp_triton.graph import Node
-from ibp_triton.layer import Layer, Pieces, Share, compact, scaled, summed
+from ibp_triton.layer import Layer, Pieces, Share, compact, is_one, scaled, summed
 from ibp_triton.seeds import Seed, numbers
 from ibp_triton.tape import Tape, added
 
@@ -220,9 +220,7 @@ def _again(trace: Trace, index: int, reader: Node) -> Callable[[], Tensor] | Non
 
 
 def _times(parts: dict[str, Any], factor: Any) -> dict[str, Any]:
-    if isinstance(factor, int) and factor == 1:
-        return parts
-    return {name: scaled(part, factor) for name, part in parts.items()}
+    return parts if is_one(factor) else {name: scaled(part, factor) for name, part in parts.items()}
 
 
 def _tangents_of(node: Node, sweep: Sweep) -> dict[str, Any]:
@@ -244,8 +242,7 @@ class Term:
 
     def __rmul__(self, coefficient: Any) -> Term:
         """The same, that often."""
-        first = isinstance(self.coefficient, int) and self.coefficient == 1
-        return replace(self, coefficient=coefficient if first else coefficient * self.coefficient)
+        return replace(self, coefficient=coefficient if is_one(self.coefficient) else coefficient * self.coefficient)
 
 
 def g(left: Any, right: Any) -> Term:

@@ -19,7 +19,7 @@ from ibp_triton import image_conv
 from ibp_triton.checks import refuse_mixed
 from ibp_triton.criteria import Loss
 from ibp_triton.errors import MethodError
-from ibp_triton.layer import plus
+from ibp_triton.layer import is_one, plus
 from ibp_triton.steady import Steady
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def _more(total: Tensor | None, name: str, earlier: Earlier) -> Tensor:
 
 
 def _times(coefficient: Any, d: Tensor) -> Tensor:
-    return d if isinstance(coefficient, int) and coefficient == 1 else coefficient * d
+    return d if is_one(coefficient) else coefficient * d
 
 
 def _plus(total: Tensor | None, coefficient: Any, d: Tensor) -> Tensor:

@@ -86,6 +86,13 @@ def _size(u: Tensor, r: float) -> Tensor:
     return u.float().abs().sum() if r == 1 else u.float().abs().pow(r).sum() / r
 
 
+def _with_slope(f: Function, x: Tensor, labels: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
+    """The loss, its graph kept, and d_0."""
+    leaf = x.clone().requires_grad_()
+    loss = _loss(f(leaf), labels)
+    return loss, torch.autograd.grad(loss, leaf, retain_graph=True, create_graph=create_graph)[0]
+
+
 def _bp(f: Function, method: Any, x: Tensor, labels: Tensor, tau: Tensor) -> Tensor:
     value: Tensor = _loss(f(x), labels) / len(x)
     return value
@@ -105,9 +112,7 @@ def _loss_ibp(f: Function, method: Any, x: Tensor, labels: Tensor, tau: Tensor) 
 
 
 def _loss_ibp_exact(f: Function, method: Any, x: Tensor, labels: Tensor, tau: Tensor) -> Tensor:
-    x = x.clone().requires_grad_()
-    loss = _loss(f(x), labels)
-    d_0 = torch.autograd.grad(loss, x, create_graph=True)[0]
+    loss, d_0 = _with_slope(f, x, labels, create_graph=True)
     value: Tensor = (loss + method.beta * _size(d_0, method.norm)) / len(x)
     return value
 
@@ -123,9 +128,7 @@ def _fast_tbp(f: Function, method: Any, x: Tensor, labels: Tensor, tau: Tensor) 
 
 def _fast_tbp_exact(f: Function, method: Any, x: Tensor, labels: Tensor, tau: Tensor) -> Tensor:
     """The slopes ⟨d_0, τ_j⟩ of one d_0."""
-    x = x.clone().requires_grad_()
-    loss = _loss(f(x), labels)
-    d_0 = torch.autograd.grad(loss, x, create_graph=True)[0]
+    loss, d_0 = _with_slope(f, x, labels, create_graph=True)
     slopes = (d_0 * tau).float().flatten(2).sum(2)
     value: Tensor = (loss + method.beta * _size(slopes, method.norm)) / len(x)
     return value
@@ -138,9 +141,8 @@ def _fast_at(f: Function, method: Any, x: Tensor, labels: Tensor, tau: Tensor) -
 
 def _at(f: Function, method: Any, x: Tensor, labels: Tensor, tau: Tensor) -> Tensor:
     """One graph for loss and d_0, and another at x*."""
-    leaf = x.clone().requires_grad_()
-    loss = _loss(f(leaf), labels)
-    star = x + method.epsilon * torch.autograd.grad(loss, leaf, retain_graph=True)[0].sign()
+    loss, d_0 = _with_slope(f, x, labels, create_graph=False)
+    star = x + method.epsilon * d_0.sign()
     value: Tensor = (loss + _loss(f(star), labels)) / 2 / len(x)
     return value
 
@@ -161,9 +163,7 @@ def _prediction_ibp_exact(f: Function, method: Any, x: Tensor, labels: Tensor, t
 
 
 def _along_gradient(f: Function, method: Any, x: Tensor, labels: Tensor, create_graph: bool) -> Tensor:
-    leaf = x.clone().requires_grad_()
-    loss = _loss(f(leaf), labels)
-    d_0 = torch.autograd.grad(loss, leaf, retain_graph=True, create_graph=create_graph)[0]
+    loss, d_0 = _with_slope(f, x, labels, create_graph)
     value: Tensor = (loss + method.beta * _size(_along(f, x, d_0), method.norm)) / len(x)
     return value
 

@@ -253,7 +253,7 @@ def _sums(
         (columns, parts, replicas.count),
         {
             "share": _share(positions), "samples": len(x), "tangents": tangents,
-            **dict(zip(("v_r", "r_r", "x_r", "mean_r", "rstd_r", "sums_r"), replicas.owned, strict=True)),
+            **replicas.owned("v", "r", "x", "mean", "rstd", "sums"),
             "IMAGE": _view(x), "REPLICATED": replicas.several, "CROSS": cross, "LANES": lanes,
             "BLOCK_P": block_p, "BLOCK_C": block_c,
         },
@@ -283,7 +283,7 @@ def _sweep(axis: bool, v: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight:
         (columns, rows, replicas.count),
         {
             "share": _share(positions), "samples": len(x), "tangents": tangents,
-            **dict(zip(("v_r", "x_r", "mean_r", "rstd_r", "weight_r"), replicas.owned, strict=True)),
+            **replicas.owned("v", "x", "mean", "rstd", "weight"),
             "IMAGE": _view(x), "REPLICATED": replicas.several, "WEIGHT": weight is not None,
             "BLOCK_P": block_p, "BLOCK_C": block_c,
         },

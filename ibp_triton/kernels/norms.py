@@ -228,7 +228,7 @@ def _norm(
     statistics = Layout.dense((2 if centred else 1, len(x), groups), torch.float32)
     read = rows.parts * sum(_bytes(p) for p in (weight, bias) if p is not None)
     constants = {
-        "eps": eps, **dict(zip(("x_r", "weight_r", "bias_r"), replicas.owned, strict=True)), **rows.constants,
+        "eps": eps, **replicas.owned("x", "weight", "bias"), **rows.constants,
         "CENTRED": centred, "WEIGHT": weight is not None, "BIAS": bias is not None,
     }  # fmt: skip
     cost = Cost(rows.reads * _bytes(x) + read, _bytes(x) + statistics.bytes).times(replicas.count)
@@ -265,7 +265,7 @@ def _project(
         rows.grid,
         {
             **rows.constants, "tangents": tangents, "beyond": width if apart else channels,
-            **dict(zip(("v_r", "r_r", "x_r", "statistics_r", "weight_r"), replicas.owned, strict=True)),
+            **replicas.owned("v", "r", "x", "statistics", "weight"),
             "CENTRED": len(statistics) == 2, "INNER": inner and gain is not None,
             "OUTER": not inner and gain is not None, "STORE": store, "SUMS": sums, "CROSS": cross,
             "LANES": 1 if rows.reads == 1 else triton.next_power_of_2(max(tangents, 1)),
@@ -296,7 +296,7 @@ def _bend(
         raise ValueError(f"the curvature's rows must fit {LARGEST} numbers, not those of {tuple(x.shape)}")
     constants = {
         **rows.constants, "tangents": len(d),
-        **dict(zip(("d_r", "v_r", "x_r", "statistics_r", "weight_r"), replicas.owned, strict=True)),
+        **replicas.owned("d", "v", "x", "statistics", "weight"),
         "CENTRED": len(statistics) == 2, "WEIGHT": weight is not None,
     }  # fmt: skip
     read = rows.parts * (0 if weight is None else _bytes(weight))

@@ -26,10 +26,9 @@ class Replicas:
         """REPLICATED of the kernels."""
         return self.count > 1
 
-    @property
-    def owned(self) -> tuple[int, ...]:
-        """Of tensors `side_by_side`: 1 for one of which each replica has its own, 0 for one that all share."""
-        return tuple(int(step > 0) for step in self.strides)
+    def owned(self, *names: str) -> dict[str, int]:
+        """Of tensors `side_by_side`, NAME_r: 1 for one of which each replica has its own, 0 for one that all share."""
+        return {f"{name}_r": int(step > 0) for name, step in zip(names, self.strides, strict=True)}
 
     def layout(self, one: Layout) -> Layout:
         """Of all replicas' results, each laid out like `one`, one behind the other."""

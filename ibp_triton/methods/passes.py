@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ibp_triton import head
-from ibp_triton.backends.torch.unseen import Hooked
 from ibp_triton.criteria import Criterion, CrossEntropy, Loss
 from ibp_triton.errors import MethodError, ModelError
 from ibp_triton.head import Head
@@ -111,7 +110,7 @@ class Pass:
 
         Not in half precision, where the sum would round the penalty's away, nor where hooks shall see the loss's.
         """
-        return self.logits.dtype not in HALF and all(node.rule is not Hooked for node in self.trace.graph.nodes)
+        return self.logits.dtype not in HALF and not self.trace.graph.watched
 
     def _slopes(self, d: Any) -> Tensor:
         """d_0 up to a positive factor for each sample, for those that read its signs alone.

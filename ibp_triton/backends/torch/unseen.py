@@ -50,7 +50,7 @@ class Leaf(Generic):
 class Hooked(Leaf):
     """Where full backward hooks sit: the identity, whose first reverse sweep calls the hooks."""
 
-    label = "backward hook"
+    label, watched = "backward hook", True
 
     def vjp(self, d: Any, wanted: Names) -> dict[str, Tensor]:
         """d, after the hooks have seen it, once a pass; they are not made for several derivatives at a time."""
