@@ -32,7 +32,7 @@ class Trace:
     plan: Plan
     head: Head
     frugal: bool = False  # whether sweeps let go of what only curvature would read again
-    lean: bool = False  # whether layers are heavy and one linear sweep is to come, along with the weight gradients
+    lean: bool = False  # whether one linear sweep is to come, along with the weight gradients
     shards: Shards | None = None  # where parameters lie in pieces
 
     def reach(self, node: Node) -> None:

@@ -44,10 +44,11 @@ class Layer:
     shapes_only: ClassVar[tuple[str, ...]] = ()  # attributes of whose numbers nothing is read after ``forward``
     spared: str | None = None  # the operand whose numbers weight gradients alone read, so that ``spare`` can be asked
     heavy = False  # whether it keeps what is larger than its operands and result, and BP does not
+    input: Any  # its first operand, of a layer that keeps it
     dear = False  # whether ``again`` makes later sweeps over the layer dearer, so that no more than one is to come
     watched = False  # whether a model's hooks shall see the derivative that comes back here
     sloped_by: Layer | None = None  # the layer by whose slope ``vjp`` multiplies besides: see ``Node.sloped_by``
-    rearranges = False  # whether ``jvp`` of an operand ``input``'s numbers is the output, and a view
+    follows = False  # whether ``after`` makes the output's numbers anew from those of its operand ``input``
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -90,6 +91,10 @@ class Layer:
     def again(self) -> Callable[[], Tensor] | None:
         """What makes the output's numbers anew, if there is such; from now on the layer keeps what that takes."""
         return None
+
+    def after(self, source: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """What makes the output's numbers anew from what makes the input's; here of views, which are their own jvp."""
+        return lambda: self.jvp({"input": source()})
 
     def spare(self, source: Callable[[], Tensor]) -> None:
         """Keep of the operand ``spared`` the shape, and where weight gradients want the numbers ask for them."""

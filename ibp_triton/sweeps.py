@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+LARGE = 8 << 20  # bytes
+
+
 class Freed:
     """What a sweep let go of: no derivative, and not zero either."""
 
@@ -213,10 +216,17 @@ def _again(trace: Trace, index: int, reader: Node) -> Callable[[], Tensor] | Non
     node, layer = trace.graph.nodes[index], trace.layers[index]
     if layer is None or trace.graph.consumers[index] != [reader.index]:
         return None
-    if not layer.rearranges:
-        return None if layer.dear and not trace.lean else layer.again()
-    source = _again(trace, node.operands["input"], node)
-    return None if source is None else lambda: layer.jvp({"input": source()})
+    if layer.follows:
+        source = _again(trace, node.operands["input"], node)
+        return None if source is None else layer.after(source)
+    if layer.dear and not (trace.lean and (trace.graph.heavy or _large(layer.input))):
+        return None
+    return layer.again()
+
+
+def _large(x: Tensor) -> bool:
+    """Whether memory is what a map costs: no cache holds it from one sweep to the next."""
+    return x.numel() * x.element_size() >= LARGE
 
 
 def _times(parts: dict[str, Any], factor: Any) -> dict[str, Any]:

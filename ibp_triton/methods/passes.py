@@ -306,7 +306,7 @@ class Step:
     def _recorded(self, x: Tensor, number: int) -> Pass:
         frugal = not self.program.bends
         trace = self.network.forward(x, self.parameters, self.extra, own=self.own, frugal=frugal, keep=False)
-        trace.lean = frugal and self.program.forward and trace.graph.heavy
+        trace.lean = frugal and self.program.forward
         self.used.update(trace.graph.parameters.values())
         loss = self._loss(trace.logits, trace.head)
         return Pass(trace.head, trace, loss, number not in self.program.kept and frugal)

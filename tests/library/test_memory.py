@@ -1,15 +1,18 @@
 """What steps of Loss IBP and Adversarial Training hold at their peak, and what sweeps let go of and make anew."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import ibp_triton as ibp
+from ibp_triton import sweeps
 from ibp_triton.bench import by_hand, candidates, measure
 from ibp_triton.layer import Bilinear, compact
 from ibp_triton.sweeps import Linear, Reverse, g, weight_gradients
-from tests.library.comparing import error, oracle, ours
+from tests.library.comparing import error, oracle, ours, variants
 
 PEAKS = {"vit": 1.5, "mixer": 1.55, "text_transformer": 1.6, "densenet_bc": 1.6, "convnext": 1.55, "mobilenet_v2": 1.4}
 
@@ -77,6 +80,51 @@ def test_a_reverse_sweep_lets_go_of_what_can_be_made_anew(lean):
     other = Reverse(whole, torch.ones_like(trace.logits), to_input=True).run()
     expected = weight_gradients([g(Linear(whole, x, to_output=False), other)], 3)
     assert error(weight_gradients([g(Linear(trace, x, to_output=False), d)], 3), expected) < 1e-5
+
+
+class Normed(nn.Module):
+    """Convolutions behind batch norms and ReLUs, one of them through a view, one with a second reader, one in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6, affine=i != 1) for i in range(5))
+        self.convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(4))
+        self.first, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6 * 36, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + self.convs[0](F.relu(self.norms[0](x)))
+        x = x + self.convs[1](F.relu(self.norms[1](x), inplace=True).relu())
+        y = F.relu(self.norms[2](x))
+        x = y + self.convs[2](y)
+        x = self.convs[3](self.norms[3](x))
+        return self.head(F.relu(self.norms[4](x)).flatten(1))
+
+
+@pytest.mark.parametrize("method", variants((2,)), ids=str)
+def test_large_maps_behind_batch_norms_are_made_anew_and_gradients_keep_their_bits(method, monkeypatch):
+    torch.manual_seed(0)
+    model, x, labels = Normed().double(), torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.arange(5) % 4
+    tangents = torch.randn(2, *x.shape, dtype=x.dtype) if method.needs_tangents else None
+    found = []
+    for large in (1 << 30, 0):
+        monkeypatch.setattr(sweeps, "LARGE", large)
+        own = copy.deepcopy(model)
+        parts = method.gradients(ibp.Network(own), x, labels, tangents)
+        found.append((parts[1], dict(own.named_buffers())))
+    for one, other in zip(*found, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_batch_norms_make_anew_is_let_go_of(monkeypatch):
+    case = candidates.Case("wide_resnet", 4, "fp32")
+    peaks = []
+    for large in (1 << 30, 0):
+        monkeypatch.setattr(sweeps, "LARGE", large)
+        peaks.append(measure.peak_memory(candidates.ours(case, "loss_ibp")))
+    plain = measure.peak_memory(by_hand.autograd(case, "bp"))
+    assert peaks[1] < 0.9 * peaks[0], [peak / plain for peak in peaks]
 
 
 def test_a_small_part_of_much_memory_is_copied():

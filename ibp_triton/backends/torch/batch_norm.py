@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,7 +34,7 @@ class BatchNorm(Normalisation):
     γ is constant over a group, so one kernel computes γ P(v)/s, Σ x̂ v and Σ v, for derivatives and tangents alike.
     """
 
-    label = "batch_norm (train)"
+    label, dear = "batch_norm (train)", True
     save_mean: Tensor  # μ and 1/s of each channel, [C]
     save_rstd: Tensor
 
@@ -64,8 +64,8 @@ class BatchNorm(Normalisation):
         self.affine = (input.shape[1], *[1] * (input.dim() - 2))
         self.count, self.memory = input.numel() // input.shape[1], WeakTensorKeyDictionary()
         self.weight = wide(weight) if weight is not None else self._ones()
-        shift = wide(bias) if bias is not None else None
-        found = self._statistics(running_mean, running_var, shift, momentum)
+        self.bias = wide(bias) if bias is not None else None
+        found = self._statistics(running_mean, running_var, momentum)
         output, self.save_mean, self.save_rstd = found
         return output  # type: ignore[no-any-return]
 
@@ -74,8 +74,12 @@ class BatchNorm(Normalisation):
         half = self.input.dtype in HALF
         return torch.ones(self.shape, dtype=torch.float32, device=self.input.device) if half else None
 
-    def _statistics(self, mean: Tensor | None, var: Tensor | None, bias: Tensor | None, momentum: float) -> Any:
-        settings = (True, momentum, self.eps)
+    def again(self) -> Callable[[], Tensor] | None:
+        """The kernel once more, the same bits; running statistics stay."""
+        return None if self._by_formulas() else lambda: self._statistics(None, None, 0.0)[0]
+
+    def _statistics(self, mean: Tensor | None, var: Tensor | None, momentum: float) -> Any:
+        settings, bias = (True, momentum, self.eps), self.bias
         if self.input.dtype in HALF and bias is None:
             bias = torch.zeros_like(self.weight)  # type: ignore[arg-type]
         if mean is None or var is None:

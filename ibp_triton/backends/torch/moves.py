@@ -84,7 +84,7 @@ class Negative(Identity):
 class Permute(Move):
     """Axes in another order: permute, transpose, movedim and their other names."""
 
-    rearranges = True
+    follows = True
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The same numbers."""

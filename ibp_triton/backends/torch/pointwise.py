@@ -59,11 +59,29 @@ class Pointwise(Layer):
 class ReLU(Pointwise):
     """max(a, 0); the slope at 0 is 0."""
 
-    label = "relu"
+    label, follows = "relu", True
+    source: Callable[[], Tensor] | None = None  # what makes the input anew, once the output is let go of
+    _after: Callable[[], Tensor] | None = None  # the same, before
 
     def forward(self, input: Tensor, inplace: bool = False) -> Tensor:
         """Same shape."""
         self.input = self.output = torch.relu(input)  # the mask is output > 0: the input need not be kept
+        return self.output
+
+    def after(self, source: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """max(source, 0), once for the linear sweep and the weight gradient behind it."""
+        self._after = source
+        return self._whole
+
+    def let_go_of_bends(self) -> None:
+        """The output, where it can be made anew."""
+        if self._after is not None:
+            self.input, self.source, self._after = shell(self.output), self._after, None
+            self.output = self.input
+
+    def _whole(self) -> Tensor:
+        if self.source is not None:
+            self.output, self.source = torch.relu_(self.source()), None
         return self.output
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
@@ -75,7 +93,7 @@ class ReLU(Pointwise):
         return self._masked(t["input"])
 
     def _masked(self, t: Tensor) -> Tensor:
-        return meeting(lambda d, y: torch.ops.aten.threshold_backward(d, y, 0), t, self.output)
+        return meeting(lambda d, y: torch.ops.aten.threshold_backward(d, y, 0), t, self._whole())
 
 
 def storage_order(t: Tensor, value: Tensor) -> list[int] | None:

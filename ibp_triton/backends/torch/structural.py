@@ -98,7 +98,7 @@ class Reshape(Layer):
     """The same numbers in the same order under another shape: view, reshape, flatten, squeeze, unsqueeze."""
 
     label = "reshape"
-    shapes_only, rearranges = ("output",), True
+    shapes_only, follows = ("output",), True
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Whatever shape the torch function gives."""

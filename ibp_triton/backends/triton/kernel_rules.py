@@ -290,6 +290,8 @@ class TritonAvgPool2d(Layer):
 class TritonReLU(pointwise.ReLU):
     """max(a, 0), as far as its neighbours have not taken it over."""
 
+    follows = False
+
     def forward(self, input: Tensor, inplace: bool = False) -> Tensor:
         """Same shape."""
         self.input = self.output = input if ABSORBED in self.node.fused else ops.relu(_packed(input))
