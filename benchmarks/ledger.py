@@ -15,10 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ibp_triton as ibp
+from ibp_triton.allocator import keep_freed_memory
 from ibp_triton.backends.torch import dense
 from ibp_triton.bench import candidates
 from ibp_triton.bench.candidates import METHODS, NETWORKS, PRECISIONS, TANGENTS, Case
-from ibp_triton.harness.threads import keep_freed_memory
 
 KINDS = ("products", "image vjp", "pools", "elementwise")
 _PRODUCTS = ("convolution", "convolution_backward", "mm", "addmm")

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ibp_triton as ibp
+from ibp_triton.allocator import keep_freed_memory
 from ibp_triton.backends.torch.sync_batch_norm import Synchronised
-from ibp_triton.harness.threads import keep_freed_memory
 from ibp_triton.methods.base import Method
 from ibp_triton.world import Sums, World
 

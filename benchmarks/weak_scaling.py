@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 import ibp_triton as ibp
+from ibp_triton.allocator import keep_freed_memory
 from ibp_triton.harness import models
 from ibp_triton.harness.config import NetworkChoice
-from ibp_triton.harness.threads import keep_freed_memory
 from ibp_triton.world import World
 
 STEPS, WARM_UP = 40, 5

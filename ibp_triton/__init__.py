@@ -5,6 +5,7 @@ moves. It has nothing to do with Interval Bound Propagation, which the literatur
 """
 
 from ibp_triton import attacks, reference
+from ibp_triton.allocator import keep_freed_memory
 from ibp_triton.attacks import fgsm, gaussian_noise, pgd, random_signs
 from ibp_triton.captured_step import CapturedStep
 from ibp_triton.compiled_step import CompiledStep
@@ -57,6 +58,7 @@ __all__ = [
     "attacks",
     "fgsm",
     "gaussian_noise",
+    "keep_freed_memory",
     "lie_tangents",
     "pgd",
     "random_signs",

@@ -15,12 +15,12 @@ import typer
 from rich.console import Console
 from rich.status import Status
 
+from ibp_triton.allocator import keep_freed_memory
 from ibp_triton.bench import bench_json, bench_report, bench_table, cells, suite
 from ibp_triton.bench.candidates import Case
 from ibp_triton.bench.suite import Suite
 from ibp_triton.errors import BenchError, ConfigError
 from ibp_triton.harness import shipped, store
-from ibp_triton.harness.threads import keep_freed_memory
 
 
 def bench(

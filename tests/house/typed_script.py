@@ -44,9 +44,10 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
         step: ibp.Parts = steps[0](x, [0, 1])
         total += float(loss) + float(value) + float(step.loss) + sum(float(g.norm()) for g in gradients.values())
         total += 0.0 if penalty is None else float(penalty)
+    kept: bool = ibp.keep_freed_memory()
     ratio: float = method.predicted_ratio(network, [32, 1, 28, 28])
     oracle: tuple[Tensor, dict[str, Tensor]] = ibp.reference.gradients(model, method, *batches[0])
-    return total + ratio + float(oracle[0]) + len(network.summary())
+    return total + kept + ratio + float(oracle[0]) + len(network.summary())
 
 
 def measure(model: nn.Module, x: Tensor, y: Tensor) -> str:
