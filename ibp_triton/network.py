@@ -234,9 +234,18 @@ class Network:
 
     def _refuse_constant(self, x: Tensor, extra: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Let a recording raise for an output that nothing can be differentiated by; one that has x in it is right."""
-        before = Snapshot.of(self.model, x)
-        self.forward(x.detach(), parameters, extra, keep=False)
-        before.restore()
+        with self._leaving_no_trace(x):
+            self.forward(x.detach(), parameters, extra, keep=False)
+
+    @contextmanager
+    def _leaving_no_trace(self, x: Tensor) -> Iterator[None]:
+        """Random numbers, buffers, x and the shape of the last batch are afterwards what they were."""
+        before, last = Snapshot.of(self.model, x), self._shape
+        try:
+            yield
+        finally:
+            before.restore()
+            self._shape = last
 
     def classes(self, x: Tensor, extra: Mapping[str, Any] | None = None) -> int:
         """The number of logits: that of the last batch, else found by a forward pass at x that leaves no trace.
@@ -246,9 +255,8 @@ class Network:
             extra: the model's other inputs, by name.
         """
         if self._classes is None:
-            before = Snapshot.of(self.model, x)
-            self.forward(x, {}, extra, keep=False)
-            before.restore()
+            with self._leaving_no_trace(x):
+                self.forward(x, {}, extra, keep=False)
         if self._classes is None:
             raise ModelError("the model returned a single number instead of logits [N, M]")
         return self._classes
@@ -283,12 +291,8 @@ class Network:
             raise InputError("the network has seen no batch yet: pass the input's shape, summary([32, 1, 28, 28])")
         first = next(self.model.parameters())
         x = torch.zeros(shape, dtype=first.dtype, device=first.device)
-        before, last = Snapshot.of(self.model, x), self._shape
-        with torch.no_grad():
-            rows = ledger.rows(self.forward(x, {}, extra))
-        before.restore()
-        self._shape = last
-        return rows
+        with self._leaving_no_trace(x), torch.no_grad():
+            return ledger.rows(self.forward(x, {}, extra))
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: what was recorded stays behind, and is recorded again."""

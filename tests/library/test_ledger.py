@@ -96,6 +96,17 @@ def test_summary_leaves_the_model_as_it_was():
     assert "batch_norm" in network.summary()
 
 
+def test_a_summary_that_fails_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), nn.Flatten(), nn.Linear(48, 4))
+    network, x = ibp.Network(model), torch.randn(2, 3, 4, 4)
+    text, mean, numbers = network.summary(x.shape), model[0].running_mean.clone(), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="shapes"):
+        network.summary([2, 3, 5, 5])
+    assert torch.equal(model[0].running_mean, mean)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert network.summary(x.shape) == text
+
+
 class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
