@@ -74,6 +74,11 @@ def error_text(mean: float, sd: float | None) -> str:
     return f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}"
 
 
+def p_text(p: float) -> str:
+    """p = 0.012, or p < 1e-300 where no float is as small."""
+    return "p < 1e-300" if p < 1e-300 else f"p = {p:.2g}"
+
+
 def results(runs: Sequence[Run], root: Path) -> dict[str, store.Record]:
     """The sound results under `root` by the name of their run."""
     return {run.name: found for run in runs if (found := store.result(root / run.name))}

@@ -53,6 +53,10 @@ def test_all_p_values_of_the_page_are_one_family() -> None:
     assert summary == "Of 4 claims 3 hold, 1 have no runs yet."
 
 
+def test_a_p_value_below_every_float_is_not_zero() -> None:
+    assert judged([Claim("a", "x", False, 0.0)])[0].cells == [["a", "x; p < 1e-300", "fails"]]
+
+
 def test_without_results_every_statement_is_there_and_says_so() -> None:
     found = list(claims({}))
     table, _ = judged(found)

@@ -340,6 +340,7 @@ def test_two_experiments_are_compared_and_many_gathered(tree: Tree, write: Write
     assert bp[1] == bp[1].strip()
     assert bp[4:] == ["+0.00", "+0 −0, p = 1 |"]
     assert ibp_line[1] == "β = 0.03 → β = 0.3"
+    assert re.search(r"Of 2 shared rows [01] have a lower error in the second; [01] differ beyond chance", text)
     assert "Only in one of the two: only_first, only_second." in text.replace("\\_", "_")
     page = tmp_path / "board.html"
     done = CliRunner().invoke(app, ["leaderboard", *folders, "--to", str(page)])

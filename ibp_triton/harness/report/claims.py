@@ -16,7 +16,7 @@ from ibp_triton.harness.evaluate import CLEAN, CURVES
 from ibp_triton.harness.report.gather import Findings, in_order
 from ibp_triton.harness.report.paper import BETAS, IMPROVEMENTS, TABLES, Published
 from ibp_triton.harness.report.tables import Table
-from ibp_triton.harness.summary import ResultRow, error_text
+from ibp_triton.harness.summary import ResultRow, error_text, p_text
 from ibp_triton.outcomes import mcnemar
 
 HOLDS, FAILS, OPEN, ABSENT = "holds", "fails", "open", "no runs yet"
@@ -87,7 +87,7 @@ def judged(found: list[Claim]) -> tuple[Table, str]:
     cells = []
     for number, claim in enumerate(found):
         p = fair.get(number)
-        ours = claim.ours + (f"; p = {p:.2g}" if p is not None else "")
+        ours = claim.ours + (f"; {p_text(p)}" if p is not None else "")
         cells.append([claim.text, ours or "–", claim.verdict(p)])
     counts = Counter(line[2] for line in cells)
     told = ", ".join(f"{counts[verdict]} {words}" for verdict, words in _WORDS.items() if counts[verdict])

@@ -10,7 +10,7 @@ from ibp_triton.harness import stats
 from ibp_triton.harness.evaluate import CLEAN
 from ibp_triton.harness.report.gather import Findings, title
 from ibp_triton.harness.report.tables import Table
-from ibp_triton.harness.summary import ResultRow, columns, error_text, headings
+from ibp_triton.harness.summary import ResultRow, columns, error_text, headings, p_text
 from ibp_triton.outcomes import Mcnemar, mcnemar
 
 NOTE = (
@@ -19,8 +19,8 @@ NOTE = (
 )
 
 
-def against(first: Findings, second: Findings) -> Table:
-    """The chosen rows that two experiments share, by variant and label: errors, their difference, a paired test."""
+def against(first: Findings, second: Findings) -> tuple[Table, str]:
+    """The chosen rows that two experiments share, by variant and label: errors and a paired test; in a sentence."""
     others = {(row.variant, row.label): row for row in second.chosen}
     pairs = [(row, others[key]) for row in first.chosen if (key := (row.variant, row.label)) in others]
     tests = {number: test for number, pair in enumerate(pairs) if (test := _paired(first, second, *pair))}
@@ -28,7 +28,7 @@ def against(first: Findings, second: Findings) -> Table:
     cells = []
     for number, (one, other) in enumerate(pairs):
         test = tests.get(number)
-        told = f"+{test.gained} −{test.lost}, p = {fair[number]:.2g}" if test else ""
+        told = f"+{test.gained} −{test.lost}, {p_text(fair[number])}" if test else ""
         values = [_settings(row) for row in (one, other)]
         settings = values[0] if values[0] == values[1] else f"{values[0] or '–'} → {values[1] or '–'}"
         errors = [error_text(row.mean, row.sd) for row in (one, other)]
@@ -39,18 +39,12 @@ def against(first: Findings, second: Findings) -> Table:
     heads = ["method", "settings", *(f"{name}, error %" for name in names), "difference", "McNemar"]
     alone = [title(row) for f, shared in ((first, pairs), (second, pairs)) for row in f.chosen if not _in(row, shared)]
     more = f" Only in one of the two: {', '.join(alone)}." if alone else ""
-    return Table("Two experiments", heads, cells, NOTE + more)
-
-
-def verdict(table: Table) -> list[str]:
-    """What `against` found, in a sentence or two."""
-    better = sum(line[4].startswith("-") for line in table.cells)
-    certain = sum("p = " in line[5] and float(line[5].partition("p = ")[2]) < 0.05 for line in table.cells)
-    if not table.cells:
-        return ["The two experiments have no row of the same variant and label, so there is nothing to compare."]
-    return [
-        f"Of {len(table.cells)} shared rows {better} have a lower error in the second; {certain} differ beyond chance."
-    ]
+    told = "The two experiments have no row of the same variant and label, so there is nothing to compare."
+    if pairs:
+        lower = sum(bool(a.errors and b.errors) and b.mean < a.mean for a, b in pairs)
+        certain = sum(p < 0.05 for p in fair.values())
+        told = f"Of {len(pairs)} shared rows {lower} have a lower error in the second; {certain} differ beyond chance."
+    return Table("Two experiments", heads, cells, NOTE + more), told
 
 
 def leaderboard(experiments: Sequence[Findings]) -> list[Table]:

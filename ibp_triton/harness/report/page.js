@@ -30,7 +30,7 @@ function compare(a, b) {
 
 function number(text) {
   const plain = text.trim().replaceAll("−", "-");
-  const found = /p = ([-+.\de]+)/.exec(plain) || /^([-+]?\.?\d[\d.]*(?:e[-+]?\d+)?)/.exec(plain);
+  const found = /p [=<] ([-+.\de]+)/.exec(plain) || /^([-+]?\.?\d[\d.]*(?:e[-+]?\d+)?)/.exec(plain);
   return found ? Number.parseFloat(found[1]) : Number.NaN;
 }
 

@@ -15,7 +15,7 @@ from ibp_triton.harness import provenance, stats, store
 from ibp_triton.harness.evaluate import CLEAN, CURVES
 from ibp_triton.harness.grid import shown
 from ibp_triton.harness.report.gather import Findings, in_order, title
-from ibp_triton.harness.summary import ResultRow, error_text, headings
+from ibp_triton.harness.summary import ResultRow, error_text, headings, p_text
 from ibp_triton.outcomes import csv_cell, latex_cell
 
 PAIRS_NOTE = (
@@ -126,7 +126,7 @@ def pairs(findings: Findings) -> list[Table]:
             tests = {(a, b): findings.paired(rows[b], rows[a]) for a in range(len(rows)) for b in range(a)}
             known = {place: test for place, test in tests.items() if test}
             fair = dict(zip(known, stats.holm([test.p for test in known.values()]), strict=True))
-            texts = {place: f"{test.gained - test.lost:+d}, p = {fair[place]:.2g}" for place, test in known.items()}
+            texts = {place: f"{test.gained - test.lost:+d}, {p_text(fair[place])}" for place, test in known.items()}
             lines = [
                 [row.label, *(texts.get((number, place), "") for place in range(len(columns)))]
                 for number, row in enumerate(rows)
@@ -311,7 +311,7 @@ def _word(sign: int) -> str:
 
 def _mcnemar(findings: Findings, row: ResultRow) -> str:
     found = findings.corrected.get((row.variant, row.label))
-    return f"+{found[0].gained} −{found[0].lost}, p = {found[1]:.2g}" if found else ""
+    return f"+{found[0].gained} −{found[0].lost}, {p_text(found[1])}" if found else ""
 
 
 def _paper_ratio(findings: Findings, row: ResultRow) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ibp_triton.harness.report.gather import Findings, in_order, title
-from ibp_triton.harness.summary import ResultRow, error_text
+from ibp_triton.harness.summary import ResultRow, error_text, p_text
 
 
 def sentences(findings: Findings) -> list[str]:
@@ -27,7 +27,7 @@ def _lowest(findings: Findings, best: ResultRow) -> str:
     if base is None or base is best or not base.errors:
         return f"{text}."
     found = findings.corrected.get((best.variant, best.label))
-    p = f", p = {found[1]:.2g} (McNemar, Holm-corrected)" if found else ""
+    p = f", {p_text(found[1])} (McNemar, Holm-corrected)" if found else ""
     certain = "" if not found else ": beyond chance" if found[1] < 0.05 else ": not beyond chance"
     return f"{text}, where bp has {error_text(base.mean, base.sd)} %{p}{certain}."
 

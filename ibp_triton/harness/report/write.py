@@ -46,9 +46,9 @@ def write_report(
 
 def write_comparison(first: Findings, second: Findings, folder: Path) -> list[Path]:
     """against_NAME.html and .md in `folder`, NAME the first experiment's."""
-    found = compare.against(first, second)
+    found, told = compare.against(first, second)
     names = " and ".join(findings.experiment.title or findings.experiment.name for findings in (first, second))
-    return _write(folder / f"against_{first.experiment.name}.html", names, compare.verdict(found), [found.compact()])
+    return _write(folder / f"against_{first.experiment.name}.html", names, [told], [found.compact()])
 
 
 def write_leaderboard(experiments: list[Findings], file: Path) -> list[Path]:
