@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +26,7 @@ __all__ = [
     "penalty",
     "psi",
     "seed",
+    "sums_together",
     "tangent_seed",
 ]
 
@@ -51,6 +54,9 @@ class Head(Protocol):
 
     def objective(self, batch: int, *parts: tuple[Any, Any]) -> Tensor:
         """Σ coefficient · Σ numbers, over the batch size."""
+
+    def sums_together(self) -> AbstractContextManager[Callable[[], None]]:
+        """A block whose weight gradients nothing reads before its end, or before a call of what it is given."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,3 +125,8 @@ def objective(batch: int, *parts: tuple[Any, Tensor]) -> Tensor:
         part = numbers.sum()
         total = total + (part if is_one(coefficient) else coefficient * part)
     return total / batch  # type: ignore[no-any-return]
+
+
+def sums_together() -> AbstractContextManager[Callable[[], None]]:
+    """Nothing waits here."""
+    return nullcontext(lambda: None)

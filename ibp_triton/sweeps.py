@@ -6,6 +6,7 @@ Sweeps are pure functions of tensors. What a sweep saves belongs to its Trace an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -305,20 +306,22 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
     ]
     forward, missing = _direction(running), set(trace.plan.trainable)
     frugal = terms if trace.frugal else ()
-    for node in graph.active if forward else reversed(graph.active):
-        wanted = trains[node.index]
-        if trace.shards is not None:
-            trace.reach(node)
-        if wanted:
-            _collect(means, node, _of_layer(terms, node, wanted, batch))
-        if made is not None:
-            missing -= _whole(trace, trace.plan.last[forward][node.index], means, made)
-        for term in frugal:
-            _let_go(term, node, forward)
-        for sweep in running:
-            sweep.advance(node)
-        for term in frugal:
-            term.trace.layers[node.index] = None
+    alone = made is None and trace.shards is None  # nobody else reads a gradient before all are there
+    with trace.head.sums_together() if alone else nullcontext(lambda: None) as sums:
+        for node in graph.active if forward else reversed(graph.active):
+            wanted = trains[node.index]
+            if trace.shards is not None:
+                trace.reach(node)
+            if wanted:
+                _collect(means, node, _of_layer(terms, node, wanted, batch), sums)
+            if made is not None:
+                missing -= _whole(trace, trace.plan.last[forward][node.index], means, made)
+            for term in frugal:
+                _let_go(term, node, forward)
+            for sweep in running:
+                sweep.advance(node)
+            for term in frugal:
+                term.trace.layers[node.index] = None
     for sweep in running:
         sweep.done = True
     for node in reversed(graph.nodes) if graph.computes_parameters else ():
@@ -326,7 +329,8 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
         if node.kind == "parametric" and layer is not None and wanted and node.index in means:
             if trace.shards is not None:
                 trace.reach(node)
-            _collect(means, node, layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted))
+            parts = layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted)
+            _collect(means, node, parts)
     means |= {i: torch.zeros_like(trace.values[i]) for i in missing if i not in means}
     return {graph.parameters[i]: mean for i, mean in sorted(means.items())}
 
@@ -381,8 +385,12 @@ def _like(d: Any, value: Any) -> Any:
     return d.to(value.dtype)
 
 
-def _collect(means: dict[int, Any], node: Node, parts: Mapping[str, Any]) -> None:
-    """Add each part to its operand's sum, in float32 at least."""
+def _collect(
+    means: dict[int, Any], node: Node, parts: Mapping[str, Any], sums: Callable[[], None] = lambda: None
+) -> None:
+    """Add each part to its operand's sum, in float32 at least; ``sums``: makes what can't be read yet."""
     for name, part in parts.items():
         index = node.operands[name]
+        if index in means:
+            sums()
         means[index] = summed(means.get(index), scaled(part, 1))

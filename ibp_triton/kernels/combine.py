@@ -5,12 +5,13 @@
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv
-from ibp_triton.kernels.plans import Layout
+from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
+from ibp_triton.kernels.plans import Layout, planned
 from ibp_triton.kernels.replica_axis import Replicas
 from ibp_triton.kernels.smooth import activated
 from ibp_triton.kernels.tiles import select
@@ -31,6 +32,19 @@ class Ending:
 
 NOTHING = Ending()
 MANY = 64  # parts from which a program takes few numbers and many parts at a time
+MOST = 4  # sums of one launch
+RUN = 16  # numbers: a part of so many times n begins where a 128-bit load may
+
+
+@triton.jit
+def parts_added(partial, t, i, ok, tangents, width, splits, BLOCK: tl.constexpr, ROUND: tl.constexpr):
+    """sum_s partial[s, t, i] in a fixed order; the loads of ROUND parts are under way together."""
+    y = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, splits, ROUND):
+        s = start + tl.arange(0, ROUND)
+        at = (s * tangents + t)[:, None] * width + i[None, :]
+        y += tl.sum(tl.load(partial + at, mask=(s < splits)[:, None] & ok[None, :], other=0.0), 0)
+    return y
 
 
 @triton.jit(do_not_specialize=["tangents", "splits", "bias_r", "mask_r"])
@@ -71,7 +85,6 @@ def combine(
         extra: [extra_size], the elements beyond `size` (a bias gradient); written when EXTRA, tangents = 1.
 
     If REPLICATED each replica has all of these, without gaps but for the steps bias_r and mask_r.
-    The loads of ROUND parts are under way together.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     width = size + extra_size
@@ -92,11 +105,7 @@ def combine(
     elif MASK:
         alive = tl.load(mask + i, mask=ok, other=0.0) > 0
     for t in range(tangents):
-        y = tl.zeros((BLOCK,), dtype=tl.float32)
-        for start in range(0, splits, ROUND):
-            s = start + tl.arange(0, ROUND)
-            at = (s * tangents + t)[:, None] * width + i[None, :]
-            y += tl.sum(tl.load(partial + at, mask=(s < splits)[:, None] & ok[None, :], other=0.0), 0)
+        y = parts_added(partial, t, i, ok, tangents, width, splits, BLOCK, ROUND)
         y *= scale
         if BIAS:
             y += shift
@@ -112,6 +121,124 @@ def combine(
         tl.store(out + t * size + i, y, mask=i < size)
         if EXTRA:
             tl.store(extra + i - size, y, mask=ok & (i >= size))
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("begin1", "begin2", "begin3"),
+        *(f"{name}{i}" for name in ("size", "runs", "splits") for i in range(4)),
+    ]
+)
+def combine_several(
+    partial0, partial1, partial2, partial3,
+    out0, out1, out2, out3,
+    extra0, extra1, extra2, extra3,
+    scale,
+    begin1, begin2, begin3,
+    size0, size1, size2, size3,
+    runs0, runs1, runs2, runs3,
+    splits0, splits1, splits2, splits3,
+    RUN: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[i] = scale * sum_s partial[s, i] of up to four sums; grid (the blocks of one after those of the other).
+
+    Pointers:
+        partial: [splits, runs * RUN] float32.
+        out: [size] float32.
+        extra: [runs * RUN - size] float32, the elements beyond `size`.
+
+    A sum's blocks begin at begin1, begin2, begin3; that of none is the end of the grid.
+    """
+    block = tl.program_id(0)
+    partial = partial0
+    out = out0
+    extra = extra0
+    begin = 0
+    size = size0
+    runs = runs0
+    splits = splits0
+    if block >= begin3:
+        partial = partial3
+        out = out3
+        extra = extra3
+        begin = begin3
+        size = size3
+        runs = runs3
+        splits = splits3
+    elif block >= begin2:
+        partial = partial2
+        out = out2
+        extra = extra2
+        begin = begin2
+        size = size2
+        runs = runs2
+        splits = splits2
+    elif block >= begin1:
+        partial = partial1
+        out = out1
+        extra = extra1
+        begin = begin1
+        size = size1
+        runs = runs1
+        splits = splits1
+    i = (block - begin) * BLOCK + tl.arange(0, BLOCK)
+    width = runs * RUN
+    ok = i < width
+    y = scale * parts_added(partial, 0, i, ok, 1, width, splits, BLOCK, ROUND)
+    tl.store(out + i, y, mask=i < size)
+    tl.store(extra + i - size, y, mask=ok & (i >= size))
+
+
+class PartSums:
+    """Sums that nothing reads before the end of a block of code: made four to a launch, or when asked for."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, float]] = []
+
+    @staticmethod
+    def takes(partial: Layout, out: Layout) -> bool:
+        """Whether a sum of these layouts may share a launch: float32, whose parts begin where a 128-bit load may."""
+        return out.dtype == torch.float32 and partial.shape[-1] % RUN == 0
+
+    def add(self, partial: Tensor, out: Tensor, extra: Tensor | None, scale: float) -> None:
+        """scale · Σ_s partial [S, 1, size + extra], to be written into `out` and `extra`, both dense."""
+        if self._waiting and self._waiting[0][-1] != scale:
+            self.now()
+        self._waiting.append((partial, out, out if extra is None else extra, scale))
+        if len(self._waiting) == MOST:  # the parts of more would be too much memory
+            self.now()
+
+    def now(self) -> None:
+        """Make those that wait."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            partials, outs, extras, scales = zip(*waiting, *waiting[:1] * (MOST - len(waiting)), strict=True)
+            plan = planned(_several, (len(waiting),), *partials, *outs)
+            launch(plan, *partials, *outs, *extras, scales[0])
+
+
+def _several(count: int, *tensors: Tensor) -> LaunchPlan:
+    """`tensors`: MOST partials, then as many results; the first `count` of each are wanted."""
+    partials, outs = tensors[:MOST], tensors[MOST:]
+    config = select("combine", "several", partials[0])
+    widths = [partial.shape[-1] for partial in partials]
+    ends = [0]
+    for i, width in enumerate(widths):
+        ends.append(ends[-1] + (cdiv(width, config.block_m) if i < count else 0))
+    moved = [4 * partial.numel() for partial in partials[:count]]
+    return LaunchPlan(
+        combine_several,
+        (ends[-1], 1, 1),
+        {
+            **{f"begin{i}": ends[i] if i < count else ends[-1] for i in range(1, MOST)},
+            **{f"size{i}": out.numel() for i, out in enumerate(outs)},
+            **{f"runs{i}": width // RUN for i, width in enumerate(widths)},
+            **{f"splits{i}": partial.shape[0] for i, partial in enumerate(partials)},
+            "RUN": RUN, "ROUND": config.block_k, "BLOCK": config.block_m,
+        },
+        config,
+        Cost(loaded=sum(moved), stored=4 * sum(widths[:count])),
+    )  # fmt: skip
 
 
 def combination(

@@ -24,6 +24,9 @@ from ibp_triton.kernels.replica_axis import Replicas
 from ibp_triton.kernels.smooth import activated
 from ibp_triton.kernels.tiles import precision, select, splits
 
+TALL = 1 << 15  # rows that are 128 tiles of 256
+LARGE = 1 << 28  # products that are 512 steps of tiles of 128×128×32
+
 
 # What a batch's size changes is no constant, so that an epoch's last batch finds the kernels of the others.
 @triton.jit(do_not_specialize=["samples", "tangents", "steps", "splits", "x_r", "x_t", "mask_r"])
@@ -370,7 +373,10 @@ def contraction(
 
 
 def _shape_class(tangents: int, rows: int, columns: int, depth: int, by_columns: bool) -> str:
-    """The table's name for a shape; `by_columns`: the weight's columns are contiguous, as in a reverse pass."""
+    """The table's name for a shape, after a comma that of its size where larger tiles leave the chip full.
+
+    `by_columns`: the weight's columns are contiguous, as in a reverse pass.
+    """
     if columns == 1:
         return "one column" if tangents == 1 else "one column, tangents"
     if tangents > 1:
@@ -379,6 +385,7 @@ def _shape_class(tangents: int, rows: int, columns: int, depth: int, by_columns:
         return "few rows"
     if depth <= 32 and not (by_columns and columns <= 32):
         return "shallow"
-    if columns <= 32:
-        return "narrow"
-    return "by columns" if by_columns else "any"
+    kind = "narrow" if columns <= 32 else "by columns" if by_columns else "any"
+    if columns <= 64:
+        return f"{kind}, tall" if rows >= TALL else kind
+    return f"{kind}, large" if rows * columns * depth >= LARGE else kind

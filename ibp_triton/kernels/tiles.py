@@ -16,6 +16,7 @@ from torch import Tensor
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx1100": 96}
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = ("gfx942", "gfx1100")
+HOPPER = ("sm_90", "sm_100")  # and later: matrix instructions of 64 rows and more
 FAMILIES = NVIDIA + AMD
 HALF = ("bfloat16", "float16")
 FLOATS = ("float32", "tf32", *HALF)  # tf32: float32 whose products are
@@ -45,7 +46,7 @@ class TileRow:
     """One row of the table: where it holds, what it says, why."""
 
     operation: str
-    shape: str  # a shape class of the operation, or "any"
+    shape: str  # a shape class of the operation, its part before a comma, or "any" in place of that
     families: tuple[str, ...]
     dtypes: tuple[str, ...]
     config: Config
@@ -86,14 +87,30 @@ TABLE = (
     TileRow("contract", "shallow", NVIDIA, FLOATS, Config(64, 32, 16, warps=4, stages=3),
         "a patch of 16 (the first convolution on one channel) is one step; a deeper one would load padding; with two "
         "stages ptxas takes 72 registers and spills 8 bytes on sm_80"),
+    TileRow("contract", "narrow, tall", HOPPER, HALF, Config(256, 32, 64, warps=8, stages=2, registers=128),
+        "as below; without the limit ptxas is content with 64 registers on sm_100, and spills 32 bytes"),
+    TileRow("contract", "narrow, tall", HOPPER, ("tf32",), Config(256, 32, 32, warps=8, stages=1),
+        "as below, and each tile of rows reads all weights anew"),
     TileRow("contract", "narrow", FAMILIES, HALF, Config(64, 32, 64, warps=4, stages=2),
         "32 columns or fewer; a step of 64 halves fills 128-bit loads on gfx942's 256 threads"),
-    TileRow("contract", "narrow", ("sm_90", "sm_100"), ("tf32",), Config(32, 32, 32, warps=4, stages=3),
-        "as by columns, below: HMMA keeps 128-bit loads where HGMMA would need the weight transposed"),
+    TileRow("contract", "narrow", HOPPER, ("tf32",), Config(64, 32, 64, warps=8, stages=1),
+        "as by columns, below; few steps that wait for one another"),
     TileRow("contract", "narrow", FAMILIES, FLOATS, Config(64, 32, 32, warps=4, stages=2),
         "32 columns or fewer (the first convolution): a wider tile would compute padding"),
-    TileRow("contract", "by columns", ("sm_90", "sm_100"), ("tf32",), Config(32, 64, 32, warps=4, stages=3),
-        "tf32 HGMMA wants the depth contiguous: with 64 rows the weight's loads fall to 32 bits; 32 rows take HMMA"),
+    TileRow("contract", "by columns, tall", HOPPER, ("tf32",), Config(256, 64, 32, warps=8, stages=1),
+        "as by columns, below, and each tile of rows reads all weights anew"),
+    TileRow("contract", "by columns, large", HOPPER, ("tf32",), Config(128, 128, 32, warps=8, stages=1),
+        "as by columns, below, and large: half the bytes of 64×64"),
+    TileRow("contract", "by columns", HOPPER, ("tf32",), Config(64, 64, 32, warps=4, stages=1),
+        "tf32 HGMMA wants the depth contiguous, and asynchronous copies would transpose the weight 32 bits at a time: "
+        "one stage loads 128 bits, and transposes on the way from registers"),
+    TileRow("contract", "any, tall", HOPPER, ("tf32", *HALF), Config(256, 64, 32, warps=8, stages=2),
+        "32768 rows or more, 64 columns or fewer: each tile of rows reads all weights anew"),
+    TileRow("contract", "any, large", HOPPER, ("tf32",), Config(128, 128, 32, warps=8, stages=3),
+        "tiles enough for the chip in half the bytes of 64×64; 100 to 127 registers"),
+    TileRow("contract", "any, large", HOPPER, HALF, Config(128, 128, 64, warps=8, stages=2), "as above, in halves"),
+    TileRow("contract", "any", HOPPER, ("tf32",), Config(64, 64, 64, warps=8, stages=2),
+        "few steps that wait for one another; 4 warps take 126 registers"),
     TileRow("contract", "any", NVIDIA, ("float32",), Config(64, 64, 16, warps=8, stages=2),
         "FFMA alone: 4 warps take up to 162 registers, or spill, for 64×64; a third stage spills at 3 channels"),
     TileRow("contract", "any", FAMILIES, FLOATS, Config(64, 64, 32, warps=4, stages=3),
@@ -105,10 +122,16 @@ TABLE = (
         "117 of 256 VGPRs, 128-bit loads"),
     TileRow("wgrad", "narrow", NVIDIA, ("float32",), Config(32, 32, 32, warps=8, stages=2),
         "FFMA alone: with the push of a + βt, 4 warps or a step of 64 take 255 registers and spill 400 bytes"),
+    TileRow("wgrad", "narrow, short", NVIDIA, ("tf32", *HALF), Config(32, 16, 64, warps=4, stages=2),
+        "a patch of 16 (the first convolution on one channel): a tile of 32 columns would be half padding"),
     TileRow("wgrad", "narrow", FAMILIES, FLOATS, Config(32, 32, 64, warps=4, stages=2),
         "32 output channels or fewer, or a short patch (the first convolution): no padded rows, a deep step"),
-    TileRow("wgrad", "any", ("sm_90", "sm_100"), ("tf32",), Config(32, 64, 32, warps=4, stages=2),
-        "both operands are contiguous along the other axis than tf32 HGMMA wants; 32 rows take HMMA, 128-bit loads"),
+    TileRow("wgrad", "any", HOPPER, ("tf32",), Config(64, 128, 32, warps=8, stages=1),
+        "both operands are contiguous along the other axis than tf32 HGMMA wants: one stage, as in contract; "
+        "fewer tiles read each operand anew"),
+    TileRow("wgrad", "any", HOPPER, HALF, Config(64, 128, 32, warps=8, stages=2, registers=128),
+        "fewer tiles read each operand anew; without the limit ptxas is content with 80 registers for replicas on "
+        "sm_100, and spills 16 bytes"),
     TileRow("wgrad", "any", NVIDIA, ("float32",), Config(64, 64, 16, warps=8, stages=3),
         "FFMA alone: with the push of a + βt, 4 warps or a step of 32 reach 255 registers and spill"),
     TileRow("wgrad", "any", FAMILIES, FLOATS, Config(64, 64, 32, warps=4, stages=2),
@@ -122,9 +145,11 @@ TABLE = (
     TileRow("pointwise", "any", FAMILIES, FLOATS, Config(1024, warps=4), "128-bit loads, two a thread; bandwidth"),
     TileRow("sample", "any", FAMILIES, FLOATS, Config(1024, warps=4),
         "one program a sample walks its features in blocks"),
-    TileRow("objective", "any", FAMILIES, FLOATS, Config(4096, warps=8), "one program: wide loads, few steps"),
+    TileRow("objective", "any", FAMILIES, FLOATS, Config(8192, warps=16), "one program: wide loads, few steps"),
     TileRow("combine", "many parts", FAMILIES, FLOATS, Config(32, block_k=64, warps=4),
         "64 parts or more are a small gradient's (the first convolution): few rounds that wait for one another"),
+    TileRow("combine", "several", FAMILIES, FLOATS, Config(64, block_k=32, warps=2),
+        "gradients of all sizes and numbers of parts: runs of 256 bytes, few rounds"),
     TileRow("combine", "any", FAMILIES, FLOATS, Config(256, block_k=8, warps=2),
         "small outputs: many programs hide the S loads, eight of which are under way together"),
     TileRow("norm", "long", NVIDIA, FLOATS, Config(8192, warps=16, registers=128),
@@ -210,13 +235,10 @@ def select(operation: str, shape: str, tensor: Tensor, sizes: tuple[int, ...] = 
         watcher.add(key)
     if key in tuned:
         return tuned[key]
+    kind, _, size = shape.partition(", ")
+    names = (shape, kind, f"any, {size}", "any")
     for row in TABLE:
-        if (
-            row.operation == operation
-            and row.shape in (shape, "any")
-            and family in row.families
-            and dtype in row.dtypes
-        ):
+        if row.operation == operation and row.shape in names and family in row.families and dtype in row.dtypes:
             return row.config
     raise LookupError(f"no configuration for {operation} ({shape}) in {dtype} on {family}")
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibp_triton.kernels.combine import combination
+from ibp_triton.kernels.combine import PartSums, combination
 from ibp_triton.kernels.gates import number, scalar, there
 from ibp_triton.kernels.geometry import Geometry, sample_stride
 from ibp_triton.kernels.launcher import Cost, LaunchPlan, cdiv, launch
@@ -212,6 +212,7 @@ def weight_gradient(
     beta: float | Tensor = 1.0,
     scale: float = 1.0,
     dtype: torch.dtype | None = None,
+    later: PartSums | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """G = scale · Σ_i coefficient_i · g(left_i, right_i), and the bias gradient of the segments that ask for it.
 
@@ -224,6 +225,7 @@ def weight_gradient(
         beta: the factor of every `push`; a number, or a 0-d tensor of one on the device.
         scale: 1 / N of the objective's mean.
         dtype: of the result, the weight's by default; float32 keeps a small penalty that bfloat16 would round away.
+        later: where parts may be left to be summed; the results then hold nothing until it has made its sums.
 
     Returns: the gradient, and the bias gradient [J] or None when no segment has `bias`.
     Raises: ValueError for segments that do not fit each other, and for a push where operands are rounded (tf32,
@@ -254,7 +256,9 @@ def weight_gradient(
         pushed,
         float(scale),
     )
-    if plan.second is not None:
+    if later is not None and plan.waits:
+        later.add(target, gradient, bias, float(scale))
+    elif plan.second is not None:
         launch(plan.second, target, *[gradient] * 4, gradient if bias is None else bias, float(scale))
     return gradient, bias
 
@@ -266,6 +270,7 @@ class _Gradient:
     first: LaunchPlan
     parts: Layout | None = None  # of the workspace
     second: LaunchPlan | None = None
+    waits: bool = False  # whether the second may be made together with others
 
 
 def _plan(
@@ -286,7 +291,8 @@ def _plan(
     depth = channels * geometry.taps
     samples = [len(left) for left in lefts]
     rows = [n * geometry.positions for n in samples]
-    config = select("wgrad", "narrow" if min(outputs, depth) <= 32 else "any", first, (outputs, depth, *rows))
+    shape = "any" if min(outputs, depth) > 32 else "narrow, short" if depth <= 16 else "narrow"
+    config = select("wgrad", shape, first, (outputs, depth, *rows))
     tiles = (cdiv(outputs, config.block_m), cdiv(depth, config.block_n))
     blocks = [cdiv(r, config.block_k) for r in rows]
     parts = splits(first, replicas.count * tiles[0] * tiles[1], sum(blocks))
@@ -342,7 +348,8 @@ def _plan(
     if parts == 1:
         return whole
     second = combination(first, target, gradient, replicas=replicas.only(0, 0), extra=bias)
-    return replace(whole, parts=replicas.layout(target), second=second)
+    waits = not replicas.several and PartSums.takes(target, gradient)
+    return replace(whole, parts=replicas.layout(target), second=second, waits=waits)
 
 
 def _bits(flags: Sequence[Any]) -> int:

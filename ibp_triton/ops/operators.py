@@ -27,6 +27,7 @@ from ibp_triton.kernels import norm_seeds as _norm_seeds
 from ibp_triton.kernels import pool as _pool
 from ibp_triton.kernels import pooled_conv as _pooled_conv
 from ibp_triton.kernels import wgrad as _wgrad
+from ibp_triton.kernels.combine import PartSums
 from ibp_triton.kernels.geometry import ONE, Geometry
 
 
@@ -162,6 +163,43 @@ def weight_gradient(
 
     Returns: the gradient, and the bias gradient [O], [0] when no term has one.
     """
+    return gradient_of_weight(
+        None,
+        lefts,
+        rights,
+        coefficients,
+        biased,
+        signs,
+        on_device,
+        weight,
+        stride,
+        padding,
+        dilation,
+        scale,
+        wide,
+        push,
+        beta,
+    )
+
+
+def gradient_of_weight(
+    later: PartSums | None,
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    coefficients: Sequence[float],
+    biased: Sequence[bool],
+    signs: Sequence[bool],
+    on_device: Sequence[Tensor | None],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    scale: float = 1.0,
+    wide: bool = False,
+    push: Tensor | None = None,
+    beta: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The function of the operator ``weight_gradient``; with ``later`` the results may hold nothing until its sums."""
     geometry = ONE
     if weight.dim() > 3:
         geometry = _once(conv_geometry, lefts[0].shape[-2:], weight.shape[-2:], stride, padding, dilation)
@@ -171,7 +209,9 @@ def weight_gradient(
         for i, (left, right, c, bias, sign) in enumerate(zip(lefts, rights, coefficients, biased, signs, strict=True))
     ]
     dtype = torch.float32 if wide else weight.dtype
-    gradient, bias = _wgrad.weight_gradient(segments, weight, geometry, beta=beta, scale=scale, dtype=dtype)
+    gradient, bias = _wgrad.weight_gradient(
+        segments, weight, geometry, beta=beta, scale=scale, dtype=dtype, later=later
+    )
     return gradient, gradient.new_empty((*weight.shape[: weight.dim() % 2], 0)) if bias is None else bias
 
 

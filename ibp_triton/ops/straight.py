@@ -4,13 +4,16 @@ Whoever looks gets the operator: autograd, torch.compile and other tracers, torc
 profilers, and subclasses of Tensor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
+from ibp_triton.kernels.combine import PartSums
 from ibp_triton.ops import activation_operators, attention_operators, norm_operators, operators
 
 
@@ -25,15 +28,37 @@ def unseen() -> bool:
     )
 
 
-def straight(operator: CustomOpDef) -> Callable[..., Any]:
-    """An operator's own function where it is `unseen`, else the operator; its first argument tells plain tensors."""
-    function = operator._init_fn
+def straight(operator: CustomOpDef, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A function (the operator's own) where it is `unseen`, else the operator; its first argument tells tensors."""
+    unwrapped = operator._init_fn if function is None else function
 
     def call(first: Any, *args: Any, **kwargs: Any) -> Any:
         one = first[0] if isinstance(first, list) else first
-        return (function if type(one) is Tensor and unseen() else operator)(first, *args, **kwargs)
+        return (unwrapped if type(one) is Tensor and unseen() else operator)(first, *args, **kwargs)
 
     return call
+
+
+_LATER: ContextVar[PartSums | None] = ContextVar("later", default=None)
+
+
+@contextmanager
+def sums_together() -> Iterator[Callable[[], None]]:
+    """A block whose weight gradients nothing reads before its end, or before it calls what it is given.
+
+    Where nothing of torch's would look at them, their parts are then summed several to a launch.
+    """
+    sums = PartSums()
+    token = _LATER.set(sums)
+    try:
+        yield sums.now
+    finally:
+        _LATER.reset(token)
+    sums.now()
+
+
+def _weight_gradient(*args: Any, **kwargs: Any) -> Any:
+    return operators.gradient_of_weight(_LATER.get(), *args, **kwargs)
 
 
 activation_curvature = straight(activation_operators.activation_curvature)
@@ -67,4 +92,4 @@ norm_seed = straight(operators.norm_seed)
 norm_value = straight(operators.norm_value)
 objective = straight(operators.objective)
 relu = straight(operators.relu)
-weight_gradient = straight(operators.weight_gradient)
+weight_gradient = straight(operators.weight_gradient, _weight_gradient)

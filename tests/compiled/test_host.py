@@ -115,7 +115,7 @@ def test_every_kernel(launched, monkeypatch):
     with twice(launched, monkeypatch) as found:
         everything()
     assert set(found) == {
-        "contract", "combine", "fold", "wgrad", "max_pool", "pool_gather", "pool_scatter", "gate",
+        "contract", "combine", "combine_several", "fold", "wgrad", "max_pool", "pool_gather", "pool_scatter", "gate",
         "cross_entropy_head", "softmax_hessian", "weighted_sum", "seed", "tangent_seed", "pooled_conv",
         "normalise", "project", "bend", "column_sums", "column_sweep",
     }  # fmt: skip

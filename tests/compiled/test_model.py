@@ -5,8 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ibp_triton.harness import predictions
+from ibp_triton.kernels import tiles
+from ibp_triton.kernels.combine import PartSums
+from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.workbench import model, sass
 from ibp_triton.kernels.workbench.model import CARDS, HIGH, LOW, Counts
 
@@ -88,7 +92,21 @@ def test_the_predictions_of_the_page_are_the_models():
             if batch == 32:
                 (found,) = predictions.predicted(["H100"], [dtype], [batch])
                 assert line.split(" | ")[4] == found.text
+                assert dtype != "tf32" or found.low <= 110
     assert predictions.lines([found])[0][:4] == ["mnist", "loss_ibp", dtype, "32"]
+
+
+def test_a_program_of_several_sums_goes_through_its_own_alone():
+    parts = [(torch.zeros(n, 1, width), torch.zeros(width)) for n, width in ((156, 64), (32, 640))]
+    with tiles.on_chip("sm_90"), recording(execute=False) as launches:
+        sums = PartSums()
+        for partial, out in parts:
+            sums.add(partial, out, None, 1.0)
+        sums.now()
+    (launch,) = launches
+    assert launch.grid == (11, 1, 1)
+    assert model.trips(launch) == [2]  # one program of 5 rounds, ten of one: the mean, rounded up
+    assert model.counts(launch, "sm_90").steps == 5
 
 
 def test_an_unknown_card_is_refused():

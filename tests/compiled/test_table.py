@@ -148,6 +148,11 @@ def test_rows_have_reasons_and_select_takes_the_first():
     x = torch.zeros(1)
     with tiles.on_chip("gfx1100"):
         assert tiles.select("contract", "any", x).group == 1
+        narrow = tiles.select("contract", "narrow", x.half())
+        assert tiles.select("contract", "narrow, tall", x.half()) == narrow  # no row for the size: that for any
+    with tiles.on_chip("sm_90"):
+        assert tiles.select("contract", "narrow, tall", x.half()).block_m == 256
+        assert tiles.select("contract", "by columns, tall", x.half()).block_m == 256
     with pytest.raises(LookupError, match="no configuration"):
         tiles.select("contract", "any", x.double())
     with pytest.raises(ValueError, match="unknown chip family"), tiles.on_chip("sm_61"):

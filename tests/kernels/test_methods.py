@@ -114,6 +114,34 @@ def test_against_the_oracle(key, options, build):
         assert errors({n: found[n] - plain[n] for n in found}, penalty) < TOLERANCE + cancelled
 
 
+class Tied(nn.Module):
+    """A layer applied twice, and others beside it, whose weight gradients are split."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.last = nn.Linear(6, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.twice(torch.relu(self.twice(torch.relu(self.first(x)))))))
+
+
+@pytest.mark.parametrize("semantics", ["paper", "exact"])
+def test_split_gradients_are_summed_together_unless_somebody_reads_one(semantics):
+    torch.manual_seed(0)
+    model, x, labels = Tied(), torch.randn(600, 6), torch.randint(2, (600,))
+    method, network = ibp.LossIBP(0.1, semantics=semantics), ibp.Network(model, backend="triton")
+    with recording() as launches:
+        _, found = method.gradients(network, x, labels)
+    _, expected = ibp.reference.gradients(copy.deepcopy(model).double(), method, x.double(), labels)
+    assert errors(found, expected) < TOLERANCE
+    names = [launch.name for launch in launches]
+    assert names.count("combine_several") == 2  # where the tied weight's two are added, and at the end
+    with Operators(), recording() as seen:  # whoever looks at operators gets each one's whole result
+        _, looked_at = method.gradients(network, x, labels)
+    assert "combine_several" not in [launch.name for launch in seen]
+    assert errors(looked_at, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("key", ["loss_ibp", "fast_at"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_a_small_penalty(key, dtype):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ibp_triton.kernels.combine import MOST, PartSums
 from ibp_triton.kernels.geometry import ONE, Geometry
 from ibp_triton.kernels.launcher import recording
 from ibp_triton.kernels.wgrad import Segment, weight_gradient
@@ -153,3 +154,42 @@ def test_what_is_rejected():
         weight_gradient([Segment(1.0, a, d), Segment(1.0, randn(7, 4).T, d)], weight, ONE)
     with pytest.raises(ValueError, match="dense"):
         weight_gradient([Segment(1.0, a, randn(3, 4).T)], weight, ONE)
+
+
+# samples, inputs, outputs, bias: all are split, the last one's parts begin where no 128-bit load may
+SPLIT = [(600, 8, 4, False), (1300, 6, 32, True), (700, 16, 16, True), (520, 8, 8, False), (600, 5, 3, True)]
+
+
+@pytest.mark.parametrize("count", [1, 3, MOST, MOST + 1])
+def test_sums_that_wait_share_a_launch(count, instruments):
+    sums, made = PartSums(), []
+    with recording() as launches:
+        for samples, inputs, outputs, bias in [*SPLIT[:MOST], SPLIT[0]][:count]:
+            weight, _, a, _, d, _ = linear_case(samples, inputs, outputs, torch.float32)
+            found = weight_gradient([Segment(1.0, a, d, bias=bias)], weight, ONE, scale=0.5, later=sums)
+            made.append((found, weight, a, d))
+        assert made[-1][0][0].isnan().all() or count == MOST  # as fresh memory is here
+        sums.now()
+        sums.now()
+    names = [launch.name for launch in launches]
+    assert names.count("combine_several") == -(-count // MOST)
+    assert "combine" not in names
+    for (gradient, shift), weight, a, d in made:
+        assert_close(gradient, g(a, d, weight, ONE) / 2, torch.float32)
+        if shift is not None:
+            assert_close(shift, d.double().sum(0) / 2, torch.float32)
+    for launch, seen in zip(launches, instruments, strict=True):
+        traffic = seen.traffic.values()
+        moved = sum(t.loaded for t in traffic), sum(t.stored for t in traffic)
+        assert launch.name == "wgrad" or (launch.cost.loaded, launch.cost.stored) == moved
+
+
+def test_sums_of_another_scale_or_width_do_not_wait():
+    sums = PartSums()
+    with recording() as launches:
+        for (samples, inputs, outputs, bias), scale in [(SPLIT[0], 1.0), (SPLIT[4], 1.0), (SPLIT[3], 0.5)]:
+            weight, _, a, _, d, _ = linear_case(samples, inputs, outputs, torch.float32)
+            weight_gradient([Segment(1.0, a, d, bias=bias)], weight, ONE, scale=scale, later=sums)
+        sums.now()
+    names = [launch.name for launch in launches]
+    assert names == ["wgrad", "wgrad", "combine", "wgrad", "combine_several", "combine_several"]

@@ -5,6 +5,8 @@ Coefficients (β, ε) are numbers here, or 0-d tensors that kernels read where t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +83,10 @@ class KernelHead:
         numbers, on_device = apart([a, b])
         addends = addends.reshape(-1) if addends.dim() == 0 else addends
         return ops.objective(losses, addends, *numbers, on_device, 1 / batch, absolute)  # type: ignore[no-any-return]
+
+    def sums_together(self) -> AbstractContextManager[Callable[[], None]]:
+        """Parts of weight gradients are summed several to a launch."""
+        return ops.sums_together()
 
 
 def _rows(u: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from ibp_triton.kernels.attentions import attention, attention_jvp, attention_vjp
 from ibp_triton.kernels.bends import activation_curvature
 from ibp_triton.kernels.columns import batch_norm_cross, batch_norm_project
+from ibp_triton.kernels.combine import PartSums
+from ibp_triton.kernels.contract import LARGE, TALL
 from ibp_triton.kernels.conv import conv2d, conv2d_vjp
 from ibp_triton.kernels.gates import relu
 from ibp_triton.kernels.gemm import linear, linear_activation, linear_vjp
@@ -59,6 +61,12 @@ def matrix_cases(make: Make) -> None:
         conv2d(make(tangents, BATCH, 32, 13, 13), make(64, 32, 5, 5), SECOND)
         conv2d_vjp(make(tangents, BATCH, 64, 13, 13), make(64, 32, 5, 5), SECOND, make(BATCH, 32, 13, 13))
     conv2d_vjp(make(1, BATCH, 64, 13, 13), make(64, 64, 5, 5), SECOND)
+    many, rows = 1 + TALL // 169, 2 * LARGE // (3136 * 256)
+    conv2d(make(1, many, 32, 13, 13), make(64, 32, 5, 5), SECOND, make(64), relu=True)
+    for inputs in (32, 64):
+        conv2d_vjp(make(1, many, 64, 13, 13), make(64, inputs, 5, 5), SECOND, make(many, inputs, 13, 13))
+    linear(make(1, rows, 3136), w, b, relu=True)
+    linear_vjp(make(1, rows, 256), w, make(rows, 3136))
     a, t, right = make(BATCH, 32, 13, 13), make(BATCH, 32, 13, 13), make(BATCH, 64, 13, 13)
     both = [Segment(1.0, a, right, bias=True), Segment(0.1, t, right)]
     weight_gradient(both, make(64, 32, 5, 5), SECOND)
@@ -87,6 +95,10 @@ def other_cases(make: Make) -> None:
     cross_entropy(z, torch.zeros(BATCH, dtype=torch.int64))
     hessian_product(z, z)
     objective(make(BATCH), make(BATCH), 1.0, 0.1)
+    sums = PartSums()
+    for parts, size in ((156, 512), (37, 51200)):
+        sums.add(torch.zeros(parts, 1, size + 64), torch.zeros(size), torch.zeros(64), 1.0)
+    sums.now()
     kernel = make(32, 1, 4, 4)
     _, code = conv_max_pool(pixels, kernel, FIRST, POOL, make(32), relu=True)
     conv_max_pool_jvp(pixels[None], kernel, code, FIRST, POOL, sign=True)

@@ -155,11 +155,21 @@ def counts(launch: Launch, target: str) -> Counts:
         warps=warps,
         held=max(1, round(built.occupancy * chip.threads / chip.target.warp_size) // warps),
         issued=code.issued(trips(launch)),
-        steps=1 if launch.name in FREE else max(1, sum(trips(launch))),
+        steps=_steps(launch),
         moved=launch.cost.loaded + launch.cost.stored,
         unique=launch.unique_bytes,
         flops=launch.cost.padded_flops,
     )
+
+
+def _steps(launch: Launch) -> int:
+    if launch.name == "combine_several":
+        return max(_rounds(launch.arguments))
+    return 1 if launch.name in FREE else max(1, sum(trips(launch)))
+
+
+def _rounds(arguments: dict[str, Any]) -> list[int]:
+    return [cdiv(arguments[f"splits{i}"], arguments["ROUND"]) for i in range(4)]
 
 
 def trips(launch: Launch) -> list[int]:
@@ -172,6 +182,9 @@ def trips(launch: Launch) -> list[int]:
         return [cdiv(a[f"n{i}"] * positions, depth) for i in range(a["SEGMENTS"])]
     if launch.name == "combine":
         return [a["tangents"] * cdiv(a["splits"], a["ROUND"])]
+    if launch.name == "combine_several":  # a program makes one of the sums: the mean
+        ends = [0, a["begin1"], a["begin2"], a["begin3"], launch.grid[0]]
+        return [cdiv(sum((ends[i + 1] - ends[i]) * n for i, n in enumerate(_rounds(a))), ends[-1])]
     if launch.name == "weighted_sum":
         return [cdiv(a[size], a["BLOCK"]) for size in ("u_size", "v_size")]
     if launch.name in ("seed", "tangent_seed"):
