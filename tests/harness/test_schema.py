@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,17 @@ EXPERIMENTS = sorted(shipped.folder().glob("*.yaml"))
 SUITES = sorted((shipped.folder() / "bench").glob("*.yaml"))
 
 
-def faults(tree: Any, of: Tree) -> list[str]:
+@cache
+def validator(of: Callable[[], Tree]) -> Any:
+    """Of a schema that is a sound one itself: to make it and to look takes a tenth of a second."""
     jsonschema = pytest.importorskip("jsonschema", reason="the package jsonschema is of the extra dev")
-    jsonschema.Draft202012Validator.check_schema(of)
-    return [error.message for error in jsonschema.Draft202012Validator(of).iter_errors(tree)]
+    found = of()
+    jsonschema.Draft202012Validator.check_schema(found)
+    return jsonschema.Draft202012Validator(found)
+
+
+def faults(tree: Any, of: Callable[[], Tree]) -> list[str]:
+    return [error.message for error in validator(of).iter_errors(tree)]
 
 
 def written(path: Path) -> Any:
@@ -31,13 +40,13 @@ def written(path: Path) -> Any:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_passes(path: Path) -> None:
-    assert faults(written(path), schema.experiment()) == []
-    assert faults(loading.read_tree(path), schema.experiment()) == []
+    assert faults(written(path), schema.experiment) == []
+    assert faults(loading.read_tree(path), schema.experiment) == []
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_every_suite_passes(path: Path) -> None:
-    assert faults(written(path), schema.suite()) == []
+    assert faults(written(path), schema.suite) == []
 
 
 HALF = {"every": 1, "factor": 0.5}
@@ -93,24 +102,24 @@ def test_what_the_harness_takes_passes(key: str, tmp_path: Path) -> None:
         del tree["variants"]["b"]["data"]
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     loading.load(path)
-    assert faults(tree, schema.experiment()) == []
+    assert faults(tree, schema.experiment) == []
 
 
 @pytest.mark.parametrize(("key", "value"), TYPOS)
 def test_planted_typos_fail(key: str, value: Any) -> None:
-    assert faults(changed(key, value), schema.experiment())
+    assert faults(changed(key, value), schema.experiment)
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [("methods", ["los_ibp"]), ("networks", {"x": {"netwrok": "vit"}}), ("batches", [1])]
 )
 def test_planted_typos_fail_in_suites(key: str, value: Any) -> None:
-    assert faults(written(SUITES[0]) | {key: value}, schema.suite())
+    assert faults(written(SUITES[0]) | {key: value}, schema.suite)
 
 
 def test_only_a_file_that_extends_another_may_leave_keys_out() -> None:
-    assert faults({"name": "a"}, schema.experiment())
-    assert faults({"name": "a", "extends": "quickstart.yaml"}, schema.experiment()) == []
+    assert faults({"name": "a"}, schema.experiment)
+    assert faults({"name": "a", "extends": "quickstart.yaml"}, schema.experiment) == []
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [((), schema.experiment), (("--bench",), schema.suite)])

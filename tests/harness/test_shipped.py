@@ -13,6 +13,7 @@ import ibp_triton as ibp
 from ibp_triton.errors import ConfigError
 from ibp_triton.harness import shipped
 from ibp_triton.harness.sources import SOURCES
+from tests.harness.test_cli import ibp_triton
 
 
 def command(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -21,7 +22,7 @@ def command(*arguments: str, folder: Path | None = None) -> subprocess.Completed
     )
 
 
-def test_list_names_everything_there_is() -> None:
+def test_list_names_everything_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(command("list", "--json").stdout)
     assert set(found["methods"]) == set(ibp.METHODS)
     assert set(found["data sources"]) == set(SOURCES)
@@ -29,7 +30,8 @@ def test_list_names_everything_there_is() -> None:
     root = Path(ibp.__file__).parents[1]
     assert set(found["experiments"]) == {path.stem for path in (root / "configs").glob("*.yaml")}
     assert all(found["experiments"].values())
-    assert "quickstart" in command("list").stdout
+    assert ibp_triton(monkeypatch, "list") == 0
+    assert "quickstart" in capsys.readouterr().out
 
 
 def test_an_experiment_is_run_by_its_name_from_any_folder(tmp_path: Path) -> None:
