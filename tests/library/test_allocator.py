@@ -17,7 +17,7 @@ def faults():
     torch.ones(64 << 18)  # 64 MiB, freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(faults(), faults(), ibp_triton.keep_freed_memory(), faults(), faults())
+print(*[faults() for _ in range(3)], ibp_triton.keep_freed_memory(), *[faults() for _ in range(6)])
 """
 
 
@@ -27,11 +27,13 @@ def told(code: str) -> list[str]:
 
 
 def test_memory_is_kept_once_it_is_asked_for_and_not_before():
-    first, second, kept, third, last = told(FAULTS)
+    found = told(FAULTS)
+    kept = found.pop(3)
     if kept == "False":
         pytest.skip("no glibc")
-    assert min(int(first), int(second), int(third)) > 30  # pages of 2 MiB at most
-    assert int(last) <= 2
+    faulted = [int(one) > 30 for one in found]  # pages of 2 MiB at most
+    assert all(faulted[:3])
+    assert sum(faulted[3:]) <= 2  # once, or twice where something small has taken a bit of the first
 
 
 def test_without_a_glibc_nothing_happens(monkeypatch):
