@@ -37,6 +37,15 @@ def _unheard(show: Callable[[Any], Any], lost: Any) -> None:
     if not issubclass(lost.exc_type, KeyboardInterrupt) or not stopping:
         show(lost)
         return
-    again = threading.Timer(0.1, signal.raise_signal, stopping[:1])  # not at once: this is still the callback
+    again = threading.Timer(0.1, _tell, stopping[:1])  # not at once: this is still the callback
     again.daemon = True
     again.start()
+
+
+def _tell(number: int) -> None:
+    """Signal the main thread, which is so woken from what it waits for."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, number)
+    else:
+        signal.raise_signal(number)
