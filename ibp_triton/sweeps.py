@@ -6,13 +6,13 @@ Sweeps are pure functions of tensors. What a sweep saves belongs to its Trace an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ibp_triton import head
 from ibp_triton.errors import MethodError
 from ibp_triton.forward import Trace
 from ibp_triton.graph import Node
@@ -307,7 +307,7 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
     forward, missing = _direction(running), set(trace.plan.trainable)
     frugal = terms if trace.frugal else ()
     alone = made is None and trace.shards is None  # nobody else reads a gradient before all are there
-    with trace.head.sums_together() if alone else nullcontext(lambda: None) as sums:
+    with (trace.head if alone else head).sums_together() as sums:
         for node in graph.active if forward else reversed(graph.active):
             wanted = trains[node.index]
             if trace.shards is not None:
@@ -330,7 +330,7 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
             if trace.shards is not None:
                 trace.reach(node)
             parts = layer.vjp(_like(means.pop(node.index), trace.values[node.index]), wanted)
-            _collect(means, node, parts)
+            _collect(means, node, parts, sums)
     means |= {i: torch.zeros_like(trace.values[i]) for i in missing if i not in means}
     return {graph.parameters[i]: mean for i, mean in sorted(means.items())}
 
@@ -385,9 +385,7 @@ def _like(d: Any, value: Any) -> Any:
     return d.to(value.dtype)
 
 
-def _collect(
-    means: dict[int, Any], node: Node, parts: Mapping[str, Any], sums: Callable[[], None] = lambda: None
-) -> None:
+def _collect(means: dict[int, Any], node: Node, parts: Mapping[str, Any], sums: Callable[[], None]) -> None:
     """Add each part to its operand's sum, in float32 at least; ``sums``: makes what can't be read yet."""
     for name, part in parts.items():
         index = node.operands[name]

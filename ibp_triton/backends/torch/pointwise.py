@@ -60,8 +60,7 @@ class ReLU(Pointwise):
     """max(a, 0); the slope at 0 is 0."""
 
     label, follows = "relu", True
-    source: Callable[[], Tensor] | None = None  # what makes the input anew, once the output is let go of
-    _after: Callable[[], Tensor] | None = None  # the same, before
+    source: Callable[[], Tensor] | None = None  # what makes the input anew
 
     def forward(self, input: Tensor, inplace: bool = False) -> Tensor:
         """Same shape."""
@@ -70,19 +69,20 @@ class ReLU(Pointwise):
 
     def after(self, source: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """max(source, 0), once for the linear sweep and the weight gradient behind it."""
-        self._after = source
-        return self._whole
+        self.source = source
+        return lambda: self.output
 
     def let_go_of_bends(self) -> None:
         """The output, where it can be made anew."""
-        if self._after is not None:
-            self.input, self.source, self._after = shell(self.output), self._after, None
-            self.output = self.input
-
-    def _whole(self) -> Tensor:
         if self.source is not None:
-            self.output, self.source = torch.relu_(self.source()), None
-        return self.output
+            self.input = shell(self.input)
+            vars(self).pop("output", None)
+
+    @cached_property
+    def output(self) -> Tensor:  # type: ignore[override]  # `forward` writes it all the same
+        """Made anew, where it was let go of."""
+        assert self.source is not None
+        return torch.relu_(self.source())
 
     def vjp(self, d: Tensor, wanted: Names) -> dict[str, Tensor]:
         """d where the output is positive."""
@@ -93,7 +93,7 @@ class ReLU(Pointwise):
         return self._masked(t["input"])
 
     def _masked(self, t: Tensor) -> Tensor:
-        return meeting(lambda d, y: torch.ops.aten.threshold_backward(d, y, 0), t, self._whole())
+        return meeting(lambda d, y: torch.ops.aten.threshold_backward(d, y, 0), t, self.output)
 
 
 def storage_order(t: Tensor, value: Tensor) -> list[int] | None:
