@@ -128,7 +128,13 @@ def conv2d_vjp(
     return _conv.conv2d_vjp(d, weight, _once(conv_geometry, size, weight.shape[-2:], stride, padding, dilation), mask)
 
 
-@custom_op("ibp_triton::weight_gradient", mutates_args=())
+@custom_op(
+    "ibp_triton::weight_gradient",
+    mutates_args=(),
+    schema="(Tensor[] lefts, Tensor[] rights, float[] coefficients, bool[] biased, bool[] signs, Tensor?[] on_device, "
+    "Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation, float scale=1.0, bool wide=False, "
+    "Tensor? push=None, float beta=1.0) -> (Tensor, Tensor)",  # all but `later`
+)
 def weight_gradient(
     lefts: Sequence[Tensor],
     rights: Sequence[Tensor],
@@ -144,6 +150,8 @@ def weight_gradient(
     wide: bool = False,
     push: Tensor | None = None,
     beta: float = 1.0,
+    *,
+    later: PartSums | None = None,
 ) -> tuple[Tensor, Tensor]:
     """scale · Σ_i coefficient_i · g(left_i, right_i) of a weight's shape, and the bias gradient of the biased terms.
 
@@ -160,46 +168,10 @@ def weight_gradient(
         scale: 1 / N.
         wide: a float32 result whatever the dtype of the weight.
         push: like the first left side, which is then read as left + beta · push (float32, not tf32).
+        later: not of the operator, of the function alone: the results may hold nothing until it has made its sums.
 
     Returns: the gradient, and the bias gradient [O], [0] when no term has one.
     """
-    return gradient_of_weight(
-        None,
-        lefts,
-        rights,
-        coefficients,
-        biased,
-        signs,
-        on_device,
-        weight,
-        stride,
-        padding,
-        dilation,
-        scale,
-        wide,
-        push,
-        beta,
-    )
-
-
-def gradient_of_weight(
-    later: PartSums | None,
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    coefficients: Sequence[float],
-    biased: Sequence[bool],
-    signs: Sequence[bool],
-    on_device: Sequence[Tensor | None],
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    scale: float = 1.0,
-    wide: bool = False,
-    push: Tensor | None = None,
-    beta: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The function of the operator ``weight_gradient``; with ``later`` the results may hold nothing until its sums."""
     geometry = ONE
     if weight.dim() > 3:
         geometry = _once(conv_geometry, lefts[0].shape[-2:], weight.shape[-2:], stride, padding, dilation)

@@ -58,7 +58,7 @@ def sums_together() -> Iterator[Callable[[], None]]:
 
 
 def _weight_gradient(*args: Any, **kwargs: Any) -> Any:
-    return operators.gradient_of_weight(_LATER.get(), *args, **kwargs)
+    return operators.weight_gradient._init_fn(*args, **kwargs, later=_LATER.get())
 
 
 activation_curvature = straight(activation_operators.activation_curvature)
