@@ -80,7 +80,8 @@ class Network:
         self.model, self.backend, self.dtype = model, backend, dtype
         if sync_batchnorm and process_group is None:
             raise MethodError("sync_batchnorm=True needs process_group=, the processes whose samples share statistics")
-        self.world = None if process_group is None else World(process_group)
+        known = process_group is None or isinstance(process_group, World)
+        self.world = process_group if known else World(process_group)
         self.shards = shards_of(model, self.world)
         if self.shards is not None and (dtype is not None or backend == "triton"):
             raise MethodError(

@@ -51,7 +51,7 @@ class Cuda:
 
     def seconds(self, candidates: Mapping[str, Run], rounds: int) -> dict[str, float]:
         """The median of each on the device, in turn, the cache emptied before each call."""
-        found = interleave(candidates, rounds, warmup=3, cuda=True)
+        found = interleave(candidates, rounds, warmup=3, clock="device")
         return {name: times.median for name, times in found.items()}
 
     def milliseconds(self, run: Run) -> float:

@@ -14,7 +14,7 @@ from ibp_triton.outcomes import csv_cell
 Cells = list[dict[str, Any]]  # the JSON of each cell
 COLUMNS = (
     "network", "family", *AXES, "candidate", "method", "step", "clock", "median", "q1", "q3", "wall_median",
-    "peak_memory", "parity", "predicted_ratio", "making_seconds",
+    "waiting_seconds", "peak_memory", "parity", "predicted_ratio", "making_seconds",
 )  # fmt: skip
 _FACTS = ("network", *AXES)
 

@@ -15,7 +15,7 @@ from ibp_triton.bench import modern
 from ibp_triton.harness.models import PRECISIONS, paper_cifar10, paper_mnist
 
 TANGENTS = 5
-COUNTS = {"tangents": "T", "replicas": "R"}  # of a cell, and their letters
+COUNTS = {"tangents": "T", "replicas": "R", "processes": "P"}  # of a cell, and their letters
 METHODS: dict[str, ibp.Method] = {
     "bp": ibp.BP(),
     "loss_ibp": ibp.LossIBP(0.03),
@@ -88,6 +88,7 @@ class Case:
     own: Entry | None = None  # a network that ``NETWORKS`` does not hold
     tangents: int = TANGENTS
     replicas: int = 1
+    processes: int = 1
 
     @property
     def entry(self) -> Entry:
@@ -114,7 +115,7 @@ class Case:
         """Unlike that of any other case of a suite."""
         layout = "channels_last" if self.channels_last else "contiguous"
         parts = [self.network, str(self.batch), self.precision, layout, self.backend, self.device]
-        usual = {"tangents": TANGENTS, "replicas": 1}
+        usual = {"tangents": TANGENTS, "replicas": 1, "processes": 1}
         return "-".join(parts + [word(key, getattr(self, key)) for key in usual if getattr(self, key) != usual[key]])
 
     def model(self, seed: int = 0) -> nn.Module:
@@ -124,9 +125,12 @@ class Case:
             model = self.entry.build()
         return model.to(device=self.device, memory_format=self.layout)  # type: ignore[call-overload,no-any-return]
 
-    def data(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch [N, ...] in [0, 1], labels [N], tangents [T, N, ...]: five, over and over, Lie's of images."""
-        generator = torch.Generator().manual_seed(1)
+    def data(self, process: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch [N, ...] in [0, 1], labels [N], tangents [T, N, ...]: five, over and over, Lie's of images.
+
+        Of several processes each has its own.
+        """
+        generator = torch.Generator().manual_seed(1 + process)
         x = torch.rand(self.shape, generator=generator)
         images = x.dim() == 4
         if images:
@@ -148,6 +152,7 @@ class Case:
             "layout": "channels_last" if self.channels_last else "contiguous",
             "tangents": self.tangents,
             "replicas": self.replicas,
+            "processes": self.processes,
             "options": dict(self.entry.options),
         }
 

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import ibp_triton as ibp
 from ibp_triton.alike import in_short
 from ibp_triton.bench import bench_json, by_hand, candidates, measure, parity, whole_steps
 from ibp_triton.bench.candidates import Case
+from ibp_triton.bench.data_parallel import Member, in_processes
 from ibp_triton.bench.replicated_gradients import ReplicatedGradients
 from ibp_triton.bench.suite import AXES, Suite
-from ibp_triton.errors import IBPError
+from ibp_triton.errors import BenchError, IBPError
 from ibp_triton.harness import store
 
 TWIN_RATE = 1e-3  # learning rate at which steps of two kinds are held against each other
@@ -34,11 +35,12 @@ class Candidate:
 
     label: str
     run: Callable[[], Any]
-    kind: str  # gradient; together, of several networks; eager, compiled or captured step
+    kind: str  # gradient; together, of several networks; eager, compiled or captured step; sums of gradients
     method: str
     ours: bool = True
     off: float | None = None  # parity
     making: float | None = None  # CPU seconds that a step took to compile or capture, with its first calls
+    waits: list[float] = field(default_factory=list)  # seconds that each call waited for sums over processes
 
 
 @dataclass
@@ -67,6 +69,11 @@ class Cell:
 def prepare(suite: Suite, case: Case, say: Say) -> Cell:
     """All candidates of a cell whose gradient has been found right."""
     cell = Cell(case, suite)
+    if _data_parallel(suite, case):
+        for label in suite.methods:
+            if not suite.skips(case, label):
+                _add_data_parallel(cell, label, suite.method(label))
+        return cell
     if "eager_bp" in suite.baselines:
         cell.add("eager_bp", lambda: by_hand.autograd(case, ibp.BP()), "bp", ours=False)
     if "eager_bp_nchw" in suite.baselines:
@@ -106,6 +113,38 @@ def _add_method(cell: Cell, label: str) -> None:
             if "by_hand_step" in wanted and kind in whole_steps.BY_HAND:
                 _add_step(cell, label, method, kind, ours=False)
             _add_step(cell, label, method, kind, ours=True)
+
+
+def _data_parallel(suite: Suite, case: Case) -> bool:
+    """Whether what is timed are steps of several processes, or of one that pretends a link to others."""
+    return case.processes > 1 or suite.link is not None
+
+
+def _add_data_parallel(cell: Cell, label: str, method: ibp.Method) -> None:
+    """A step of all processes, in each of them, beside what the suite asks for."""
+    suite, member = cell.suite, _member(cell)
+    found, expected = member.gradients(method)
+    off, limit = parity.apart(found, expected), parity.PARITY[cell.case.precision]
+    if off > limit:
+        cell.refuse(label, f"off the mean of each process's gradients by {off:.2g}, more than {limit:g}")
+        return
+    world, late = member.world(), member.world(late=True)
+    steps: dict[str, tuple[Callable[[], Any], list[float]]] = {"eager step": (member.step(method, world), world.waits)}
+    if "late_sums" in suite.baselines:
+        steps["late_sums eager step"] = (member.step(method, late), late.waits)
+    if "one_process" in suite.baselines:
+        steps["one_process eager step"] = (member.alone(method), [])
+    if "by_hand_step" in suite.baselines and method.key == "bp" and suite.link is None:
+        steps["by_hand eager step"] = (member.by_hand(), [])
+    for name, (run, waits) in steps.items():
+        whole, ours = f"{label} {name}", name == "eager step"
+        cell.members[whole] = Candidate(whole, run, "eager", label, ours, off if ours else None, waits=waits)
+    if "sums" in suite.baselines:
+        cell.members[f"{label} sums"] = Candidate(f"{label} sums", member.adding_up(), "sums", label)
+
+
+def _member(cell: Cell) -> Member:
+    return Member(cell.case, None if cell.suite.link is None else 1e9 * cell.suite.link)
 
 
 def _add_replicas(cell: Cell, label: str, method: ibp.Method) -> None:
@@ -158,14 +197,19 @@ def measured(cell: Cell, say: Say) -> dict[str, Any]:
     suite, runs = cell.suite, {label: one.run for label, one in cell.members.items()}
     rounds = iter(range(1, suite.warmup + suite.rounds + 1))
     cuda = torch.device(cell.case.device).type == "cuda"
+    shared = _data_parallel(suite, cell.case)
 
     def tick() -> None:
         say(f"round {next(rounds)} of {suite.warmup + suite.rounds}")
 
     before = _load()
-    times = measure.interleave(runs, suite.rounds, suite.warmup, cuda, tick)
+    clock: measure.Clock = "device" if cuda else "wall" if shared else "cpu"
+    before_each = _member(cell).barrier if shared else lambda: None
+    times = measure.interleave(runs, suite.rounds, suite.warmup, clock, tick, before_each)
     seen = [one for one in cell.members.values() if cuda or one.kind != "compiled"]  # which no dispatch mode enters
     memory = {one.label: peak(one.run, cuda) for one in seen} if suite.memory else {}
+    if _member(cell).rank != 0:
+        return {}  # process 0 tells
     around = {"load_average": [before, _load()]}
     facts = {label: _facts(cell, one, times, memory) | around for label, one in cell.members.items()}
     entries = [
@@ -197,11 +241,14 @@ def _facts(cell: Cell, one: Candidate, times: dict[str, measure.Times], memory: 
         "batch": case.batch, "backend": case.backend, "device": case.device, "family": case.entry.family,
         "candidate": one.label, "method": one.method, "step": one.kind, "baseline": one.label == "eager_bp",
         "ours": one.ours,
-        "clock": "device" if mine.device else "cpu", "cpu_seconds": mine.cpu, "wall_seconds": mine.wall,
+        "clock": mine.clock, "cpu_seconds": mine.cpu, "wall_seconds": mine.wall,
         "wall_median": statistics.median(mine.wall), "parity": one.off,
     }  # fmt: skip
     if one.label in memory:
         found["peak_memory"] = memory[one.label]
+    if one.waits:
+        first = cell.suite.warmup
+        found["waiting_seconds"] = statistics.median(one.waits[first : first + cell.suite.rounds])
     if one.making is not None:
         found["making_seconds"] = one.making
     if one.ours:
@@ -213,8 +260,10 @@ def _facts(cell: Cell, one: Candidate, times: dict[str, measure.Times], memory: 
     return found | ({"interleaved_ratio_to_bp": over_bp["median_of_ratios"]} if over_bp else {})
 
 
-_BESIDE = {"gradient": ("by_hand",), "together": ("one_by_one",)}
-_STEPS = ("eager step", "by_hand eager step", "by_hand compiled step")
+_BESIDE = {"gradient": ("by_hand",), "together": ("one_by_one",), "sums": ("eager step",)}
+_STEPS = (
+    "eager step", "by_hand eager step", "by_hand compiled step", "one_process eager step", "late_sums eager step"
+)  # fmt: skip
 
 
 def _ratios(
@@ -224,7 +273,7 @@ def _ratios(
     step = one.kind != "gradient"
     if not (one.ours or step):
         return
-    names = _BESIDE.get(one.kind, _STEPS if one.ours else ("by_hand eager step",))
+    names = _BESIDE.get(one.kind, _STEPS if one.ours else ("by_hand eager step",) if one.kind == "compiled" else ())
     others = {name: f"{one.method} {name}" for name in names}
     if not step:
         others |= {name: name for name in ("bp", "eager_bp", "eager_bp_nchw")}
@@ -261,10 +310,18 @@ def run_cell(suite: Suite, case: Case, folder: Path, say: Say) -> tuple[dict[str
     if stored is not None and stored.get("signature") == seal and not faults(stored):
         return stored, False
     start = time.perf_counter()
-    found = measured(prepare(suite, case, say), say)
+    try:
+        found = in_processes(case.processes, suite.threads, partial(_measured, suite, case), say)
+    except BenchError as error:
+        fault = {"cell": case.name, "candidate": "all", "reason": str(error), "fault": "ours"}
+        found = {"cell": case.name, "benchmarks": [], "refused": [fault]}
     found |= {"signature": seal, "seconds": time.perf_counter() - start}
     store.write_json(path, found)
     return found, True
+
+
+def _measured(suite: Suite, case: Case, say: Say) -> dict[str, Any]:
+    return measured(prepare(suite, case, say), say)
 
 
 def faults(cell: dict[str, Any]) -> list[dict[str, str]]:

@@ -7,30 +7,36 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+Clock = Literal["cpu", "wall", "device"]
 FLUSHED = 256 << 20  # bytes written before each call on CUDA, more than its L2 holds
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each round: of this process's CPU, of the wall clock and, on CUDA, of the device."""
+    """Seconds of each round: of this process's CPU, of the wall clock and, on CUDA, of the device; ``clock`` counts.
 
-    cpu: list[float]
-    wall: list[float]
-    device: list[float]
+    That is the device's on CUDA, else the CPU's, for wall time is at the mercy of whatever else runs; but several
+    processes that wait for each other go by the wall clock.
+    """
+
+    clock: Clock
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
 
     @property
     def seconds(self) -> list[float]:
-        """What counts: device time on CUDA, else CPU time, for wall time is at the mercy of whatever else runs."""
-        return self.device or self.cpu
+        """What counts."""
+        return {"cpu": self.cpu, "wall": self.wall, "device": self.device}[self.clock]
 
     @property
     def median(self) -> float:
@@ -42,16 +48,21 @@ def interleave(
     candidates: Mapping[str, Callable[[], Any]],
     rounds: int,
     warmup: int = 2,
-    cuda: bool = False,
+    clock: Clock = "cpu",
     tick: Callable[[], Any] = lambda: None,
+    before: Callable[[], Any] = lambda: None,
 ) -> dict[str, Times]:
-    """Every candidate once a round, after ``warmup`` rounds off the clock; ``tick`` is called after each round."""
-    times: dict[str, Times] = {name: Times([], [], []) for name in candidates}
+    """Every candidate once a round, after ``warmup`` rounds off the clock.
+
+    ``before`` is called before each call, off the clock, and ``tick`` after each round.
+    """
+    times, cuda = {name: Times(clock) for name in candidates}, clock == "device"
     flush = torch.empty(FLUSHED, dtype=torch.int8, device="cuda") if cuda else None
     for number in range(warmup + rounds):
         for name, run in candidates.items():
             if flush is not None:
                 flush.zero_()
+            before()
             found = _timed(run, cuda)
             if number >= warmup:
                 for kept, seconds in zip((times[name].cpu, times[name].wall, times[name].device), found, strict=False):
@@ -87,7 +98,7 @@ def ratio(a: Times, b: Times) -> float:
 
 def device_time(run: Callable[[], Any], rounds: int = 20) -> list[float]:
     """Seconds of each call on CUDA: warm-up, L2 flushed before each call, events around it."""
-    return interleave({"run": run}, rounds, warmup=3, cuda=True)["run"].device
+    return interleave({"run": run}, rounds, warmup=3, clock="device")["run"].device
 
 
 class PeakMemory(TorchDispatchMode):

@@ -22,7 +22,9 @@ from ibp_triton.harness.schedule import Count, Positive, Strict
 
 Layout = Literal["channels_last", "contiguous"]
 StepKind = Literal["gradient", "together", "eager", "compiled", "captured"]
-Baseline = Literal["eager_bp", "eager_bp_nchw", "by_hand", "by_hand_step", "one_by_one", "floor"]
+Baseline = Literal[
+    "eager_bp", "eager_bp_nchw", "by_hand", "by_hand_step", "one_by_one", "one_process", "late_sums", "sums", "floor"
+]
 AXES = ("batch", "precision", "layout", "backend", "device", *COUNTS)  # of the cells of a network
 Family = Literal["convnet", "transformer", "mlp", "paper", "own"]
 
@@ -57,8 +59,8 @@ class NetworkRow(Strict):
 
 
 class Suite(Strict):
-    """A whole YAML file: every network at every batch, precision, layout, backend, device, `tangents` and `replicas` is
-    a cell.
+    """A whole YAML file: every network at every batch, precision, layout, backend, device and count of `tangents`,
+    `replicas` and `processes` is a cell.
 
     In a cell all methods (as gradients or as whole steps: `step`) and all `baselines` run in turn, `rounds` times after
     `warmup`. A key of `targets` names a ratio; its value is an upper bound, or bounds by the words that a cell must
@@ -76,6 +78,8 @@ class Suite(Strict):
     device: list[str] = Field(default=["cpu"], min_length=1)
     tangents: list[Count] = Field(default=[TANGENTS], min_length=1)
     replicas: list[Count] = Field(default=[1], min_length=1)
+    processes: list[Count] = Field(default=[1], min_length=1)
+    link: Positive | None = None
     step: list[StepKind] = Field(default=["gradient"], min_length=1)
     baselines: list[Baseline] = Field(default=["eager_bp", "by_hand"])
     memory: bool = True
@@ -132,6 +136,18 @@ class Suite(Strict):
             raise ValueError("replicas, and the baseline one_by_one, are of step: [together]")
         return self
 
+    @model_validator(mode="after")
+    def _data_parallel(self) -> Suite:
+        shared = {"one_process", "late_sums", "sums"} & set(self.baselines)
+        alone = self.processes == [1] and self.link is None
+        if alone and shared:
+            raise ValueError(f"baseline {shared.pop()} is of several processes (processes: [2]) or of a link")
+        if not alone and (self.step != ["eager"] or self.device != ["cpu"]):
+            raise ValueError("processes and link are of step: [eager] on device: [cpu]")
+        if self.link is not None and self.processes != [1]:
+            raise ValueError("a link is pretended by one process: leave processes out")
+        return self
+
     def cases(self) -> list[Case]:
         """Every cell."""
         axes = (self.networks, self.batch, self.precision, self.layout, self.backend, self.device)
@@ -139,7 +155,7 @@ class Suite(Strict):
         return [
             Case(network, batch, precision, layout == "channels_last", device, backend, entries[network], *counts)
             for network, batch, precision, layout, backend, device, *counts in itertools.product(
-                *axes, self.tangents, self.replicas
+                *axes, self.tangents, self.replicas, self.processes
             )
         ]
 

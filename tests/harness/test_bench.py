@@ -349,7 +349,7 @@ def test_names_of_suites_and_cells(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(app, ["bench", "moderm"])
     assert "modern_full, ratios, replicas" in str(wrong.exception)
     none = bench(written(tmp_path), "--only", "bf16")
-    assert "no cell has all these words; there are: 4, R=1, T=5, channels_last" in str(none.exception)
+    assert "no cell has all these words; there are: 4, P=1, R=1, T=5, channels_last" in str(none.exception)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
