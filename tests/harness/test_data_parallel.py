@@ -95,8 +95,9 @@ def test_a_process_that_fails_is_told(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     result, found = bench(tmp_path, processes=[2], networks=networks, baselines=["sums"])
     assert result.exit_code == 1
-    assert "of 2: OSError: no such weights" in str(result.exception)
+    assert "raised OSError: no such weights" in str(result.exception)
     assert found["refused"][0]["fault"] == "ours"
+    assert " of 2: " in found["refused"][0]["reason"]
 
 
 @pytest.mark.parametrize(
