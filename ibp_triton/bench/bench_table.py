@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ibp_triton.bench.candidates import word
+from ibp_triton.bench.pass_ledger import KINDS
 from ibp_triton.bench.suite import AXES, Suite
 from ibp_triton.outcomes import csv_cell
 
@@ -27,7 +28,8 @@ def markdown(suite: Suite, cells: Cells) -> str:
     for name in _names(suite, kept):
         figures = [_figure(suite, cell, name) for cell in kept]
         lines.append(f"| {' | '.join([_plain(name), _target(suite, name), *figures])} |")
-    return "\n".join([*lines, *_refusals(cells)]) + "\n"
+    ledgers = [line for cell in kept for line in _ledger(cell)]
+    return "\n".join([*lines, *ledgers, *_refusals(cells)]) + "\n"
 
 
 def _plain(text: str) -> str:
@@ -88,9 +90,29 @@ def _plain_line(text: str) -> str:
     return "* " + _plain(" ".join(text.removeprefix("* ").split()))
 
 
-def over_target(suite: Suite, cells: Cells) -> int:
-    """How many figures lie over their target."""
-    return markdown(suite, cells).count("**") // 2
+def _ledger(cell: dict[str, Any]) -> list[str]:
+    """Milliseconds by kind of operator, where they were taken, and what each kind adds to the ratio over BP's step.
+
+    A kind adds (its time − predicted ratio · BP's time in it) / BP's step; the shares add up to what the ratio is over
+    its prediction. "Python" is what is left of the step's own time, which is taken without the clock of operators.
+    BP is our own, or the eager one where ours is not in the suite.
+    """
+    rows = {one["name"]: one for one in cell["benchmarks"] if "spent_seconds" in one["extra_info"]}
+    bp = rows.get("bp") or rows.get("eager_bp")
+    if bp is None:
+        return []
+    spent = {label: row["extra_info"]["spent_seconds"] for label, row in rows.items()}
+    kinds = [kind for kind in (*KINDS, "Python") if any(own[kind] >= 5e-5 for own in spent.values())]
+    lines = [f"| {_plain(cell['cell'])} | ms | {' | '.join(kinds)} | × BP | predicted | {' | '.join(kinds)} |"]
+    lines.append("|---" * (2 * len(kinds) + 4) + "|")
+    base, whole = bp["extra_info"]["spent_seconds"], bp["stats"]["median"]
+    for label, row in rows.items():
+        median, ratio = row["stats"]["median"], row["extra_info"].get("predicted_ratio")
+        cells = [f"{1e3 * time:.1f}" for time in (median, *(spent[label][kind] for kind in kinds))]
+        cells += [f"{median / whole:.2f}", "" if ratio is None else f"{ratio:.2f}"]
+        cells += ["" if ratio is None else f"{(spent[label][k] - ratio * base[k]) / whole:+.2f}" for k in kinds]
+        lines.append(f"| {_plain(label)} | {' | '.join(cells)} |")
+    return ["", *lines]
 
 
 def table_csv(cells: Cells) -> str:

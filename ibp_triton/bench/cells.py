@@ -17,7 +17,7 @@ import torch
 
 import ibp_triton as ibp
 from ibp_triton.alike import in_short
-from ibp_triton.bench import bench_json, by_hand, candidates, measure, parity, whole_steps
+from ibp_triton.bench import bench_json, by_hand, candidates, measure, parity, pass_ledger, whole_steps
 from ibp_triton.bench.candidates import Case
 from ibp_triton.bench.data_parallel import Member, in_processes
 from ibp_triton.bench.replicated_gradients import ReplicatedGradients
@@ -208,10 +208,14 @@ def measured(cell: Cell, say: Say) -> dict[str, Any]:
     times = measure.interleave(runs, suite.rounds, suite.warmup, clock, tick, before_each)
     seen = [one for one in cell.members.values() if cuda or one.kind != "compiled"]  # which no dispatch mode enters
     memory = {one.label: peak(one.run, cuda) for one in seen} if suite.memory else {}
+    kinds = pass_ledger.spent({one.label: one.run for one in seen}, suite.rounds) if suite.profile else {}
     if _member(cell).rank != 0:
         return {}  # process 0 tells
     around = {"load_average": [before, _load()]}
     facts = {label: _facts(cell, one, times, memory) | around for label, one in cell.members.items()}
+    for label, spent in kinds.items():
+        left = times[label].median - sum(spent.values())
+        facts[label]["spent_seconds"] = {**spent, "Python": left}
     entries = [
         bench_json.entry(suite.name, cell.case.name, label, times[label].seconds, facts[label]) for label in runs
     ]

@@ -83,6 +83,7 @@ class Suite(Strict):
     step: list[StepKind] = Field(default=["gradient"], min_length=1)
     baselines: list[Baseline] = Field(default=["eager_bp", "by_hand"])
     memory: bool = True
+    profile: bool = False
     rounds: Annotated[int, Field(ge=2)] = 15
     warmup: Count = 2
     threads: Count = 1
@@ -146,6 +147,12 @@ class Suite(Strict):
             raise ValueError("processes and link are of step: [eager] on device: [cpu]")
         if self.link is not None and self.processes != [1]:
             raise ValueError("a link is pretended by one process: leave processes out")
+        return self
+
+    @model_validator(mode="after")
+    def _on_the_cpu(self) -> Suite:
+        if self.profile and self.device != ["cpu"]:
+            raise ValueError("profile: true times operators on device: [cpu]")
         return self
 
     def cases(self) -> list[Case]:

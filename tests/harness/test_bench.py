@@ -23,6 +23,7 @@ from ibp_triton.bench import (
     candidates,
     cells,
     parity,
+    pass_ledger,
     replicated_gradients,
     suite,
     whole_steps,
@@ -269,6 +270,42 @@ def test_what_differs_in_one_call_is_not_timed(tmp_path: Path, monkeypatch: pyte
     assert "not timed: loss_ibp together in mlp" in result.output
     assert "off one by one by" in result.output
     assert not json.loads((tmp_path / "out" / "tiny.json").read_text())["benchmarks"]
+
+
+def test_a_profile_adds_up_to_the_time_of_the_gradient(tmp_path: Path) -> None:
+    path = written(tmp_path, networks=["mnist"], batch=[2], baselines=["eager_bp"], profile=True, targets={})
+    assert bench(path).exit_code == 0
+    found = json.loads((tmp_path / "out" / "tiny.json").read_text())["benchmarks"]
+    for row in found:
+        spent = row["extra_info"]["spent_seconds"]
+        assert list(spent) == [*pass_ledger.KINDS, "Python"]
+        assert sum(spent.values()) == pytest.approx(row["stats"]["median"])
+        assert spent["products"] > spent["norms"] == 0 < spent["pools"]
+    lines = (tmp_path / "out" / "tiny.md").read_text().splitlines()
+    (own,) = [line for line in lines if line.startswith("| bp |")]
+    assert "| 1.00 | 1.00 | +0.00 | +0.00 |" in own
+    assert {"eager_bp", "loss_ibp", "at"} <= {line.split(" | ")[0].removeprefix("| ") for line in lines}
+    with pytest.raises(ConfigError, match=r"profile: true times operators on device: \[cpu\]"):
+        suite.load(path, ["device=[cuda]"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("convolution_backward", "products"),
+        ("addmm", "products"),
+        ("_scaled_dot_product_flash_attention_for_cpu", "products"),
+        ("native_batch_norm_backward", "norms"),
+        ("_softmax_backward_data", "softmax"),
+        ("max_pool2d_with_indices", "pools"),
+        ("_to_copy", "copies"),
+        ("cat", "copies"),
+        ("mul", "elementwise"),
+        ("sum", "elementwise"),
+    ],
+)
+def test_kinds_of_operators(name: str, kind: str) -> None:
+    assert pass_ledger.kind(name) == kind
 
 
 def test_growth_is_fitted_along_the_axis_that_cells_differ_in() -> None:
