@@ -1,8 +1,11 @@
-"""What a process's memory allocator may be told, where a user asks for it: nothing here runs by itself."""
+"""What a step needs of the process's memory allocator, and what that may be told where a user asks for it."""
 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
+
+import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
@@ -25,3 +28,13 @@ def keep_freed_memory() -> bool:
     # No chunk is mapped on its own, however large: a threshold may not exceed 32 MiB.
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 1 << 30, _TOP_PAD: 64 << 20}
     return all(mallopt(option, value) for option, value in settings.items())
+
+
+@cache
+def first_block() -> None:
+    """Allocate and free one large block, once, without touching it: a Network's first step does so.
+
+    glibc keeps freed memory for the next step only after it has seen a large block freed (it takes twice that size as
+    its limit, 32 MiB at most); until then every step pays page faults for its activations, a fifth of a step of BP.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)

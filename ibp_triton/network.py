@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ibp_triton import ledger
+from ibp_triton.allocator import first_block
 from ibp_triton.backends import Backend, backend_for
 from ibp_triton.backends.torch.generic import Generic
 from ibp_triton.backends.torch.sync_batch_norm import Synchronised
@@ -169,7 +170,7 @@ class Network:
         ``own``: the model's parameters, where the caller has them. ``frugal``: sweeps may let go of what only curvature
         would read again. ``keep``: all nodes' values are kept.
         """
-        _first_block()
+        first_block()
         self._shape = tuple(x.shape)
         if self.shards is not None:
             own = self.shards.replaced_by(parameters)
@@ -221,7 +222,7 @@ class Network:
 
         The model gets a copy of x, so that it may write to it.
         """
-        _first_block()
+        first_block()
         self._shape = tuple(x.shape)
         try:
             with torch.enable_grad(), Unmixed(), _with(self.model, parameters):
@@ -325,16 +326,6 @@ def _with(model: nn.Module, parameters: Mapping[str, Tensor]) -> Any:
 def _below_autograd() -> bool:
     """Whether autograd sees nothing of what runs: inside an operator of torch's."""
     return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
-
-
-@cache
-def _first_block() -> None:
-    """Allocate and free one large block, once, without touching it.
-
-    glibc keeps freed memory for the next step only after it has seen a large block freed (it takes twice that size as
-    its limit, 32 MiB at most); until then every step pays page faults for its activations, a fifth of a step of BP.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 _RECORDINGS: WeakKeyDictionary[nn.Module, MutableMapping[str, Recordings]] = WeakKeyDictionary()  # of bare models

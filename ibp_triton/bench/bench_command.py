@@ -184,12 +184,23 @@ def _compared(old: list[bench_report.BenchRow], new: Path, quiet: bool) -> bool:
 
 
 def report(
-    file: Annotated[Path, typer.Argument(help="JSON of ibp-triton bench or of pytest --benchmark-json=FILE")],
+    files: Annotated[list[Path], typer.Argument(help="JSON of ibp-triton bench or of pytest --benchmark-json=FILE")],
     compare: Annotated[Path | None, typer.Option(help="an older file; exit 1 on a regression beyond the noise")] = None,
     plot: Annotated[Path | None, typer.Option(help="also draw the bars to this SVG file")] = None,
+    page: Annotated[Path | None, typer.Option(help="write the history of all files to this page, .html")] = None,
 ) -> None:
-    """Ratio tables of a benchmark file, against BP and against the baselines of each group."""
-    rows, console = bench_report.read(file), Console(emoji=False)
+    """Ratio tables of a benchmark file, against BP and against the baselines of each group; the history of several."""
+    console = Console(emoji=False)
+    if page is not None:
+        from ibp_triton.bench.bench_history import write_history  # draws: matplotlib
+
+        for written in write_history([bench_report.read_file(path) for path in files], page):
+            console.print(bench_report.label(str(written)))
+        return
+    if len(files) > 1:
+        raise BenchError(f"{len(files)} files make a history: say where to write it, --page history.html")
+    (file,) = files
+    rows = bench_report.read(file)
     for table in bench_report.tables(rows):
         console.print(table)
     if plot:

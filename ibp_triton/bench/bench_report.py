@@ -49,18 +49,45 @@ class Change:
         return self.ratio > self.allowed
 
 
+@dataclass(frozen=True)
+class BenchFile:
+    """A file of pytest-benchmark: its rows, when it was written, of which code and on which machine."""
+
+    path: Path
+    rows: list[BenchRow]
+    when: str
+    commit: str
+    machine: str
+    torch: str
+    note: str
+
+
 def read(path: Path) -> list[BenchRow]:
     """The rows of a pytest-benchmark file.
 
     Raises:
         BenchError: if there is no such file, or it is none of pytest-benchmark's.
     """
+    return read_file(path).rows
+
+
+def read_file(path: Path) -> BenchFile:
+    """A pytest-benchmark file, or one of a suite, which says more.
+
+    Raises:
+        BenchError: if there is no such file, or it is none of pytest-benchmark's.
+    """
     try:
-        found = json.loads(path.read_text())["benchmarks"]
-        return [_row(each) for each in found]
+        found = json.loads(path.read_text())
+        rows = [_row(each) for each in found["benchmarks"]]
+        machine, commit = found.get("machine_info", {}), found.get("commit_info", {})
+        own = machine.get("ibp_triton", {})
+        name = own.get("gpu") or machine.get("cpu", {}).get("brand_raw", "")
+        note, of = found.get("suite", {}).get("note", ""), str(commit.get("id", ""))[:7]
+        return BenchFile(path, rows, str(found.get("datetime", "")), of, name, own.get("torch", ""), note)
     except FileNotFoundError:
         raise BenchError(f"{path}: no such file; write one with ibp-triton bench SUITE.yaml --json {path}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BenchError(f"{path}: not a file of pytest-benchmark's --benchmark-json ({error!r})") from error
 
 

@@ -1,11 +1,12 @@
 """The benchmark report: ratios, the regression check, the bars, errors."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from ibp_triton.bench import bench_report
+from ibp_triton.bench import bench_history, bench_report
 from ibp_triton.harness.cli import app
 
 
@@ -90,3 +91,76 @@ def test_a_long_name_is_folded_not_cut(tmp_path):
     result = CliRunner().invoke(app, ["bench-report", str(path)], env={"COLUMNS": "70"})
     shown = "".join(line.split("│")[1].strip() for line in result.output.splitlines() if line.startswith("│"))
     assert shown == name
+
+
+def dated(path, when, commit, machine, *entries):
+    about = {"datetime": when, "commit_info": {"id": commit}, "machine_info": {"cpu": {"brand_raw": machine}}}
+    path.write_text(json.dumps({**about, "benchmarks": list(entries)}))
+    return path
+
+
+def test_a_history_of_several_files(tmp_path):
+    """Ratios to the baseline in order of time; the last column compares files of one machine alone."""
+    base = {"method": "bp", "baseline": True}
+    inside = {"ratios": {"loss_ibp / eager_bp": {"median_of_ratios": 1.44}}}
+    files = [
+        dated(
+            tmp_path / "b.json",
+            "2026-02-01T10:00",
+            "b" * 40,
+            "one",
+            entry("eager_bp", 0.1, base),
+            entry("loss_ibp", 0.2),
+        ),
+        dated(
+            tmp_path / "a.json",
+            "2026-01-01T10:00",
+            "a" * 40,
+            "one",
+            entry("eager_bp", 0.1, base),
+            entry("loss_ibp", 0.15, inside),
+        ),
+        dated(
+            tmp_path / "c.json",
+            "2026-03-01T10:00",
+            "c" * 40,
+            "other",
+            entry("eager_bp", 0.4, base),
+            entry("at", 0.8),
+            entry("x", 0.003, group="alone"),
+        ),
+    ]
+    result = CliRunner().invoke(
+        app, ["bench-report", *map(str, files), "--page", str(tmp_path / "out" / "history.html")]
+    )
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / "history.md").read_text()
+    assert "3 files from 2026-01-01 to 2026-03-01." in text
+    assert "Of 1 benchmark that was measured before on the same machine, 1 took longer" in text
+    assert "They are of 2 machines" in text
+    assert "| benchmark | 2026-01-01 aaaaaaa | 2026-02-01 bbbbbbb | 2026-03-01 ccccccc | newest / before |" in text
+    assert "| loss_ibp | 1.44 | 2.00 |  | 1.33 slower |" in text
+    assert "| eager_bp | 1.00 | 1.00 | 1.00 |  |" in text
+    assert "| at |  |  | 2.00 |  |" in text
+    assert "## alone, ms\n\n| benchmark | 2026-03-01 ccccccc |\n| --- | --- |\n| x | 3.00 |" in text
+    page = (tmp_path / "out" / "history.html").read_text()
+    assert page.count('role="img"') == 1
+    assert "loss_ibp: 0 → 1.44" in page
+
+
+def test_several_files_need_a_page_and_a_file_must_be_one(tmp_path, file):
+    result = CliRunner().invoke(app, ["bench-report", str(file), str(file)])
+    assert "2 files make a history: say where to write it, --page history.html" in str(result.exception)
+    (tmp_path / "list.json").write_text("[]")
+    result = CliRunner().invoke(app, ["bench-report", str(tmp_path / "list.json"), "--page", str(tmp_path / "p.html")])
+    assert "list.json: not a file of pytest-benchmark" in str(result.exception)
+    assert not (tmp_path / "p.html").exists()
+
+
+def test_what_the_suites_of_this_project_wrote_makes_a_history(tmp_path):
+    folder = Path(__file__).parents[2] / "benchmarks"
+    files = [bench_report.read_file(path) for path in sorted(folder.glob("modern_64*.json"))]
+    bench_history.write_history(files, tmp_path / "history.html")
+    text = (tmp_path / "history.md").read_text()
+    assert "## resnet18_32-64-fp32" in text
+    assert " that were measured before on the same machine, " in text

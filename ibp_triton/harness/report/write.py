@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def write_comparison(first: Findings, second: Findings, folder: Path) -> list[Pa
     """against_NAME.html and .md in `folder`, NAME the first experiment's."""
     found, told = compare.against(first, second)
     names = " and ".join(findings.experiment.title or findings.experiment.name for findings in (first, second))
-    return _write(folder / f"against_{first.experiment.name}.html", names, [told], [found.compact()])
+    return write_page(folder / f"against_{first.experiment.name}.html", names, [told], [found.compact()])
 
 
 def write_leaderboard(experiments: list[Findings], file: Path) -> list[Path]:
@@ -56,13 +57,18 @@ def write_leaderboard(experiments: list[Findings], file: Path) -> list[Path]:
     found = compare.leaderboard(experiments)
     count = sum(len(table.cells) for table in found)
     sentence = f"{count} rows of {len(experiments)} experiments, the lowest error first."
-    return _write(file, "Leaderboard", [sentence], found)
+    return write_page(file, "Leaderboard", [sentence], found)
 
 
-def _write(file: Path, heading: str, sentences: list[str], shown: list[Table]) -> list[Path]:
+def write_page(
+    file: Path, heading: str, sentences: list[str], shown: list[Table], figures: Sequence[Sketch] = ()
+) -> list[Path]:
+    """A page of sentences, figures and tables, and the same without figures as Markdown beside it."""
     text = f"# {tables.plain(heading)}\n\n{tables.plain(' '.join(sentences))}\n\n"
     text += "\n".join(table.markdown() for table in shown)
-    store.write_bytes(file, page(heading, sentences, [table for table in shown if table.cells]).encode())
+    store.write_bytes(
+        file, page(heading, sentences, [table for table in shown if table.cells], figures=figures).encode()
+    )
     store.write_bytes(file.with_suffix(".md"), text.encode())
     return [file, file.with_suffix(".md")]
 
