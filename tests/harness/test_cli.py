@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import ibp_triton as ibp
 from ibp_triton.harness import cli, estimates, evaluate, loading
 
 Tree = dict[str, Any]
@@ -322,3 +324,19 @@ def test_a_precision_that_this_processor_emulates_is_told_with_its_cure(
         assert ibp_triton(monkeypatch, "run", str(write(tree)), *more) == 0
         text = "bf16 takes 11.2 times as long as fp32 on this processor: --set training.precision=fp32"
         assert (text in " ".join(capsys.readouterr().out.split())) == told
+
+
+def test_times_are_estimated_on_one_thread_as_runs_take_them(
+    tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, gradient = [], ibp.BP.__call__
+    monkeypatch.setattr(ibp.BP, "__call__", lambda *a: seen.append(torch.get_num_threads()) or gradient(*a))
+    estimates._time_bp.cache_clear()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert ibp_triton(monkeypatch, "run", str(write(tree)), "--dry-run") == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
