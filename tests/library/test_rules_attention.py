@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ibp_triton as ibp
 from ibp_triton.backends.torch import attention
 from ibp_triton.backends.torch.multihead import MultiHeadAttention
+from ibp_triton.backends.torch.softmax import softmax_pull
 from ibp_triton.layer import Pieces
 from tests.library.comparing import error, oracle, ours
 from tests.library.layers import Call, check, floating, half_agrees, random_like
@@ -352,3 +353,15 @@ def test_activations_and_tangents_beside_one_derivative_share_products(method, f
         method.gradients(network, x, labels, tau)
     assert shapes[24, 8] == (0 if "in_proj_weight" in frozen else 2)
     assert shapes[8, 8] == (0 if "out_proj.weight" in frozen else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 3, 64), (1, 1)])
+def test_a_softmax_pulls_in_the_place_of_a_fresh_derivative_alone(shape, dtype):
+    y, d = torch.softmax(torch.randn(shape), -1).to(dtype), torch.randn(shape).to(dtype)
+    before, fresh = d.clone(), d.clone()
+    expected = softmax_pull(y, d)
+    assert torch.equal(d, before)
+    found = softmax_pull(y, fresh, fresh=True)
+    assert torch.equal(found, expected)
+    assert found.data_ptr() == fresh.data_ptr()

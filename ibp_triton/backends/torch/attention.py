@@ -26,6 +26,16 @@ def _plus(fresh: Tensor, other: Tensor) -> Tensor:
     return fresh.add_(other) if same else fresh + other
 
 
+def _less(x: Tensor, other: Tensor, fresh: bool) -> Tensor:
+    """x − other, which broadcasts, in the place of x where that is ``fresh`` and it is allowed."""
+    return x.sub_(other) if fresh and not wrapped(x, other) else x - other
+
+
+def _by(fresh: Tensor, other: Tensor) -> Tensor:
+    """The product, in the place of the first where that is allowed."""
+    return fresh.mul_(other) if fresh.shape == other.shape and not wrapped(fresh, other) else fresh * other
+
+
 def _plus_product(total: Tensor | None, u: Tensor, v: Tensor) -> Tensor:
     """total + u v, in the place of the first where that is allowed; a number for each row broadcasts."""
     if total is None:
@@ -203,10 +213,11 @@ class Attention:
         scores = _times(_scaled_copy(t["query"], self.scale), self.k.mT) if "query" in t else None
         if "key" in t:
             scores = _times(self.q, t["key"].mT, scores)
+        fresh = scores is not None
         if "mask" in t:
             mask = t["mask"].expand(self.soft.shape)
             scores = mask if scores is None else _plus(scores, mask)
-        return None if scores is None else softmax_pull(self.soft, scores)
+        return None if scores is None else softmax_pull(self.soft, scores, fresh=fresh)
 
     def _soft_derivative(self, d: Tensor | None, w: Tensor | None) -> Tensor:
         """d_softmax = M∘(d Vᵀ + w)."""
@@ -237,7 +248,7 @@ class Attention:
         if "value" in wanted and d is not None:
             out["value"] = _times(self.weights.mT, d, place=places.get("value"))
         if not {"query", "key", "mask"}.isdisjoint(wanted):
-            scores = softmax_pull(self.soft, self._soft_derivative(d, w))
+            scores = softmax_pull(self.soft, self._soft_derivative(d, w), fresh=d is not None)
             if "query" in wanted:
                 out["query"] = _scaled(_times(scores, self.k, place=places.get("query")), self.scale)
             if "key" in wanted:
@@ -305,12 +316,11 @@ class Attention:
     ) -> tuple[Tensor | None, Tensor]:
         """P∘(g − ⟨P, g⟩) and P∘d', from P∘t'."""
         y, soft_d = self.soft, self._soft_derivative(d, w)
-        scores_d = y * soft_d
-        along = scores_d.sum(-1, keepdim=True)
-        scores_d = _plus_product(scores_d, y, -along)
-        found = None if t_v is None or d is None else self._dropped(_times(d, t_v.mT)) * y
+        moved = _less(soft_d, (y * soft_d).sum(-1, keepdim=True), fresh=d is not None)
+        scores_d = y * moved
+        found = None if t_v is None or d is None else _by(self._dropped(_times(d, t_v.mT)), y)
         if soft_t is not None:
-            found = _plus_product(found, soft_t, soft_d - along)
+            found = _plus_product(found, soft_t, moved)
         return None if found is None else _plus_product(found, y, -found.sum(-1, keepdim=True)), scores_d
 
     def _fitting(self, parts: Sides) -> dict[str, Tensor]:

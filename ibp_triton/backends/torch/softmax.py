@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ibp_triton.layer import Layer, Names, Tangents, each, from_end, matched, without, wrapped
 
@@ -100,8 +101,14 @@ class TorchLogSoftmax(LogSoftmax):
         return super().forward(input, dim, dtype=dtype)
 
 
-def softmax_pull(y: Tensor, d: Tensor, axis: int = -1) -> Tensor:
-    """y∘(d − ⟨y, d⟩) along ``axis``, a kernel of torch's; [T, *S] for d of [T, *S]."""
+def softmax_pull(y: Tensor, d: Tensor, axis: int = -1, fresh: bool = False) -> Tensor:
+    """y∘(d − ⟨y, d⟩) along ``axis``, a kernel of torch's; [T, *S] for d of [T, *S].
+
+    In the place of d where that is ``fresh``, nobody else's: the CPU's kernel has read a row before it writes it.
+    """
+    plain = d.shape == y.shape and d.dtype == y.dtype and not d.is_cuda and not wrapped(y, d)
+    if fresh and plain and get_proxy_mode() is None:
+        return torch._softmax_backward_data(d, y, axis, y.dtype, grad_input=d)
     if wrapped(y, d) or d.shape[d.dim() - y.dim() :] != y.shape:
         return y * (d - (y * d).sum(axis, keepdim=True))
     return each(lambda one: torch._softmax_backward_data(one, y, axis, y.dtype), d, y.dim())
