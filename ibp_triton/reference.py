@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ def gradients(
         KeyError: for an unknown ``method.key``.
         ModelError: for a method with a tangent on a model with a scripted module, or with another function of which
             torch's forward mode is not the adjoint of its reverse mode, such as one of torch.library.custom_op; for one
-            with detach_; in the paper's semantics for one that calls torch.func.jvp or vmap, or solves by a
+            with detach_; for one that torch's transforms do not take, as without a forward mode (grid_sample, cdist) or
+            with checkpoints; in the paper's semantics for one that calls torch.func.jvp or vmap, or solves by a
             parameter's matrix.
     """
     run = ORACLES[method.key]
@@ -57,7 +59,7 @@ def gradients(
         )
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     x, labels, tangents = tracked(x), tracked(labels), tracked(tangents)
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with _within_limits(), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         numbers = _own_numbers(model, method, x, interface or Interface(), dict(extra or {}))
         function = _pure(model, interface or Interface(), dict(extra or {}))
         if run in (_seeded, _prediction, _jacobian) and not x.is_meta:
@@ -66,6 +68,26 @@ def gradients(
         value, result = run(function, parameters, method, x, target, tangents if numbers is None else numbers)
     n = x.shape[0]
     return value.detach() / n, {name: g.detach() / n for name, g in result.items()}
+
+
+_LIMITS = (
+    *("forward AD", "is not implemented", "don't yet support", "would mutate a captured Tensor"),
+    *("Recomputed values", "Autograd not support dtype", "single memory location"),
+)
+
+
+@contextmanager
+def _within_limits() -> Iterator[None]:
+    """What torch's transforms can't do is no fault of the model's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ModelError) or not any(limit in str(error) for limit in _LIMITS):
+            raise
+        raise ModelError(
+            "the reference cannot judge this method on this model, which torch.func's transforms do not take "
+            f"({str(error).splitlines()[0]}); that says nothing of the method's own gradient"
+        ) from error
 
 
 def _own_numbers(model: nn.Module, method: Any, x: Tensor, interface: Interface, extra: Any) -> Tensor | None:
@@ -186,7 +208,10 @@ def _loss_gradient(function: Function, parameters: Gradients, x: Tensor, target:
 
 def _input_gradient(function: Function, parameters: Gradients, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
     x = x.clone().requires_grad_()
-    return torch.autograd.grad(loss(function(parameters, x)), x)[0]
+    value = loss(function(parameters, x))
+    if not value.requires_grad:
+        return torch.zeros_like(x)
+    return torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True)[0]
 
 
 def _add(a: Gradients, b: Gradients, factor: Any) -> Gradients:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ibp_triton as ibp
 from ibp_triton.errors import ModelError
@@ -160,3 +162,23 @@ def test_a_model_that_takes_gradients_itself_is_judged():
     expected = ibp.reference.gradients(model, ibp.LossIBP(0.3), x, labels)[1]
     found = ibp.LossIBP(0.3).gradients(model, x, labels)[1]
     assert all(torch.allclose(found[name], expected[name], rtol=1e-10, atol=1e-12) for name in expected)
+
+
+class Warped(nn.Module):
+    def forward(self, x):
+        grid = F.affine_grid(torch.eye(2, 3, dtype=x.dtype).expand(len(x), 2, 3), x.shape, align_corners=False)
+        return F.grid_sample(x, grid, align_corners=False)
+
+
+class Checkpointed(nn.Linear):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("layer", [Warped(), Checkpointed(3, 3)])
+def test_what_torchs_transforms_do_not_take_is_no_fault_of_the_models(layer):
+    model, (x, labels, tau) = nn.Sequential(layer, nn.Flatten(), nn.Linear(9, 5)).double(), batch()
+    method = ibp.TangentBP(0.3)
+    with pytest.raises(ModelError, match=r"cannot judge this method .* says nothing of the method's own gradient"):
+        ibp.reference.gradients(model, method, x, labels, tau)
+    method.gradients(model, x, labels, tau)
