@@ -19,13 +19,14 @@ from torch.overrides import TorchFunctionMode
 def dropout_mask(input: Tensor, p: float, axes: int | None) -> Tensor:
     """0 with probability p, else 1 / (1 − p): for every element, or one number for what the first axes share."""
     shape = input.shape if axes is None else [*input.shape[:axes], *[1] * (input.dim() - axes)]
-    mask = input.new_empty(shape).bernoulli_(1 - p)
-    return mask.div_(1 - p) if p < 1 else mask
+    if p == 1:
+        return input.new_zeros(shape)  # as torch does, which draws no numbers for it
+    return input.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
 
 
 def _dropout(function: Any, axes: int | None) -> Any:
     def drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or input.is_contiguous() or not 0 < p <= 1:
+        if not training or input.is_contiguous() or not 0 < p < 1:
             return function(input, p, training, inplace)  # type: ignore[no-any-return]
         mask = dropout_mask(input, p, axes)
         return input.mul_(mask) if inplace else input * mask

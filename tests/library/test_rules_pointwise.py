@@ -184,14 +184,16 @@ def test_dropout_multiplies_by_the_mask_it_drew():
 
 
 @pytest.mark.parametrize("function", [F.dropout, F.dropout1d, F.dropout2d, F.dropout3d])
-def test_dropout_draws_the_mask_that_torch_draws(function):
+@pytest.mark.parametrize("p", [0.4, 1.0])
+def test_dropout_draws_the_mask_that_torch_draws(function, p):
     axes = int(function.__name__[-2]) + 2 if function is not F.dropout else 3
     x = numbers(6, 4, 3, 2, 2)[(..., *[0] * (5 - axes))]
     torch.manual_seed(2)
-    layer, y = Call(function, (x, 0.4)).layer()
+    (layer, y), after = Call(function, (x, p)).layer(), torch.get_rng_state()
     torch.manual_seed(2)
-    expected = function(x, 0.4)
-    assert 0 < int((expected == 0).sum()) < x.numel()
+    expected = function(x, p)
+    assert torch.equal(after, torch.get_rng_state())
+    assert 0 < int((expected == 0).sum()) < x.numel() or p == 1
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(layer.jvp({"input": x}), expected)
 
