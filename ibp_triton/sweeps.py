@@ -324,6 +324,8 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
                 term.trace.layers[node.index] = None
     for sweep in running:
         sweep.done = True
+    if graph.nodes[graph.output].kind == "parametric":  # logits in which x has no part: no layer passed them on
+        means |= _at_the_output(terms, batch)
     for node in reversed(graph.nodes) if graph.computes_parameters else ():
         wanted, layer = trains[node.index], layers[node.index]
         if node.kind == "parametric" and layer is not None and wanted and node.index in means:
@@ -333,6 +335,14 @@ def _gradients(terms: Sequence[Term], batch: int, made: Made | None) -> dict[str
             _collect(means, node, parts, sums)
     means |= {i: torch.zeros_like(trace.values[i]) for i in missing if i not in means}
     return {graph.parameters[i]: mean for i, mean in sorted(means.items())}
+
+
+def _at_the_output(terms: Sequence[Term], batch: int) -> dict[int, Tensor]:
+    """The derivative by the logits themselves, as a mean over the samples; tangents move nothing there."""
+    logits, index = terms[0].trace.logits, terms[0].trace.graph.output
+    starts = [(term.coefficient, term.right.at(index)) for term in terms if term.tangents is None]
+    parts = [scaled(d.sum(0) if d.dim() > logits.dim() else d, c) for c, d in starts if d is not None]
+    return {index: sum(parts[1:], parts[0]) / batch} if parts else {}
 
 
 def _whole(trace: Trace, found: Sequence[int], means: dict[int, Any], made: Made) -> set[int]:

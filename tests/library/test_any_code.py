@@ -296,6 +296,29 @@ def moments(m, x):
     return (x - mean) / (variance + 1e-5).sqrt()
 
 
+class Absent(nn.Module):
+    """Sometimes x has no part in the logits, as where classes are dropped for guidance."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.nothing = nn.Linear(24, 5), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return self.one(x.flatten(1)) if x[0, 0, 0] < 0.5 else (self.nothing.exp() * 2).expand(len(x), 5)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key + getattr(m, "semantics", ""))
+def test_logits_of_parameters_alone_have_the_losss_gradient(method):
+    torch.manual_seed(0)
+    model, (x, labels, tau) = Absent().double(), batch()
+    network, tangents = ibp.Network(model), tau if method.needs_tangents else None
+    for first in (0.2, 0.8, 0.8):
+        x[0, 0, 0] = first
+        found = ours(method, network, x, labels, tangents)[1]
+        assert error(found, oracle(method, model, x, labels, tangents)[1]) < 1e-12
+    assert found["nothing"].any()
+
+
 def starred(m, x):
     first, *rest = x.unbind(1)
     a, b = torch.broadcast_tensors(first, m.gain)
