@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,20 +18,26 @@ if TYPE_CHECKING:
     from ibp_triton.network import Network
 
 
+@contextmanager
+def unhooked(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """While a gradient is made, its parts pass no hook of a parameter: the whole does, when backward hands it out."""
+    hooked = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for hooks, _ in hooked:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in hooked:
+            hooks.update(before)
+
+
 class _Objective(torch.autograd.Function):
-    """Loss and gradient in forward, so that the parameters may change before backward."""
+    """The loss, and the gradient that was made with it, so that the parameters may change before backward."""
 
     @staticmethod
-    def forward(ctx: Any, step: tuple[Any, ...], names: list[str], *parameters: Tensor) -> Tensor:
-        method, network, x, y, tangents, extra, own, done = step
-        loss, gradients, made = method.step(network, x, y, tangents, None, extra, own)
-        done.append(made)
-        used = made.used  # a parameter without part in the model keeps .grad as it is
-        zeros = {
-            n: torch.zeros_like(p) for n, p in zip(names, parameters, strict=True) if n in used and n not in gradients
-        }
-        ctx.gradients = [gradients.get(name, zeros.get(name)) for name in names]
-        return loss  # type: ignore[no-any-return]
+    def forward(ctx: Any, found: tuple[Tensor, list[Tensor | None]], *parameters: Tensor) -> Tensor:
+        loss, ctx.gradients = found
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
@@ -46,8 +53,8 @@ class _Objective(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         if readable(upstream[0]) and float(upstream[0]) == 1:  # nothing to scale, and no wait for a device to know
-            return None, None, *gradients
-        return None, None, *(None if g is None else g * upstream[0].to(g.dtype) for g in gradients)
+            return None, *gradients
+        return None, *(None if g is None else g * upstream[0].to(g.dtype) for g in gradients)
 
 
 def objective(
@@ -60,7 +67,14 @@ def objective(
         return method.value_step(network, x, y, tangents, extra)
     if isinstance(x, Tensor) and x.requires_grad:
         raise InputError("the loss has no gradient with respect to x: pass x.detach()")
-    done: list[Step] = []
-    step = (method, network, x, y, tangents, extra, own, done)
-    loss: Tensor = _Objective.apply(step, list(named), *named.values())  # type: ignore[no-untyped-call]
-    return loss, done[0]
+    loss, found, step = method.step(network, x, y, tangents, None, extra, own)
+    part = {name: p for name, p in named.items() if name in step.used}
+    kept = [_gradient_of(found.get(name), p) for name, p in part.items()]
+    # one without part in the model keeps .grad as it is; a hook of its would be given None
+    rest = [p for name, p in named.items() if name not in part and not p._backward_hooks]
+    given: Any = (loss, [*kept, *[None] * len(rest)])
+    return _Objective.apply(given, *part.values(), *rest), step  # type: ignore[no-untyped-call]
+
+
+def _gradient_of(found: Tensor | None, p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if found is None else found

@@ -17,7 +17,7 @@ from ibp_triton.ledger import MultiplyAdds
 from ibp_triton.methods.cost import Program, program
 from ibp_triton.methods.passes import Recipe, Step
 from ibp_triton.network import Network, network_for
-from ibp_triton.objective import objective
+from ibp_triton.objective import objective, unhooked
 from ibp_triton.operator import loss_operator, number_of
 from ibp_triton.recording.interface import check_extra
 from ibp_triton.sweeps import weight_gradients
@@ -174,12 +174,13 @@ class Method:
         """
         with torch.no_grad(), network.in_pieces():
             step = self._step(network, x, y, tangents, parameters or {}, extra, own)
-            try:
-                value, found = self._gradient(step)
-            except RuntimeError as error:
-                step.retreat(error)
-                step = step.again()
-                value, found = self._gradient(step)
+            with unhooked(step.own.values()):
+                try:
+                    value, found = self._gradient(step)
+                except RuntimeError as error:
+                    step.retreat(error)
+                    step = step.again()
+                    value, found = self._gradient(step)
         return value, found, step
 
     def _gradient(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:

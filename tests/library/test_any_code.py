@@ -612,6 +612,21 @@ def test_unseen_code_is_a_leaf_of_autograds(name):
     check(Body(UNSEEN[name]), judged=False)
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.key + getattr(m, "semantics", ""))
+@pytest.mark.parametrize("name", ["weight inside", "checkpoint"])
+def test_a_parameters_hook_sees_the_whole_gradient_once(name, method):
+    torch.manual_seed(0)
+    model, (x, labels, tau) = Body(UNSEEN[name]).double(), batch()
+    network, tangents, seen = ibp.Network(model), tau if method.needs_tangents else None, []
+    expected = method.gradients(network, x, labels, tangents)[1]
+    for p in model.parameters():
+        p.register_hook(lambda d: seen.append(d) or 2 * d)
+    method(network, x, labels, tangents).backward()
+    assert len(seen) == len([p for p in model.parameters() if p.grad is not None]) < len(expected)
+    assert all(p.grad is None or torch.equal(p.grad, 2 * expected[name]) for name, p in model.named_parameters())
+    assert error(method.gradients(network, x, labels, tangents)[1], expected) < 1e-12
+
+
 def test_nan_passes_through_unseen_code():
     x, labels, _ = batch()
     x[0, 0, 0] = torch.nan
