@@ -76,8 +76,8 @@ class Network:
         check_model(model)
         if backend not in ("auto", "torch", "triton"):
             raise MethodError(f"backend must be 'auto', 'torch' or 'triton', not {backend!r}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise MethodError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise MethodError(f"dtype must be a floating-point dtype such as torch.bfloat16, not {dtype!r}")
         self.model, self.backend, self.dtype = model, backend, dtype
         if sync_batchnorm and process_group is None:
             raise MethodError("sync_batchnorm=True needs process_group=, the processes whose samples share statistics")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ibp_triton.checks import readable
-from ibp_triton.errors import InputError
+from ibp_triton.errors import InputError, MethodError
 
 if TYPE_CHECKING:
     from ibp_triton.methods.base import Method
@@ -67,6 +67,11 @@ def objective(
         return method.value_step(network, x, y, tangents, extra)
     if isinstance(x, Tensor) and x.requires_grad:
         raise InputError("the loss has no gradient with respect to x: pass x.detach()")
+    if torch._C._are_functorch_transforms_active():
+        raise MethodError(
+            "the loss has no derivative under torch.func's transforms (grad, vmap, jvp): there method.gradients(network, "
+            "x, y, parameters=…) gives value and gradients"
+        )
     loss, found, step = method.step(network, x, y, tangents, None, extra, own)
     part = {name: p for name, p in named.items() if name in step.used}
     kept = [_gradient_of(found.get(name), p) for name, p in part.items()]

@@ -39,7 +39,8 @@ class EagerStep:
         reduce: what becomes of {parameter name: gradient} before the update, such as an average over processes.
 
     Raises:
-        MethodError (a ValueError): for fewer than one batch, or a norm that is not positive.
+        MethodError (a ValueError): for fewer than one batch, a norm that is not positive, or an optimizer of another
+            model's parameters.
     """
 
     def __init__(
@@ -58,6 +59,13 @@ class EagerStep:
                 f"{clip_norm}"
             )
         self.network, self.method, self.optimizer = network_for(network), method, optimizer
+        groups = getattr(optimizer, "param_groups", ())
+        held = {id(p) for group in groups for p in group["params"]}
+        if held and held.isdisjoint(map(id, self.network.parameters().values())):
+            raise MethodError(
+                f"{type(self).__name__}: the optimizer has none of the model's parameters, and would train another "
+                "model (a copy?): make it of this model's parameters()"
+            )
         self.accumulate, self.clip_norm, self.reduce = accumulate, clip_norm, reduce
         self._batches = 0  # since the last update
         self._begin()

@@ -114,7 +114,7 @@ class Differentiated(Criterion):
         """That the mean or sum of the samples' losses is what the module says of the batch."""
         if self.reduction not in ("mean", "sum"):
             return
-        whole = self.criterion(z, y.to(z.dtype))
+        whole = self.criterion(z, y.to(z.dtype) if y.is_floating_point() else y)
         split = losses.sum() / self.divisor(z.shape[0])
         if z.dtype in HALF or not readable(whole):
             return

@@ -221,6 +221,22 @@ def test_a_criterion_without_second_derivative_is_refused_by_name_where_one_is_n
         ibp.LossIBP(0.1, semantics="exact", criterion=rough)(network, x, NUMBERS)
 
 
+@pytest.mark.parametrize("margins", [nn.MultiMarginLoss(), nn.MultiLabelMarginLoss()])
+def test_a_criterion_of_whole_numbers_keeps_them_whole(margins):
+    model, x = vectors()
+    y = (
+        NUMBERS
+        if isinstance(margins, nn.MultiMarginLoss)
+        else torch.full((len(x), M), -1).index_fill_(1, x.new_zeros(1).long(), 1)
+    )
+    loss, found = ibp.BP(criterion=margins).gradients(model, x, y)
+    expected = margins(model(x), y)
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-12)
+    named = dict(model.named_parameters())
+    assert error(found, dict(zip(named, torch.autograd.grad(expected, list(named.values())), strict=True))) < 1e-12
+    ibp.LossIBP(0.1, criterion=margins).gradients(model, x, y)
+
+
 def test_a_module_that_is_no_mean_over_samples_is_refused():
     class Scaled(nn.MSELoss):
         def forward(self, z, y):

@@ -144,6 +144,12 @@ def test_second_derivative_is_refused(case):
         (METHOD(network, x, labels) ** 2).backward(create_graph=True)
 
 
+def test_transforms_of_the_loss_are_refused_with_the_function_that_has_a_gradient(case):
+    model, _, x, labels, *_ = case
+    with pytest.raises(ValueError, match=r"torch.func's transforms .* method\.gradients"):
+        torch.func.vmap(lambda x, y: METHOD(model, x, y))(x[:, None], labels[:, None])
+
+
 def test_second_backward_is_refused(case):
     _, network, x, labels, *_ = case
     loss = METHOD(network, x, labels)
@@ -204,6 +210,8 @@ HYPERPARAMETERS = [
     (lambda: ibp.LossIBP(0.1, norm=0.5), ValueError, "norm must be finite and at least 1"),
     (lambda: ibp.TangentBP(0.1, semantics="true"), ValueError, "'paper'.*'exact'.*not 'true'"),
     (lambda: ibp.FastAdversarialTraining(-1), ValueError, "epsilon must be finite and at least 0"),
+    (lambda: ibp.LossIBP(torch.full((6,), 0.1)), TypeError, r"beta must be a number or a 0-d tensor, not .*\[6\]"),
+    (lambda: ibp.Network(nn.Linear(2, 2), dtype="bf16"), ValueError, "dtype must be a floating-point dtype.*'bf16'"),
 ]
 
 

@@ -314,9 +314,9 @@ def test_preparing_trains_nothing(recorded):
 
 
 def test_preparing_again_compiles_nothing_until_the_method_is_another(monkeypatch):
-    made = []
+    made, model = [], network()
     monkeypatch.setattr(compiled_step, "compiled", lambda graph: made.append(graph) or graph)
-    step = ibp.CompiledStep(network(), ibp.LossIBP(0.3), sgd(network()))
+    step = ibp.CompiledStep(model, ibp.LossIBP(0.3), sgd(model))
     x, y, _ = next(batches(step.method))
     for method, count in ((step.method, 1), (ibp.LossIBP(0.1), 1), (ibp.LossIBP(0.1, norm=2), 2)):
         step.method = method
@@ -427,3 +427,11 @@ def test_a_copy_is_another_object_to_the_operator():
     assert copy.deepcopy(method).number != method.number
     assert method.at(beta=0.1).number != method.number
     assert copy.deepcopy(wrapped).number != wrapped.number
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model = nn.Linear(3, 2)
+    other = torch.optim.SGD(nn.Linear(3, 2).parameters(), lr=0.1)
+    for kind in (ibp.EagerStep, ibp.CompiledStep):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: the optimizer has none of the model's parameters"):
+            kind(model, ibp.BP(), other)
