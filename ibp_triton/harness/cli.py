@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -213,7 +212,7 @@ def _list(job: Job, workers: int, as_json: bool, searched: str) -> None:
     for each in job.runs[:SHOWN]:
         seconds = _seconds(each, job)
         size = str(estimates.examples(each) or "all")
-        shown = "unknown" if seconds is None else str(timedelta(seconds=round(seconds)))
+        shown = "unknown" if seconds is None else estimates.clock(seconds)
         epochs, ratio = str(each.training.epochs), f"{estimates.ratio(each):.2f}"
         table.add_row(escape(each.label), epochs, size, ratio, shown, _state(left.get(each.name)))
     console.print(table)
@@ -226,7 +225,7 @@ def _list(job: Job, workers: int, as_json: bool, searched: str) -> None:
         console.print(f"imported {module} ({file}) for these figures", highlight=False, markup=False, soft_wrap=True)
     work = [_work_left(each, left[each.name], job) for each in job.runs if each.name in left]
     _warn_of_precision(job, console)
-    needed = timedelta(seconds=round(estimates.makespan(work, workers)))
+    needed = estimates.clock(estimates.makespan(work, workers))
     console.print(
         f"{len(job.runs)} runs, about {needed} left with {workers} worker(s) on this machine", highlight=False
     )
@@ -261,6 +260,8 @@ def main() -> None:
             app()
     except IBPError as error:
         _fail(str(error))
+    except (FileExistsError, NotADirectoryError) as error:
+        _fail(f"{error}; a folder is needed there: move the file away, or name another folder")
     except OSError as error:
         _fail(f"{error}; is there space, and may this user write there? Finished runs and epochs are stored")
 

@@ -292,7 +292,7 @@ class Experiment(Strict):
     Optuna look for good values beside the grid.
     """
 
-    name: Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
+    name: Annotated[str, Field(pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=200)]
     title: str = ""
     preset: Preset = "toolbox-2015"
     data: Data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from ibp_triton.harness.threads import one_thread
 from ibp_triton.ledger import MultiplyAdds
 
 T = TypeVar("T")
+LARGEST = 1024
 
 
 def shape_of(run: Run) -> tuple[Shape, int]:
@@ -36,12 +38,17 @@ def examples(run: Run) -> int | None:
     return None if total is None else total - run.data.validation
 
 
+def batch(run: Run) -> int:
+    """Examples of a timed step: those of a batch, but no more than there are to train on, nor than fit anywhere."""
+    return min(run.training.batch_size, examples(run) or LARGEST, LARGEST)
+
+
 def ratio(run: Run) -> float:
     """Multiply-adds of one step of `run` relative to BP; in sweeps alone where only files tell the image shape."""
     if data.shape_of(run.data) is None:
         return _sweeps(run)
     try:
-        work = _work(run.network.model_dump_json(by_alias=True), run.training.batch_size, *shape_of(run))
+        work = _work(run.network.model_dump_json(by_alias=True), batch(run), *shape_of(run))
         return run.method.multiply_adds(work) / ibp.BP().multiply_adds(work)
     except NetworkError:
         raise
@@ -137,6 +144,11 @@ def slowness(run: Run) -> float:
         return 1.0
 
 
+def clock(seconds: float) -> str:
+    """As days and h:mm:ss; what is longer than any clock tells is the longest."""
+    return str(timedelta(seconds=min(round(seconds), 10**12)))
+
+
 def makespan(work: Collection[float], workers: int) -> float:
     """The least time of `workers` for runs of these times, each of which one worker trains."""
     return max(sum(work) / workers, max(work, default=0.0))
@@ -162,4 +174,4 @@ def example_seconds(run: Run) -> float:
     """Seconds of BP an example on this machine: the best of five steps on random images, CPU, one thread."""
     shape, classes = shape_of(run)
     network = run.network.model_dump_json(by_alias=True)
-    return _time_bp(network, run.training.precision, run.training.batch_size, shape, classes)
+    return _time_bp(network, run.training.precision, batch(run), shape, classes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -110,7 +109,7 @@ class Progress:
         if not self._trained:
             return "…"
         left = estimates.makespan(self._left.values(), self._workers)
-        return str(timedelta(seconds=round(left * self._spent / self._trained)))
+        return estimates.clock(left * self._spent / self._trained)
 
     def _is_milestone(self, run: Run, epoch: int) -> bool:
         return epoch % max(1, run.training.epochs // 4) == 0

@@ -343,7 +343,7 @@ def finish(run: Run, folder: Path, state: State, dataset: Dataset) -> store.Reco
 
 def _predicted_ratio(run: Run, model: nn.Module, dataset: Dataset) -> float:
     """Of a network of ours worked out once for all runs alike."""
-    batch = run.training.batch_size
+    batch = min(run.training.batch_size, len(dataset.train.labels))
     key = (run.network.model_dump_json(), dataset.shape, dataset.classes, batch, run.method)
     if key not in _RATIOS or not run.network.name:
         _RATIOS[key] = run.method.predicted_ratio(ibp.Network(model), (batch, *dataset.shape))

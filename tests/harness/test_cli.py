@@ -161,6 +161,7 @@ def test_a_dry_run_lists_runs_for_programs(
         (["run", "none.yaml"], "none.yaml: cannot be read"),
         (["evaluate", "nowhere"], "nowhere: no config.json; give the folder of a run"),
         (["report", "nowhere"], "nowhere: no experiment.yaml; give the folder"),
+        (["run", "quickstart", "--set", "output=config.json"], "a folder is needed there: move the file away"),
         (["evaluate", ".", "--device", "cuda:99"], "--device: cuda:99 cannot be used here"),
     ],
 )
@@ -340,3 +341,28 @@ def test_times_are_estimated_on_one_thread_as_runs_take_them(
     finally:
         torch.set_num_threads(before)
     assert set(seen) == {1}
+
+
+def test_numbers_beyond_all_measure_cost_neither_memory_nor_a_traceback(
+    tree: Tree, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A step is as large as the examples are many, in estimates as in training."""
+    seen: list[int] = []
+    counted = ibp.Network.multiply_adds
+    monkeypatch.setattr(
+        ibp.Network, "multiply_adds", lambda self, shape, *more: seen.append(shape[0]) or counted(self, shape, *more)
+    )
+    timed = estimates._time_bp.__wrapped__
+    monkeypatch.setattr(
+        estimates, "_time_bp", lambda n, p, batch, *more: seen.append(batch) or timed(n, p, batch, *more)
+    )
+    monkeypatch.setattr(estimates, "_KNOWN", {})
+    estimates._work.cache_clear()
+    tree |= {"output": str(tmp_path / "out"), "methods": {"bp": None}, "seeds": [0]}
+    tree["training"] = {**tree["training"], "batch_size": 10**5}
+    config = write(tree)
+    for more in (["--dry-run", "--set", f"training.epochs={10**20}"], []):
+        assert ibp_triton(monkeypatch, "run", str(config), *more) == 0
+    assert seen
+    assert max(seen) <= 64
+    assert "11574074 days" in capsys.readouterr().out
