@@ -52,9 +52,8 @@ _COUNTS = ("steps", "projections")
 def _number(method: Any, name: str, value: Any, least: float) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
-            raise InputTypeError(
-                f"{type(method).__name__}: {name} must be a number or a 0-d tensor, not one of shape {list(value.shape)}"
-            )
+            shape = list(value.shape)
+            raise InputTypeError(f"{type(method).__name__}: {name} must be a number or a 0-d tensor, not one of {shape}")
         if not readable(value):
             return
         value = value.item()

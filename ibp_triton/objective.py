@@ -69,8 +69,8 @@ def objective(
         raise InputError("the loss has no gradient with respect to x: pass x.detach()")
     if torch._C._are_functorch_transforms_active():
         raise MethodError(
-            "the loss has no derivative under torch.func's transforms (grad, vmap, jvp): there method.gradients(network, "
-            "x, y, parameters=…) gives value and gradients"
+            "the loss has no derivative under torch.func's transforms (grad, vmap, jvp): there "
+            "method.gradients(network, x, y, parameters=…) gives value and gradients"
         )
     loss, found, step = method.step(network, x, y, tangents, None, extra, own)
     part = {name: p for name, p in named.items() if name in step.used}
