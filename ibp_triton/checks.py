@@ -53,7 +53,9 @@ def _number(method: Any, name: str, value: Any, least: float) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             shape = list(value.shape)
-            raise InputTypeError(f"{type(method).__name__}: {name} must be a number or a 0-d tensor, not one of {shape}")
+            raise InputTypeError(
+                f"{type(method).__name__}: {name} must be a number or a 0-d tensor, not of shape {shape}"
+            )
         if not readable(value):
             return
         value = value.item()

@@ -142,7 +142,21 @@ def _synthetic(data: Data) -> Loaded:
 def _idx(data: Data) -> Loaded:
     paths = public_files(data)
     splits = [_idx_split(*paths[:2]), _idx_split(*paths[2:])]
+    for path, split, part in zip(paths[1::2], splits, (0, 1), strict=True):
+        start = "".join(map(str, split.labels[:10].tolist()))
+        for name, starts in _FIRST_LABELS.items():
+            if start == starts[part] and name != data.source:
+                raise DataError(
+                    f"{path}: holds the labels of {name}, whose files have the same names, and not those of "
+                    f"{data.source}; name the folder of {data.source} by data.dir or {files.ENVIRONMENT}"
+                )
     return splits[0], splits[1], 10
+
+
+_FIRST_LABELS = {  # of the training and of the test examples
+    "mnist": ("5041921314", "7210414959"),
+    "fashion_mnist": ("9003027255", "9211614657"),
+}
 
 
 def _idx_split(image_path: Path, label_path: Path) -> Examples:

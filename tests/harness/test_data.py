@@ -57,6 +57,20 @@ def test_mnist_files_plain_and_gzipped(mnist: Path, monkeypatch: pytest.MonkeyPa
     assert 0 <= loaded.train.images.min() < loaded.train.images.max() <= 1
 
 
+@pytest.mark.parametrize(("source", "other"), [("mnist", "fashion_mnist"), ("fashion_mnist", "mnist")])
+@pytest.mark.parametrize("part", ["train", "t10k"])
+def test_one_set_under_the_names_of_another_is_refused(mnist: Path, source: str, other: str, part: str) -> None:
+    """Both are four files of the same names, and a folder is looked into itself where it has no subfolder."""
+    folder = mnist / "mnist"
+    first = sources._FIRST_LABELS[other][part == "t10k"]
+    (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.array([*map(int, first), 0, 0], np.uint8)))
+    (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros((12, 28, 28), np.uint8))))
+    message = refusal(Data(source=source, dir=str(folder)))
+    assert f"{part}-labels-idx1-ubyte: holds the labels of {other}" in message
+    assert f"name the folder of {source} by data.dir" in message
+    assert data.load(Data(source=other, dir=str(folder)), 0).classes == 10
+
+
 def test_subset_and_validation_are_disjoint_and_follow_the_seed(mnist: Path) -> None:
     choice = Data(source="mnist", dir=str(mnist), subset=25, validation=15)
     first, again, other = (data.load(choice, seed) for seed in (0, 0, 1))

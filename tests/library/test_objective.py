@@ -210,7 +210,11 @@ HYPERPARAMETERS = [
     (lambda: ibp.LossIBP(0.1, norm=0.5), ValueError, "norm must be finite and at least 1"),
     (lambda: ibp.TangentBP(0.1, semantics="true"), ValueError, "'paper'.*'exact'.*not 'true'"),
     (lambda: ibp.FastAdversarialTraining(-1), ValueError, "epsilon must be finite and at least 0"),
-    (lambda: ibp.LossIBP(torch.full((6,), 0.1)), TypeError, r"beta must be a number or a 0-d tensor, not one of \[6\]"),
+    (
+        lambda: ibp.LossIBP(torch.full((6,), 0.1)),
+        TypeError,
+        r"beta must be a number or a 0-d tensor, not of shape \[6\]",
+    ),
     (lambda: ibp.Network(nn.Linear(2, 2), dtype="bf16"), ValueError, "dtype must be a floating-point dtype.*'bf16'"),
 ]
 
