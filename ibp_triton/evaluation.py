@@ -62,7 +62,8 @@ def robustness(
 
     Raises:
         InputError, MethodError (ValueErrors): for an unknown attack, a negative size, images outside the bounds, an
-            attack whose result has another shape or is not finite, or no examples.
+            attack whose result has another shape or is not finite, a model whose logits are no numbers, or no
+            examples. Where only an attack makes them so, the example counts as wrong.
         ImportError: for progress without rich.
     """
     named = dict(model) if isinstance(model, Mapping) else {"model": model}
@@ -79,7 +80,14 @@ def robustness(
                 zeros[name].append((input_gradient(classify, x, y) == 0).flatten(1).all(1).cpu())
                 for key, star in _perturbed(classify, x, y, sizes, bounds, norm, steps, (seed, number)):
                     with torch.no_grad():
-                        right = classify(star).argmax(1) == y
+                        logits = classify(star)
+                    broken = logits.isnan().any(1)  # argmax would take them for a class
+                    if key[0] == CLEAN and bool(broken.any()):
+                        raise InputError(
+                            f"{name!r} gives logits that are no numbers (NaN) for {int(broken.sum())} of {len(broken)} "
+                            "images: were its weights stored after it diverged, or do mean= and std= not fit it?"
+                        )
+                    right = (logits.argmax(1) == y) & ~broken
                     found.setdefault((name, *key), []).append(right.cpu())
     if not found:
         raise InputError("there are no examples to evaluate")

@@ -256,3 +256,20 @@ def test_whole_numbers_and_no_examples_are_refused(trained):
         ibp.robustness(model, ((x * 255).to(torch.uint8), y))
     with pytest.raises(ValueError, match="no examples"):
         ibp.robustness(model, [])
+
+
+def test_logits_that_are_no_numbers_are_no_class(trained):
+    _, x, y = trained
+    labels = torch.zeros_like(y)
+
+    class Rooted(nn.Module):
+        """NaN for images with a dark pixel."""
+
+        def forward(self, u):
+            return (u.flatten(1) - 0.4).sqrt().sum(1, keepdim=True) * torch.tensor([1.0, 0.5])
+
+    bright = x.clamp(0.5, 1)
+    found = ibp.robustness(Rooted(), (bright, labels), {"fgsm": [0.05, 0.3]})
+    assert [row.error for row in found.rows] == [0, 0, 100]
+    with pytest.raises(ValueError, match=r"'model' gives logits that are no numbers \(NaN\) for \d+ of \d+ images"):
+        ibp.robustness(Rooted(), (x * 0, labels), {"fgsm": [0.05]})
