@@ -46,7 +46,8 @@ def robustness(
 
     Args:
         model: x [N, ...] → logits [N, M], or {name: model} to compare.
-        data: a DataLoader of (images, labels), or one pair of tensors; images in pixel units, within the bounds.
+        data: a DataLoader of (images, labels), or one pair; images in pixel units, within the bounds, labels class
+            numbers in a tensor, an array or a list.
         attacks: {"fgsm", "pgd", "gaussian" or "random_sign": sizes ε or σ in pixel units}; small default sizes. Under
             any other name {size: attack}, an attack being a function (model, x, y) → x' of pixels, its model a module
             that takes pixels and returns logits; ``ibp.attacks.from_torchattacks`` makes these of other people's.
@@ -73,7 +74,7 @@ def robustness(
     zeros: dict[str, list[Tensor]] = {name: [] for name in named}
     with _as_before(named.values(), place):
         for number, (images, labels) in enumerate(_shown(data, batch_size, progress)):
-            x, y = _on(images, place), labels.to(place)
+            x, y = _on(images, place), _class_numbers(labels, len(images)).to(place)
             _check_images(x, bounds)
             for name, one in named.items():
                 classify = _Classifier(one, mean, std, x)
@@ -130,6 +131,15 @@ def _on(images: Tensor, place: torch.device) -> Tensor:
     return images.to(place)
 
 
+def _class_numbers(labels: Tensor, count: int) -> Tensor:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.shape != (count,):
+        raise InputError(
+            f"labels must be whole class numbers [{count}], one an image, not {labels.dtype} of shape "
+            f"{list(labels.shape)}; give labels.argmax(1) of those that are one a class"
+        )
+    return labels.long()
+
+
 def _check_images(x: Tensor, bounds: Bounds) -> None:
     if bounds is None:
         return
@@ -142,8 +152,11 @@ def _check_images(x: Tensor, bounds: Bounds) -> None:
 
 
 def _batches(data: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
-        yield from zip(data[0].split(batch_size), data[1].split(batch_size), strict=True)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
+        labels = torch.as_tensor(data[1])
+        if len(labels) != len(data[0]):
+            raise InputError(f"there are {len(data[0])} images and {len(labels)} labels")
+        yield from zip(data[0].split(batch_size), labels.split(batch_size), strict=True)
         return
     for batch in data:
         yield batch[0], torch.as_tensor(batch[1])

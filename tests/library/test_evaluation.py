@@ -258,6 +258,18 @@ def test_whole_numbers_and_no_examples_are_refused(trained):
         ibp.robustness(model, [])
 
 
+def test_labels_are_class_numbers_in_any_form(trained):
+    model, x, y = trained
+    expected = ibp.robustness(model, (x, y), {"fgsm": [0.1]}).rows
+    for same in (y.tolist(), y.numpy(), y.int(), y.byte()):
+        assert ibp.robustness(model, (x, same), {"fgsm": [0.1]}).rows == expected
+    for wrong in (y.double(), torch.eye(3)[y], y[:, None]):
+        with pytest.raises(ValueError, match=r"labels must be whole class numbers \[90\]"):
+            ibp.robustness(model, (x, wrong), {"fgsm": [0.1]})
+    with pytest.raises(ValueError, match="there are 90 images and 5 labels"):
+        ibp.robustness(model, (x, y[:5]), {"fgsm": [0.1]})
+
+
 def test_logits_that_are_no_numbers_are_no_class(trained):
     _, x, y = trained
     labels = torch.zeros_like(y)
