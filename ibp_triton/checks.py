@@ -56,6 +56,11 @@ def _number(method: Any, name: str, value: Any, least: float) -> None:
             raise InputTypeError(
                 f"{type(method).__name__}: {name} must be a number or a 0-d tensor, not of shape {shape}"
             )
+        if value.requires_grad:
+            raise MethodError(
+                f"{type(method).__name__}: a loss has no derivative by its {name}, which would not be learnt: pass "
+                f"{name}.detach()"
+            )
         if not readable(value):
             return
         value = value.item()

@@ -215,6 +215,7 @@ HYPERPARAMETERS = [
         TypeError,
         r"beta must be a number or a 0-d tensor, not of shape \[6\]",
     ),
+    (lambda: ibp.LossIBP(nn.Parameter(torch.tensor(0.1))), ValueError, r"no derivative by its beta.*beta\.detach\(\)"),
     (lambda: ibp.Network(nn.Linear(2, 2), dtype="bf16"), ValueError, "dtype must be a floating-point dtype.*'bf16'"),
 ]
 
